@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The whole check: lint, format, types, tests. Makes .venv on its first run; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# What .venv was installed from: while it is unchanged, the install is skipped.
+recipe() { pwd && cat pyproject.toml constraints.txt; }
+
+if ! recipe | cmp --silent - .venv/recipe; then
+    "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+    recipe > .venv/recipe
+fi
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+# Two workers of one torch thread each: the tests are many small ops, which do not gain from threads.
+exec .venv/bin/python -m pytest --numprocesses 2 --dist worksteal "$@"

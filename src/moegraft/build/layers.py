@@ -1,0 +1,47 @@
+"""From weights and sizes to a layer."""
+
+from __future__ import annotations
+
+import torch
+
+from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
+from moegraft.core.tables import ExpertsTables
+from moegraft.formats.dense import DenseExperts
+from moegraft.lora.punica import PunicaWrapperBase, PunicaWrapperCPU, PunicaWrapperGPU
+from moegraft.moe.experts.triton_experts import MIN_CAPABILITY
+from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
+from moegraft.moe.method import FusedMoEModularMethod
+from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize
+from moegraft.moe.router import RouterConfig
+from moegraft.oracle import Decision, select_experts
+
+
+def punica_for(device: torch.device) -> PunicaWrapperBase:
+    """The punica wrapper of a device."""
+    target = DeviceTarget.of(device)
+    runs_kernels = target.has_triton and target.capability is not None and target.capability >= MIN_CAPABILITY
+    return PunicaWrapperGPU() if runs_kernels else PunicaWrapperCPU()
+
+
+def build_fused_moe(
+    config: MoEConfig,
+    weights: DenseExperts,
+    *,
+    router: RouterConfig | None = None,
+    correction_bias_E: torch.Tensor | None = None,
+    lora: bool = True,
+    backend: str | None = None,
+) -> tuple[FusedMoE, Decision]:
+    """A FusedMoE over ``weights`` (kept, not copied) and the oracle's decision.
+
+    ``lora``: only backends that take LoRA are considered. ``backend``: a class by name. Raises NoBackendError.
+    """
+    request = BackendRequest(config=config, device=DeviceTarget.of(weights.w13.device), lora=lora)
+    decision = select_experts(request, backend=backend)
+    method = FusedMoEModularMethod(config, weights, decision.experts_cls, NoDispatchPrepareAndFinalize(config))
+    return FusedMoE(config, method, router, correction_bias_E), decision
+
+
+def build_fused_moe_with_lora(layer: FusedMoE, tables: ExpertsTables) -> FusedMoEWithLoRA:
+    """The layer with LoRA from the bank's tables (``AdapterBank.experts_tables``)."""
+    return FusedMoEWithLoRA(layer, tables, punica_for(tables.pool.device))

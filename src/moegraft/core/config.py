@@ -1,0 +1,81 @@
+"""Frozen descriptions of a Mixture-of-Experts layer. Plain data: no tensors, no devices.
+
+Shape letters used in the whole project:
+T tokens · K experts per token · N = T*K routed rows · E experts · D hidden size · F expert intermediate size
+S adapters in a batch · r rank of one adapter · G = 2 (gate and up) or 1 (no gate)
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+
+class ActivationKind(enum.StrEnum):
+    """Function applied to the gate half (or to the only half where the expert has no gate)."""
+
+    SILU = "silu"
+    GELU = "gelu"  # exact, erf
+    GELU_TANH = "gelu_tanh"
+    RELU2 = "relu2"  # relu(x)**2
+    SWIGLU_OAI = "swiglu_oai"  # gpt-oss: clamped, (up + 1) * gate * sigmoid(alpha * gate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """``h = kind(gate) * up`` where ``gated``, else ``h = kind(u)``; alpha and limit are read by SWIGLU_OAI only."""
+
+    kind: ActivationKind = ActivationKind.SILU
+    gated: bool = True
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    @property
+    def num_halves(self) -> int:
+        """G of the shape legend."""
+        return 2 if self.gated else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Sizes and options of one experts layer; the same record describes it to the oracle and to the kernels."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    activation: Activation = Activation()
+    has_bias: bool = False
+    dtype: torch.dtype = torch.float32
+    apply_router_weight_on_input: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTarget:
+    """Where a layer runs, as data. ``capability`` is CUDA's (major, minor); ``has_triton``: triton can be imported."""
+
+    kind: str
+    capability: tuple[int, int] | None = None
+    has_triton: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device) -> DeviceTarget:
+        """The target behind a torch device."""
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return cls(kind=device.type, capability=capability, has_triton=find_spec("triton") is not None)
+
+    def __str__(self) -> str:
+        return self.kind if self.capability is None else f"{self.kind} sm{self.capability[0]}{self.capability[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendRequest:
+    """What the oracle is asked: which experts class can serve this layer."""
+
+    config: MoEConfig
+    device: DeviceTarget
+    format_name: str = "dense"
+    lora: bool = True

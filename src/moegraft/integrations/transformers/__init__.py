@@ -1,0 +1,6 @@
+"""moegraft on transformers models."""
+
+from moegraft.integrations.transformers.explain import Explanation, LayerChoice
+from moegraft.integrations.transformers.graft import GraftedModel, attach
+
+__all__ = ["Explanation", "GraftedModel", "LayerChoice", "attach"]

@@ -1,0 +1,79 @@
+"""The batch in flight, reachable from every layer without an argument: transformers' hooks carry none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from moegraft.core.tables import ExpertsFactor
+from moegraft.lora.bank import AdapterBatch
+from moegraft.lora.mapping import AdapterMapping
+
+
+class ActiveCall:
+    """One batch of adapters while the model runs on it; shared by all layers."""
+
+    def __init__(self, batch: AdapterBatch, device: torch.device, shared: dict[str, Any]) -> None:
+        self.batch = batch
+        self.device = device
+        self._mappings: dict[int, AdapterMapping] = {}
+        self._shared = shared
+
+    def mapping(self, num_rows: int) -> AdapterMapping:
+        """Slots of ``num_rows`` rows, sequence-major; raises BatchError where the batch does not divide them."""
+        mapping = self._mappings.get(num_rows)
+        if mapping is None:
+            mapping = AdapterMapping.for_rows(self.batch.row_slots, num_rows, self.device, self._shared)
+            self._mappings[num_rows] = mapping
+        return mapping
+
+    def touches(self, module: str) -> bool:
+        """Whether some adapter of the batch has LoRA on the module."""
+        return bool(self.batch.max_ranks(module))
+
+    def rank_bound(self, module: str) -> int:
+        """See ``MoELoRAContext.rank_bound``."""
+        ranks = self.batch.max_ranks(module)
+        return max(ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else 0
+
+
+class CallState:
+    """Which call a layer of one grafted model belongs to.
+
+    A context variable, so that threads (and tasks) that call one model at once keep apart; and a binding that every
+    thread sees, for engines that run the forward pass on threads of their own.
+    """
+
+    def __init__(self) -> None:
+        self._bound: ActiveCall | None = None
+
+    def current(self) -> ActiveCall | None:
+        entry = _CURRENT.get()
+        if entry is not None and entry[0] is self:
+            return entry[1]
+        return self._bound
+
+    @contextmanager
+    def running(self, call: ActiveCall) -> Iterator[None]:
+        """The call of this thread or task inside the block."""
+        token = _CURRENT.set((self, call))
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+    @contextmanager
+    def bound(self, call: ActiveCall) -> Iterator[None]:
+        """The call of every thread that has none of its own inside the block."""
+        previous, self._bound = self._bound, call
+        try:
+            yield
+        finally:
+            self._bound = previous
+
+
+_CURRENT: ContextVar[tuple[CallState, ActiveCall] | None] = ContextVar("moegraft_call", default=None)

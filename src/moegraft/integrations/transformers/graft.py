@@ -1,0 +1,253 @@
+"""``attach``: many PEFT adapters on one transformers Mixture-of-Experts model."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moegraft.core.errors import AdapterInUseError, BatchError, UnsupportedModelError
+from moegraft.core.memory import parse_bytes
+from moegraft.integrations.transformers.call import ActiveCall, CallState
+from moegraft.integrations.transformers.experts import build_site, install_sites, remove_sites
+from moegraft.integrations.transformers.explain import Explanation, LayerChoice
+from moegraft.integrations.transformers.generation import batch_rows, check_generation
+from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, SavedSeam, Seam
+from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
+from moegraft.lora.peft import LoadReport, load_peft_adapter
+from moegraft.lora.targets import ModelTargets
+
+_MARK = "_moegraft_graft"
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    adapter_memory: int | str = "2GiB",
+    max_adapters: int = 64,
+    backend: str | None = None,
+) -> GraftedModel:
+    """Graft adapters onto ``model``; the model is changed in place and ``detach`` gives it back.
+
+    adapter_memory: bytes, or a string such as ``"512MiB"``, for adapters resident on the model's device; more may be
+    loaded, the least recently used wait in host memory. max_adapters: how many may be resident at once.
+    backend: an experts class by name instead of the oracle's choice.
+
+    Raises UnsupportedModelError or NoBackendError, and leaves the model as it was.
+    """
+    if hasattr(model, _MARK):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is grafted already; call detach() on its GraftedModel first"
+        )
+    return GraftedModel(model, capacity_bytes=parse_bytes(adapter_memory), max_adapters=max_adapters, backend=backend)
+
+
+class GraftedModel:
+    """A transformers model in which every row of a batch may use its own adapter. Inference only; see ``attach``.
+
+    Any number of threads may call one GraftedModel at once with different ``adapters``.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, capacity_bytes: int, max_adapters: int, backend: str | None) -> None:
+        self.model = model
+        self._targets = discover_targets(model)
+        self._state = CallState()
+        self._lock = threading.RLock()
+        device, dtype = _placement(model, self._targets)
+        layout = BankLayout(self._targets, dtype=dtype)
+        self.bank = AdapterBank(layout, capacity_bytes=capacity_bytes, device=device, max_slots=max_adapters)
+        self._sites = {
+            name: build_site(
+                model.get_submodule(name), target, self.bank, self._state, top_k=_top_k(model), backend=backend
+            )
+            for name, target in self._targets.experts.items()
+        }
+        self._seams: dict[tuple[str, type[Seam]], Seam] = {}
+        self._last_batch: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._previous = install_sites(model, self._sites)
+        self._attached = True
+        setattr(model, _MARK, self)
+
+    # Adapters
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """What is loaded: name -> ranks by module, modules touched, bytes, loaded from, resident or not. Read-only."""
+        return MappingProxyType({name: self.bank.info(name) for name in self.bank.names()})
+
+    def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> LoadReport:
+        """Read a PEFT adapter folder and make it usable as ``name`` (default: the folder's name).
+
+        Raises AdapterError of the kind that fits; nothing has changed then.
+        """
+        self._check_attached()
+        name = name if name is not None else os.path.basename(os.path.normpath(path))
+        weights, report = load_peft_adapter(path, self._targets, dtype=self.bank.layout.dtype, name=name)
+        with self._lock:
+            self.bank.load(name, weights, source=os.fspath(path))
+            self._fit_seams()
+        return report
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises UnknownAdapterError, or AdapterInUseError while a batch uses it."""
+        with self._lock:
+            self.bank.unload(name)
+            self._fit_seams()
+
+    def pin_adapter(self, name: str) -> None:
+        """Make an adapter resident and keep it from being evicted."""
+        self.bank.pin(name)
+
+    def unpin_adapter(self, name: str) -> None:
+        """Undo ``pin_adapter``."""
+        self.bank.unpin(name)
+
+    # Running
+
+    def __call__(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """transformers' forward pass, and its own output object; ``adapters`` has one name (or None) a row."""
+        with self.batch(adapters, batch_rows(args, kwargs, ("input_ids", "inputs_embeds"))), torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``; a row keeps its adapter through padding, beams and several returned sequences."""
+        check_generation(kwargs, self.model.generation_config)
+        rows = batch_rows(args, kwargs, ("inputs", "input_ids", "inputs_embeds"))
+        with self.batch(adapters, rows), torch.no_grad():
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def batch(
+        self, adapters: Sequence[str | None] | None, rows: int | None = None, *, all_threads: bool = False
+    ) -> Iterator[None]:
+        """Inside the block the model runs with these adapters, whoever calls it.
+
+        For engines that call the model themselves. ``all_threads``: also in threads that the block did not start,
+        one such block at a time; otherwise only in this thread or task. Raises BatchError or UnknownAdapterError.
+        """
+        self._check_attached()
+        names = _check_rows(adapters, rows, self.bank.names())
+        with ExitStack() as stack:
+            if names is not None:
+                held = stack.enter_context(self.bank.acquire(names))
+                if held.has_adapters:
+                    call = ActiveCall(held, self.bank.pool.data.device, self._shared_by(held))
+                    stack.enter_context(self._state.bound(call) if all_threads else self._state.running(call))
+            yield
+
+    # Looking inside and leaving
+
+    def explain(self) -> Explanation:
+        """For each experts layer the chosen backend and why every other was refused."""
+        return Explanation(choices=tuple(LayerChoice.of(name, site.decision) for name, site in self._sites.items()))
+
+    def detach(self) -> PreTrainedModel:
+        """Take everything out again: the original model, bit for bit. Raises AdapterInUseError during a batch."""
+        with self._lock:
+            if not self._attached:
+                return self.model
+            busy = [name for name, info in self.adapters.items() if info.in_use]
+            if busy:
+                raise AdapterInUseError(f"adapters {', '.join(busy)} serve a batch now; detach after it has ended")
+            for name in self.bank.names():
+                self.bank.unload(name)
+            self._fit_seams()
+            remove_sites(self.model, self._sites, self._previous)
+            delattr(self.model, _MARK)
+            self._attached = False
+            return self.model
+
+    def __enter__(self) -> GraftedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    # Inside
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise UnsupportedModelError("this GraftedModel was detached; call moegraft.attach(model) again")
+
+    def _shared_by(self, held: AdapterBatch) -> dict[str, Any]:
+        """Scratch of a batch, kept from the last batch while the same adapters lie in the same places (a decode loop)."""
+        key = tuple(handle.residency for handle in held.handles)
+        if self._last_batch[0] != key:
+            self._last_batch = (key, {})
+        return self._last_batch[1]
+
+    def _fit_seams(self) -> None:
+        """Exactly the seams that the loaded adapters need are installed."""
+        wanted = self._wanted_seams()
+        for key in [key for key in self._seams if key not in wanted]:
+            self._seams.pop(key).remove()
+        for key in [key for key in wanted if key not in self._seams]:
+            seam = self._make_seam(*key)
+            seam.install()
+            self._seams[key] = seam
+
+    def _wanted_seams(self) -> list[tuple[str, type[Seam]]]:
+        wanted: dict[tuple[str, type[Seam]], None] = {}
+        for handle in map(self.bank.get, self.bank.names()):
+            for module in handle.ranks:
+                if module in self._targets.linears:
+                    wanted[module, RouterSeam if self._targets.linears[module].router else LinearSeam] = None
+                elif module in self._targets.embeddings:
+                    wanted[module, EmbeddingSeam] = None
+            for module, _ in sorted(handle.saved):
+                wanted[module, SavedSeam] = None
+        return list(wanted)
+
+    def _make_seam(self, name: str, kind: type[Seam]) -> Seam:
+        module = self.model.get_submodule(name)
+        if kind is RouterSeam or kind is LinearSeam:
+            return kind(self._targets.linears[name], module, self.bank, self._state)
+        return kind(name, module, self.bank, self._state)
+
+
+def _placement(model: PreTrainedModel, targets: ModelTargets) -> tuple[torch.device, torch.dtype]:
+    """The one device and dtype of all experts."""
+    found = {
+        (weight.device, weight.dtype)
+        for name, target in targets.experts.items()
+        for weight in (getattr(model.get_submodule(name), target.w13_param),)
+    }
+    if len(found) > 1:
+        kinds = ", ".join(f"{device}/{dtype}" for device, dtype in sorted(found, key=str))
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the experts lie on several devices or have several dtypes ({kinds}); expected one"
+        )
+    return next(iter(found))
+
+
+def _top_k(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    for key in ("num_experts_per_tok", "moe_topk", "top_k", "moe_k", "num_experts_per_token", "top_k_experts"):
+        value = getattr(config, key, None)
+        if isinstance(value, int):
+            return value
+    return 1
+
+
+def _check_rows(
+    adapters: Sequence[str | None] | None, rows: int | None, loaded: Sequence[str]
+) -> tuple[str | None, ...] | None:
+    """The names of the batch, checked against its rows; None where no row has an adapter to be looked up."""
+    if adapters is None:
+        return None
+    known = ", ".join(loaded) or "none"
+    if isinstance(adapters, str):
+        raise BatchError(f"adapters={adapters!r} is a string, expected one entry a row; loaded: {known}")
+    names = tuple(adapters)
+    if rows is not None and len(names) != rows:
+        raise BatchError(f"adapters= has {len(names)} entries for a batch of {rows} rows; loaded: {known}")
+    return names

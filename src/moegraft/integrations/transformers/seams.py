@@ -1,0 +1,231 @@
+"""LoRA on everything but the experts: linear maps, routers, embeddings, and parameters that an adapter replaces.
+
+Seams are removable hooks, put in when an adapter that touches the module is loaded and taken out after the last one
+left: an untouched module runs exactly as before.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from moegraft.build import punica_for
+from moegraft.core.errors import UnsupportedModelError
+from moegraft.core.tables import LinearFactor
+from moegraft.integrations.transformers.call import ActiveCall, CallState
+from moegraft.lora.bank import AdapterBank
+from moegraft.lora.targets import LinearTarget
+
+
+class Seam(ABC):
+    """One place of the model where adapters other than experts' take part."""
+
+    def __init__(self, name: str, module: nn.Module, bank: AdapterBank, state: CallState) -> None:
+        self.name = name
+        self.module = module
+        self.bank = bank
+        self.state = state
+
+    @abstractmethod
+    def install(self) -> None: ...
+
+    @abstractmethod
+    def remove(self) -> None: ...
+
+
+class _HookSeam(Seam):
+    """A seam behind the module's forward pass."""
+
+    _handle: RemovableHandle | None = None
+
+    def install(self) -> None:
+        self._handle = self.module.register_forward_hook(self._hook, with_kwargs=True)
+
+    def remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = self.state.current()
+        if call is not None:
+            self.apply(call, args, kwargs, output)
+
+    @abstractmethod
+    def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Change ``output`` in place in the rows that have an adapter."""
+
+
+class LinearDelta:
+    """y[m] += delta of row m, in place: the shared heart of the linear and the router seam.
+
+    The host's GEMM has rounded y before the delta is added; see docs/numerics.md.
+    """
+
+    def __init__(self, target: LinearTarget, bank: AdapterBank, state: CallState) -> None:
+        self.target = target
+        self.tables = bank.linear_tables(target.name)
+        self.punica = punica_for(self.tables.pool.device)
+        self.state = state
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        call = self.state.current()
+        if call is None or not call.touches(self.target.name):
+            return
+        x_MI = x.reshape(-1, self.target.in_features)
+        mapping = call.mapping(x_MI.shape[0])
+        if mapping.has_adapters:
+            y_MO = y.view(-1, self.target.out_features)
+            self.punica.add_lora_linear(y_MO, x_MI.to(self.tables.pool.dtype), mapping, self.tables, bias_O=bias_O)
+
+
+class LinearSeam(_HookSeam):
+    """An nn.Linear."""
+
+    def __init__(self, target: LinearTarget, module: nn.Module, bank: AdapterBank, state: CallState) -> None:
+        super().__init__(target.name, module, bank, state)
+        self.delta = LinearDelta(target, bank, state)
+
+    def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.delta(output, args[0] if args else kwargs["input"], getattr(self.module, "bias", None))
+
+
+class EmbeddingSeam(_HookSeam):
+    """An nn.Embedding: y[m] += B^T @ A[:, token m]."""
+
+    def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not call.touches(self.name):
+            return
+        ids_M = (args[0] if args else kwargs["input"]).reshape(-1)
+        y_MD = output.view(-1, output.shape[-1])
+        mapping = call.mapping(ids_M.shape[0])
+        for slot in mapping.active_slots:
+            a_RV = self.bank.factor(slot, self.name, LinearFactor.A)
+            b_RD = self.bank.factor(slot, self.name, LinearFactor.B)
+            if a_RV is not None and b_RD is not None:
+                rows_L = mapping.rows_of(slot)
+                low_rank_LR = a_RV[:, ids_M[rows_L]].transpose(0, 1)
+                y_MD.index_add_(0, rows_L, (low_rank_LR @ b_RD).to(y_MD.dtype))
+
+
+class SavedSeam(_HookSeam):
+    """A module of which adapters replace parameters (``modules_to_save``): their rows run through the replacement."""
+
+    def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        num_rows = first.shape[0]
+        for handle in call.batch.handles:
+            params = [param for module, param in handle.saved if module == self.name]
+            if not params:
+                continue
+            rows_L = call.mapping(num_rows).rows_of(handle.slot)
+            tensors = {param: self.bank.saved(handle, self.name, param) for param in params}
+            mine = _pick((args, kwargs), rows_L, num_rows)
+            _put(output, self._variant(tensors)(*mine[0], **mine[1]), rows_L, num_rows)
+
+    def _variant(self, tensors: dict[str, torch.Tensor | None]) -> nn.Module:
+        """The module with some tensors replaced and without hooks; shares everything else."""
+        variant = copy.copy(self.module)
+        variant._forward_hooks = OrderedDict()
+        variant._parameters = {k: tensors.get(k, v) for k, v in self.module._parameters.items()}  # type: ignore[misc]
+        variant._buffers = {k: tensors.get(k, v) for k, v in self.module._buffers.items()}
+        return variant
+
+
+def _pick(value: Any, rows_L: torch.Tensor, num_rows: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        # What has one dimension belongs to the experts (a balancing bias), not to the rows.
+        return value[rows_L] if value.dim() > 1 and value.shape[0] == num_rows else value
+    if isinstance(value, dict):
+        return {key: _pick(item, rows_L, num_rows) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_pick(item, rows_L, num_rows) for item in value)
+    return value
+
+
+def _put(output: Any, mine: Any, rows_L: torch.Tensor, num_rows: int) -> None:
+    """A module may flatten its rows on the way: an output has one or several rows for each that went in."""
+    if isinstance(output, torch.Tensor):
+        if output.dim() == 0:
+            return
+        if output.shape[0] % num_rows:
+            raise UnsupportedModelError(
+                f"a module of which an adapter replaces parameters gives {tuple(output.shape)} for {num_rows} rows; "
+                "expected a multiple of the rows"
+            )
+        rows = output.unflatten(0, (num_rows, -1))
+        rows.index_copy_(0, rows_L, mine.to(output.dtype).unflatten(0, (rows_L.shape[0], -1)))
+        return
+    for one, other in zip(output, mine, strict=True):
+        _put(one, other, rows_L, num_rows)
+
+
+class RouterSeam(Seam):
+    """A router that keeps its weight as a Parameter: the one F.linear it calls on it gets the delta."""
+
+    def __init__(self, target: LinearTarget, module: nn.Module, bank: AdapterBank, state: CallState) -> None:
+        super().__init__(target.name, module, bank, state)
+        self.param = target.param
+        self.delta = LinearDelta(target, bank, state)
+        self._original: nn.Parameter | None = None
+
+    def install(self) -> None:
+        original = self.module._parameters[self.param]
+        if original is None:
+            raise UnsupportedModelError(f"router {self.name!r} has no parameter {self.param!r}")
+        self._original = original
+        self.module._parameters[self.param] = RouterWeight.over(original, self.delta)
+
+    def remove(self) -> None:
+        current = self.module._parameters[self.param]
+        if self._original is not None and current is not None:
+            # The model may have been moved to another device or dtype meanwhile.
+            self._original.data = current.data
+            self.module._parameters[self.param] = self._original
+
+
+class _SeamTensor(torch.Tensor):
+    """A weight whose F.linear is followed by a delta; every other operation sees a plain tensor."""
+
+    _delta: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if func is functional.linear:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if isinstance(weight, _SeamTensor):
+                bias = args[2] if len(args) > 2 else kwargs.get("bias")
+                weight._delta(result, args[0] if args else kwargs["input"], bias)
+        elif func in _CASTS and isinstance(args[0], _SeamTensor) and isinstance(result, torch.Tensor):
+            # Routers cast their weight to float32 first: the cast weight is the same seam.
+            seam = result.as_subclass(_SeamTensor)
+            seam._delta = args[0]._delta
+            return seam
+        return result
+
+
+_CASTS = frozenset({torch.Tensor.to, torch.Tensor.type, torch.Tensor.float, torch.Tensor.double, torch.Tensor.type_as})
+
+
+class RouterWeight(_SeamTensor, nn.Parameter):
+    """The Parameter form of the seam; shares the storage of the Parameter it stands for."""
+
+    @classmethod
+    def over(
+        cls, original: nn.Parameter, delta: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+    ) -> RouterWeight:
+        weight: RouterWeight = torch.Tensor._make_subclass(cls, original.data, original.requires_grad)
+        weight._delta = delta
+        return weight

@@ -1,0 +1,173 @@
+"""Numbers every factor that an adapter of this base model may have, and chooses the page size."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moegraft.core.errors import AdapterMismatchError
+from moegraft.core.tables import ExpertsFactor, LinearFactor
+from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
+
+DEFAULT_PAGE_BYTES = 256 * 1024
+ALIGN_BYTES = 16  # the widest load of a GPU thread
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One factor of one module: a row of ``AdapterBank.factors``. ``row_len`` in elements of the bank's dtype."""
+
+    module: str
+    label: str
+    row_len: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedEntry:
+    """A whole parameter (``modules_to_save``): ``rows`` rows of its last dimension, stored bit by bit.
+
+    Where its dtype is not the bank's, a row is counted in elements of the bank, rounded up.
+    """
+
+    index: int
+    shape: torch.Size
+    dtype: torch.dtype
+    rows: int
+
+
+def choose_page_elems(row_lens: Iterable[int], *, target_elems: int, align_elems: int) -> int:
+    """Elements of a page: about ``target_elems``, never less than the longest row, a multiple of ``align_elems``.
+
+    ``row_lens`` by importance: each in turn is made to divide the page as long as the least common multiple stays
+    within one page. A row length that divides the page wastes nothing at a page's end, and its rows can be gathered
+    from ``pool.view(-1, row_len)``.
+    """
+    lens = list(dict.fromkeys(row_lens))
+    longest = max(lens, default=1)
+    unit = align_elems
+    for row_len in lens:
+        multiple = math.lcm(unit, row_len)
+        if multiple <= max(target_elems, longest):
+            unit = multiple
+    return max(math.ceil(longest / unit), round(target_elems / unit), 1) * unit
+
+
+def _by_frequency(row_lens: Iterable[int]) -> list[int]:
+    return [row_len for row_len, _ in sorted(Counter(row_lens).items(), key=lambda item: (-item[1], item[0]))]
+
+
+class BankLayout:
+    """The entries of an adapter bank for one base model.
+
+    An experts module has 5 consecutive entries (ExpertsFactor), a linear map 3 (LinearFactor), an embedding 2
+    (LinearFactor.A with rows of length V, LinearFactor.B), a saveable parameter 1. ``expert_columns`` are the columns
+    that an experts module owns in the bank's table of expert positions. ``page_bytes`` is a wish: see
+    ``choose_page_elems``. Raises ValueError where one name is two kinds of module.
+    """
+
+    def __init__(self, targets: ModelTargets, *, dtype: torch.dtype, page_bytes: int | None = None) -> None:
+        self.dtype = dtype
+        self.experts: Mapping[str, ExpertsTarget] = dict(targets.experts)
+        self.linears: Mapping[str, LinearTarget] = dict(targets.linears)
+        self.embeddings: Mapping[str, EmbeddingTarget] = dict(targets.embeddings)
+        self.saved: dict[str, dict[str, SavedEntry]] = {}
+        self.entries: list[Entry] = []
+        self.num_expert_columns = 0
+        self._module_entries: dict[str, slice] = {}
+        self._expert_columns: dict[str, slice] = {}
+        self._number_modules()
+        num_lora = len(self.entries)
+        self._number_saved(targets.saveable)
+        self.page_elems = self._choose_page(num_lora, page_bytes or DEFAULT_PAGE_BYTES)
+
+    def _number_modules(self) -> None:
+        for name, experts in self.experts.items():
+            hidden, inter = experts.hidden_size, experts.intermediate_size
+            self._add(name, ExpertsFactor, (hidden, inter, inter, inter, hidden))
+            first = self.num_expert_columns
+            self.num_expert_columns += experts.num_experts
+            self._expert_columns[name] = slice(first, self.num_expert_columns)
+        for name, linear in self.linears.items():
+            self._add(name, LinearFactor, (linear.in_features, linear.out_features, linear.out_features))
+        for name, embedding in self.embeddings.items():
+            self._add(name, (LinearFactor.A, LinearFactor.B), (embedding.num_embeddings, embedding.embedding_dim))
+
+    def _add(self, module: str, factors: Iterable[ExpertsFactor | LinearFactor], row_lens: tuple[int, ...]) -> None:
+        if module in self._module_entries:
+            raise ValueError(f"module {module!r} is listed as two kinds of target")
+        first = len(self.entries)
+        for factor, row_len in zip(factors, row_lens, strict=True):
+            self.entries.append(Entry(module=module, label=factor.name.lower(), row_len=row_len))
+        self._module_entries[module] = slice(first, len(self.entries))
+
+    def _number_saved(self, saveable: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        for module, params in saveable.items():
+            self.saved[module] = {}
+            for param, tensor in params.items():
+                last = tensor.shape[-1] if tensor.dim() else 1
+                row_len = max(1, math.ceil(last * tensor.dtype.itemsize / self.dtype.itemsize))
+                self.saved[module][param] = SavedEntry(
+                    index=len(self.entries),
+                    shape=tensor.shape,
+                    dtype=tensor.dtype,
+                    rows=tensor.numel() // last if last else 0,
+                )
+                self.entries.append(Entry(module=module, label=param, row_len=row_len))
+
+    def _choose_page(self, num_lora: int, page_bytes: int) -> int:
+        num_experts_entries = len(ExpertsFactor) * len(self.experts)
+        lens = [entry.row_len for entry in self.entries]
+        groups = (lens[:num_experts_entries], lens[num_experts_entries:num_lora], lens[num_lora:])
+        return choose_page_elems(
+            [row_len for group in groups for row_len in _by_frequency(group)],
+            target_elems=page_bytes // self.dtype.itemsize,
+            align_elems=self.align_elems,
+        )
+
+    @property
+    def align_elems(self) -> int:
+        return max(1, ALIGN_BYTES // self.dtype.itemsize)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_elems * self.dtype.itemsize
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.entries)
+
+    def rows_per_page(self, entry: int) -> int:
+        """k of the address formula."""
+        return self.page_elems // self.entries[entry].row_len
+
+    def module_entries(self, module: str) -> slice:
+        """Entries of an experts module, linear map or embedding. Raises AdapterMismatchError for any other name."""
+        entries = self._module_entries.get(module)
+        if entries is None:
+            raise AdapterMismatchError(f"the base model has no module {module!r} that takes LoRA")
+        return entries
+
+    def factor_entry(self, module: str, factor: ExpertsFactor | LinearFactor) -> int:
+        """The entry of one factor. Raises AdapterMismatchError where the base model has no such module or factor."""
+        entries = self.module_entries(module)
+        if not 0 <= factor < entries.stop - entries.start:
+            raise AdapterMismatchError(f"{module!r} has no factor {factor!r}")
+        return int(entries.start) + factor
+
+    def expert_columns(self, module: str) -> slice:
+        """Columns of an experts module in the table of expert positions."""
+        columns = self._expert_columns.get(module)
+        if columns is None:
+            raise AdapterMismatchError(f"the base model has no experts module {module!r}")
+        return columns
+
+    def saved_entry(self, module: str, param: str) -> SavedEntry:
+        """The entry of a saveable parameter. Raises AdapterMismatchError where the base model has none."""
+        entry = self.saved.get(module, {}).get(param)
+        if entry is None:
+            raise AdapterMismatchError(f"the base model has no parameter {module}.{param} that an adapter may replace")
+        return entry

@@ -1,0 +1,31 @@
+"""The explicit context: everything an experts class needs to add LoRA, as one frozen argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moegraft.core.tables import ExpertsTables
+from moegraft.lora.mapping import AdapterMapping
+
+if TYPE_CHECKING:
+    from moegraft.lora.punica.base import PunicaWrapperBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoELoRAContext:
+    """Built by ``FusedMoEWithLoRA`` for one call and passed down unchanged; never stored on a module.
+
+    tables: the bank's tables of this layer · mapping: slot of every token · punica: the primitives of the device ·
+    rank_bound: no adapter of the call has more low-rank lanes in this layer (A13 rows, A2 rows); sizes workspaces.
+    """
+
+    tables: ExpertsTables
+    mapping: AdapterMapping
+    punica: PunicaWrapperBase
+    rank_bound: int
+
+    @property
+    def is_active(self) -> bool:
+        """False where the layer must run exactly its base path."""
+        return self.mapping.has_adapters and self.rank_bound > 0

@@ -1,0 +1,127 @@
+"""Which adapter serves which row of one forward call, as the layers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from moegraft.core.errors import BatchError
+
+BASE_SLOT = -1
+FEW_ROWS = 64  # a decode step: rows are not sorted into segments, each is one
+
+
+@dataclass(frozen=True)
+class LoRASegments:
+    """Rows that take part in LoRA, sorted by adapter (and expert): one segment per distinct pair.
+
+    Segment g holds the caller's rows ``rows_L[offsets[g]:offsets[g+1]]``; its adapter is number ``adapter_G[g]`` of
+    the mapping's ``active_slots`` and its expert stands at ``position_G[g]`` among the experts that the adapter holds
+    (None where the module has no experts).
+
+    Example: active_slots (3, 7); rows 0..4 with (slot, position) = (7,0) base (3,2) (7,0) (3,1) give
+    rows_L = [4, 2, 0, 3], offsets = (0, 1, 2, 4), adapter_G = [0, 0, 1], position_G = [1, 2, 0].
+    """
+
+    rows_L: torch.Tensor
+    offsets: tuple[int, ...]
+    adapter_G: torch.Tensor
+    position_G: torch.Tensor | None
+
+    @classmethod
+    def one_row_each(
+        cls, rows_L: torch.Tensor, adapter_L: torch.Tensor, position_L: torch.Tensor | None
+    ) -> LoRASegments:
+        """Every row by itself, in the given order: for few rows cheaper than to look for rows that go together."""
+        return cls(rows_L, tuple(range(rows_L.shape[0] + 1)), adapter_L, position_L)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.offsets[-1] == 0
+
+    def per_row(self, values_G: torch.Tensor) -> torch.Tensor:
+        """Each segment's value (first dimension G) for each of its rows (first dimension L)."""
+        if self.offsets[-1] == values_G.shape[0]:  # one row each: the shape of a decode step
+            return values_G
+        counts = torch.tensor([b - a for a, b in pairwise(self.offsets)], device=values_G.device)
+        return values_G.repeat_interleave(counts, dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterMapping:
+    """Slots of the T rows of one call: ``row_slots`` of the batch's B sequences, each repeated T / B times.
+
+    Frozen and shared by all layers of a call; what is derived from it is computed once. ``shared`` is a scratch
+    dictionary of the batch, in which a punica wrapper keeps what it derives from the batch's adapters.
+    """
+
+    row_slots: tuple[int, ...]
+    repeats: int
+    device: torch.device
+    shared: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def for_rows(
+        cls, row_slots: Sequence[int], num_rows: int, device: torch.device, shared: dict[str, Any] | None = None
+    ) -> AdapterMapping:
+        """Mapping of ``num_rows`` rows (a multiple of B, sequence-major: all tokens of row 0, then of row 1 ...)."""
+        B = len(row_slots)
+        if B == 0 or num_rows % B:
+            raise BatchError(f"{num_rows} rows cannot be shared out to the {B} entries of adapters=")
+        return cls(tuple(row_slots), num_rows // B, device, {} if shared is None else shared)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_slots) * self.repeats
+
+    @cached_property
+    def active_slots(self) -> tuple[int, ...]:
+        """The distinct slots of the batch, ascending."""
+        return tuple(sorted({slot for slot in self.row_slots if slot != BASE_SLOT}))
+
+    @property
+    def has_adapters(self) -> bool:
+        return bool(self.active_slots) and self.repeats > 0
+
+    @cached_property
+    def token_slots(self) -> torch.Tensor:
+        """[T] int32 on the device: slot of each row, -1 = base."""
+        rows = torch.tensor(self.row_slots, dtype=torch.int32)
+        return rows.repeat_interleave(self.repeats).to(self.device)
+
+    @cached_property
+    def adapter_of_slot(self) -> torch.Tensor:
+        """[max slot + 2]: number of a slot among ``active_slots``, -1 for others; the last entry serves slot -1."""
+        numbers = torch.full((max(self.active_slots, default=BASE_SLOT) + 2,), -1)
+        numbers[list(self.active_slots)] = torch.arange(len(self.active_slots))
+        return numbers.to(self.device)
+
+    def rows_of(self, slot: int) -> torch.Tensor:
+        """Rows that one slot serves, ascending."""
+        sequences = torch.tensor([i for i, s in enumerate(self.row_slots) if s == slot])
+        return (sequences[:, None] * self.repeats + torch.arange(self.repeats)).flatten().to(self.device)
+
+    @cached_property
+    def covers_all_rows(self) -> bool:
+        """Whether every row has an adapter and ``segments`` takes the rows in their order."""
+        return self.num_rows <= FEW_ROWS and BASE_SLOT not in self.row_slots
+
+    @cached_property
+    def segments(self) -> LoRASegments:
+        """The rows with an adapter, for a linear map: one segment an adapter, or one a row where rows are few."""
+        if self.num_rows <= FEW_ROWS or not self.active_slots:
+            adapter_M = self.adapter_of_slot[self.token_slots.long()]
+            rows_L = (adapter_M >= 0).nonzero().squeeze(1)
+            return LoRASegments.one_row_each(rows_L, adapter_M[rows_L], None)
+        rows = [self.rows_of(slot) for slot in self.active_slots]
+        return LoRASegments(
+            rows_L=torch.cat(rows),
+            offsets=tuple(accumulate((len(mine) for mine in rows), initial=0)),
+            adapter_G=torch.arange(len(self.active_slots), device=self.device),
+            position_G=None,
+        )

@@ -1,0 +1,61 @@
+"""LoRAExpertsMixin: how an experts class gets LoRA."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from moegraft.lora.context import MoELoRAContext
+from moegraft.lora.mapping import LoRASegments
+
+
+class LoRAExpertsMixin:
+    """Mixed into an experts class, makes ``supports_lora()`` true and offers the separate form of the delta.
+
+    What the mixin reads is declared here and given by the class it is mixed into: ``num_halves`` (G) and
+    ``is_interleaved`` (gate and up alternate in the buffer after the w13 GEMM).
+    """
+
+    num_halves: int
+    is_interleaved: bool
+    _bound_context: MoELoRAContext | None = None
+
+    lora_is_fused: ClassVar[bool] = False  # True: the delta is extra K steps inside the class's own GEMM
+
+    @staticmethod
+    def supports_lora() -> bool:
+        return True
+
+    def set_lora_context(self, context: MoELoRAContext | None) -> None:
+        """Bind a context for hosts whose call cannot carry one. An argument wins over a bound context."""
+        self._bound_context = context
+
+    def active_context(self, argument: MoELoRAContext | None) -> MoELoRAContext | None:
+        """The context to use, or None where the call must run exactly the base path."""
+        context = argument if argument is not None else self._bound_context
+        return context if context is not None and context.is_active else None
+
+    def lora_segments(self, context: MoELoRAContext, expert_N: torch.Tensor, slot_N: torch.Tensor) -> LoRASegments:
+        """Segments of N routed rows; see ``PunicaWrapperBase.moe_lora_align_block_size``."""
+        return context.punica.moe_lora_align_block_size(expert_N, slot_N, context.mapping, context.tables)
+
+    def apply_w13_lora(
+        self, context: MoELoRAContext, u_NGF: torch.Tensor, x_ND: torch.Tensor, segments: LoRASegments
+    ) -> None:
+        """Add the delta of w13 to ``u`` in place, before the activation; ``x`` are the unquantised rows."""
+        context.punica.add_lora_w13(
+            u_NGF,
+            x_ND,
+            segments,
+            context.mapping,
+            context.tables,
+            num_halves=self.num_halves,
+            is_interleaved=self.is_interleaved,
+        )
+
+    def apply_w2_lora(
+        self, context: MoELoRAContext, y_ND: torch.Tensor, h_NF: torch.Tensor, segments: LoRASegments
+    ) -> None:
+        """Add the delta of w2 to ``y`` in place, before the router weight and the sum over K."""
+        context.punica.add_lora_w2(y_ND, h_NF, segments, context.mapping, context.tables)

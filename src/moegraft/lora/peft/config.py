@@ -1,0 +1,182 @@
+"""``adapter_config.json``: every field that changes the result is understood, or refused by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moegraft.core.errors import AdapterConfigError, AdapterFileError
+from moegraft.lora.peft.folder import CONFIG_FILE, read_small_file
+from moegraft.lora.peft.patterns import ModulePatterns
+from moegraft.lora.peft.strict_json import StrictJSONError, parse_object, shorten
+
+MAX_CONFIG_BYTES = 16 * 2**20
+MAX_RANK = 2**20
+
+# Each changes what the adapter computes, in a way that low-rank pairs next to the base weights cannot express.
+_REFUSED = {
+    "alora_invocation_tokens": "aLoRA, which is active after an invocation sequence only",
+    "arrow_config": "Arrow routing between adapters",
+    "kasa_config": "KaSA, which replaces the base weights by a truncated decomposition",
+    "layer_replication": "a base model with replicated layers",
+    "lora_bias": "a bias on lora_B",
+    "monteclora_config": "MonteCLoRA, which samples around the adapter",
+    "trainable_token_indices": "trained rows of the embedding; save the whole embedding with modules_to_save instead",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA, whose A reads pooled inputs",
+}
+# Each of these moves a part of the base weights into the adapter, which is meaningless beside the unchanged base.
+_MOVES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+_HARMLESS_INIT = ("gaussian", "eva", "orthogonal", "mica")
+# Fields of peft.LoraConfig that only training, loading or bookkeeping reads; the file says which modules it holds.
+_IGNORED = frozenset(
+    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
+    "inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
+    "megatron_core modules_to_save qalora_group_size revision runtime_config target_modules task_type "
+    "velora_config".split()
+)
+_READ = frozenset(
+    "alpha_pattern bias init_lora_weights lora_alpha peft_type peft_version r rank_pattern target_parameters "
+    "use_dora use_rslora".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """What the loader needs of the config. ``target_parameters``: names or dotted ends of names of parameters."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: str = "none"
+    target_parameters: tuple[str, ...] = ()
+    peft_version: str | None = None
+    rank_pattern: ModulePatterns = field(default_factory=lambda: ModulePatterns("rank_pattern", {}))
+    alpha_pattern: ModulePatterns = field(default_factory=lambda: ModulePatterns("alpha_pattern", {}))
+    notes: tuple[str, ...] = ()
+
+    def rank(self, module: str) -> tuple[int, str]:
+        """Rank of a module, and the field that sets it, for messages."""
+        found = self.rank_pattern.find(module)
+        if found is None:
+            return self.r, f"r {self.r}"
+        return int(found[1]), f"rank_pattern {shorten(found[0])}: {int(found[1])}"
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv 2312.03732)."""
+        found = self.alpha_pattern.find(module)
+        alpha = self.lora_alpha if found is None else found[1]
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def names_parameter(self, parameter: str) -> bool:
+        """Whether ``target_parameters`` names a parameter: its full name or a dotted end of it (PEFT's rule)."""
+        return any(parameter == target or parameter.endswith(f".{target}") for target in self.target_parameters)
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """Parses and checks ``adapter_config.json``.
+
+    Raises:
+        AdapterFileError: the file cannot be read.
+        AdapterConfigError: it is malformed, or asks for something that cannot be served; names the field.
+    """
+    try:
+        data = read_small_file(folder, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
+    except AdapterFileError as error:
+        raise AdapterConfigError(str(error)) from error
+    try:
+        return parse_config(parse_object(data))
+    except StrictJSONError as error:
+        raise AdapterConfigError(f"{CONFIG_FILE}: {error}") from None
+    except AdapterConfigError as error:
+        raise AdapterConfigError(f"{CONFIG_FILE}: {error}") from None
+
+
+def parse_config(raw: Mapping[str, Any]) -> PeftConfig:
+    """Checks the fields. Raises AdapterConfigError."""
+    peft_type = raw.get("peft_type")
+    if peft_type != "LORA":
+        raise AdapterConfigError(f"peft_type {shorten(peft_type)} is not supported, expected 'LORA'")
+    for name, meaning in _REFUSED.items():
+        if raw.get(name):
+            raise AdapterConfigError(f"{name}: {meaning}; not supported")
+    _check_init(raw.get("init_lora_weights", True))
+    bias = raw.get("bias", "none")
+    if bias not in ("none", "all", "lora_only"):
+        raise AdapterConfigError(f"bias {shorten(bias)}, expected 'none', 'all' or 'lora_only'")
+    return PeftConfig(
+        r=_rank("r", raw.get("r")),
+        lora_alpha=_number("lora_alpha", raw.get("lora_alpha")),
+        use_rslora=_flag("use_rslora", raw.get("use_rslora")),
+        use_dora=_flag("use_dora", raw.get("use_dora")),
+        bias=bias,
+        target_parameters=_names("target_parameters", raw.get("target_parameters")),
+        peft_version=_version(raw.get("peft_version")),
+        rank_pattern=_patterns("rank_pattern", raw.get("rank_pattern"), _rank),
+        alpha_pattern=_patterns("alpha_pattern", raw.get("alpha_pattern"), _number),
+        notes=tuple(_unknown_fields(raw)),
+    )
+
+
+def _unknown_fields(raw: Mapping[str, Any]) -> list[str]:
+    known = _READ | _IGNORED | _REFUSED.keys()
+    unknown = [name for name, value in raw.items() if value and name not in known]
+    return [f"{CONFIG_FILE}: unknown field {shorten(name)} was not read" for name in unknown]
+
+
+def _check_init(init: Any) -> None:
+    if isinstance(init, bool) or init is None or init in _HARMLESS_INIT:
+        return
+    if isinstance(init, str) and init.lower().startswith(_MOVES_BASE):
+        raise AdapterConfigError(
+            f"init_lora_weights {shorten(init)}: the adapter fits a base model whose weights were changed with it; "
+            "convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    raise AdapterConfigError(f"init_lora_weights {shorten(init)} is not known")
+
+
+def _rank(name: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise AdapterConfigError(f"{name} {shorten(value)}, expected an integer from 1 to {MAX_RANK}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) < 1e30:  # the comparison is false for NaN as well
+        raise AdapterConfigError(f"{name} {shorten(value)}, expected a finite number")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise AdapterConfigError(f"{name} {shorten(value)}, expected true or false")
+    return bool(value)
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise AdapterConfigError(f"{name} {shorten(value)}, expected a list of names")
+    return tuple(value)
+
+
+def _version(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not re.match(r"[0-9]{1,4}\.[0-9]{1,4}(?![0-9])", value):
+        raise AdapterConfigError(f"peft_version {shorten(value)}, expected a version such as '0.19.1'")
+    return value
+
+
+def _patterns(name: str, value: Any, check: Callable[[str, Any], float]) -> ModulePatterns:
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise AdapterConfigError(f"{name} {shorten(value)}, expected an object of pattern: value")
+    return ModulePatterns(name, {key: check(f"{name}[{shorten(key)}]", item) for key, item in value.items()})

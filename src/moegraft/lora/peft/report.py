@@ -1,0 +1,29 @@
+"""What a load did, in numbers and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """The result of loading one adapter.
+
+    ``tensors_applied`` equals ``tensors_in_file``: a tensor that cannot be applied is an error. ``bytes_in_file``: of
+    the weight files. ``experts``: module -> projection (``gate``, ``up``, ``gate_up``, ``down``) -> rank of one
+    expert, the largest where they differ. ``linears``, ``embeddings``: module -> rank. ``saved``: module ->
+    parameters that are replaced. Modules by their names in the base model. ``notes``: decisions worth knowing.
+    """
+
+    name: str
+    path: str
+    peft_version: str | None
+    tensors_in_file: int
+    tensors_applied: int
+    bytes_in_file: int
+    experts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    linears: Mapping[str, int] = field(default_factory=dict)
+    embeddings: Mapping[str, int] = field(default_factory=dict)
+    saved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,173 @@
+"""A safetensors reader for untrusted files: the whole header is checked before one byte of a tensor is read.
+
+Format: 8 bytes little-endian header length n, n bytes of JSON, then the data. The header maps a tensor's name to
+``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets relative to the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from moegraft.core.errors import AdapterFileError, AdapterTensorError
+from moegraft.lora.peft.strict_json import StrictJSONError, parse_object, shorten
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_NAME_CHARS = 1024
+MAX_DIM = 2**31 - 1
+MAX_DIMS = 8
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """One tensor of a checked header. ``offset``: its first byte, counted from the start of the file."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def where(self) -> str:
+        """File and tensor, as every message names them."""
+        return f"{self.file.name}: tensor {shorten(self.name)}"
+
+
+class SafetensorsFile:
+    """One open file. Reads go through the handle that was checked, so a file swapped meanwhile changes nothing.
+
+    Plain reads instead of a memory map: a file that shrinks under a map kills the process, a short read raises.
+
+    Raises:
+        AdapterFileError: unreadable, truncated, or a header that lies about the file.
+        AdapterTensorError: a tensor that is not F64, F32, F16 or BF16.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: FileIO = path.open("rb", buffering=0)
+        except OSError as error:
+            raise AdapterFileError(f"{path}: cannot be opened ({error.strerror})") from error
+        try:
+            self.nbytes = self._file.seek(0, 2)
+            self.tensors: Mapping[str, TensorInfo] = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in the file's dtype. Raises AdapterTensorError where a value is NaN or infinite."""
+        info = self.tensors[name]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        data = self._read_bytes(info.offset, info.nbytes)
+        tensor = torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterTensorError(f"{info.where} holds NaN or infinite values")
+        return tensor
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_bytes(self, offset: int, nbytes: int) -> bytearray:
+        data = bytearray(nbytes)
+        view, filled = memoryview(data), 0
+        try:
+            self._file.seek(offset)
+            while filled < nbytes:
+                count = self._file.readinto(view[filled:])
+                if not count:
+                    raise AdapterFileError(f"{self.path.name}: ends at byte {offset + filled}, while it is being read")
+                filled += count
+        except OSError as error:
+            raise AdapterFileError(f"{self.path.name}: cannot be read ({error.strerror})") from error
+        return data
+
+    def _read_header(self) -> dict[str, TensorInfo]:
+        name = self.path.name
+        if self.nbytes < 8:
+            raise AdapterFileError(f"{name}: {self.nbytes} bytes, too short for a safetensors header")
+        length = int.from_bytes(self._read_bytes(0, 8), "little")
+        if length > min(MAX_HEADER_BYTES, self.nbytes - 8):
+            raise AdapterFileError(
+                f"{name}: header length {length}, but the file has {self.nbytes} bytes "
+                f"and a header at most {MAX_HEADER_BYTES}; truncated, or not a safetensors file"
+            )
+        try:
+            header = parse_object(bytes(self._read_bytes(8, length)))
+        except StrictJSONError as error:
+            raise AdapterFileError(f"{name}: header: {error}") from None
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise AdapterFileError(f"{name}: header: __metadata__ is not an object of strings")
+        infos = {key: self._tensor_info(key, entry, 8 + length) for key, entry in header.items()}
+        self._check_ranges(infos, 8 + length)
+        return infos
+
+    def _tensor_info(self, name: str, entry: Any, data_start: int) -> TensorInfo:
+        where = f"{self.path.name}: tensor {shorten(name)}"
+        if not name or len(name) > MAX_NAME_CHARS:
+            raise AdapterFileError(f"{where}: a name of {len(name)} characters, expected 1 to {MAX_NAME_CHARS}")
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise AdapterFileError(f"{where}: header entry {shorten(entry)}, expected dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise AdapterTensorError(f"{where}: dtype {shorten(dtype)}, expected one of {', '.join(DTYPES)}")
+        if not _is_sizes(shape) or len(shape) > MAX_DIMS or max(shape, default=0) > MAX_DIM:
+            raise AdapterFileError(f"{where}: shape {shorten(shape)}, expected at most {MAX_DIMS} sizes >= 0")
+        if not _is_sizes(offsets) or len(offsets) != 2:
+            raise AdapterFileError(f"{where}: data_offsets {shorten(offsets)}, expected two integers >= 0")
+        begin, end = offsets
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        if end - begin != nbytes:
+            raise AdapterFileError(
+                f"{where}: data_offsets {offsets} are {end - begin} bytes, but {dtype} {shape} is {nbytes}"
+            )
+        if data_start + end > self.nbytes:
+            raise AdapterFileError(f"{where}: ends at byte {data_start + end}, but the file has {self.nbytes}")
+        return TensorInfo(
+            name=name,
+            file=self.path,
+            dtype=DTYPES[dtype],
+            shape=tuple(shape),
+            offset=data_start + begin,
+            nbytes=nbytes,
+        )
+
+    def _check_ranges(self, infos: Mapping[str, TensorInfo], data_start: int) -> None:
+        """Tensors follow each other without holes or overlaps, to the last byte of the file."""
+        position = data_start
+        for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
+            if info.offset != position:
+                kind = "overlaps the tensor before it" if info.offset < position else "leaves a hole before it"
+                raise AdapterFileError(f"{info.where}: begins at byte {info.offset}, expected {position}: {kind}")
+            position += info.nbytes
+        if position != self.nbytes:
+            raise AdapterFileError(f"{self.path.name}: {self.nbytes - position} bytes behind the last tensor")
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -1,0 +1,164 @@
+"""PunicaWrapperCPU: the primitives in plain torch. Right on every device, made for the CPU."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+
+from moegraft.core.activation import split_halves
+from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
+from moegraft.lora.mapping import FEW_ROWS, AdapterMapping, LoRASegments
+from moegraft.lora.punica.base import PunicaWrapperBase
+from moegraft.lora.punica.paged import FactorIndex, PagedFactors, grouped_mm
+
+
+class PunicaWrapperCPU(PunicaWrapperBase):
+    """Factors are copied out of their pages, once a segment (experts) or once a batch (linear maps), then multiplied
+    in one grouped GEMM."""
+
+    def moe_lora_align_block_size(
+        self, expert_N: torch.Tensor, slot_N: torch.Tensor, mapping: AdapterMapping, tables: ExpertsTables
+    ) -> LoRASegments:
+        E = tables.expert_index.shape[1]
+        adapter_N = mapping.adapter_of_slot[slot_N]
+        is_local_N = (expert_N >= 0) & (expert_N < E) & (adapter_N >= 0)
+        position_N = tables.expert_index[slot_N, torch.where(is_local_N, expert_N, 0)]
+        rows_L = (is_local_N & (position_N >= 0)).nonzero().squeeze(1)
+        if rows_L.shape[0] <= FEW_ROWS:
+            return LoRASegments.one_row_each(rows_L, adapter_N[rows_L], position_N[rows_L].long())
+        key_L, order_L = torch.sort(adapter_N[rows_L] * E + position_N[rows_L], stable=True)
+        key_G, count_G = torch.unique_consecutive(key_L, return_counts=True)
+        return LoRASegments(
+            rows_L=rows_L[order_L],
+            offsets=tuple(accumulate(count_G.tolist(), initial=0)),
+            adapter_G=key_G // E,
+            position_G=key_G % E,
+        )
+
+    def add_lora_w13(
+        self,
+        u_NGF: torch.Tensor,
+        x_ND: torch.Tensor,
+        segments: LoRASegments,
+        mapping: AdapterMapping,
+        tables: ExpertsTables,
+        *,
+        num_halves: int = 2,
+        is_interleaved: bool = False,
+    ) -> None:
+        v_LR = _shrink(x_ND, segments, mapping, tables, ExpertsFactor.A13)
+        if v_LR is None:
+            return
+        gate_NF, up_NF = split_halves(u_NGF, num_halves=num_halves, is_interleaved=is_interleaved)
+        if num_halves == 2:
+            _add_expanded(gate_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_GATE)
+        _add_expanded(up_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_UP)
+
+    def add_lora_w2(
+        self,
+        y_ND: torch.Tensor,
+        h_NF: torch.Tensor,
+        segments: LoRASegments,
+        mapping: AdapterMapping,
+        tables: ExpertsTables,
+    ) -> None:
+        v_LR = _shrink(h_NF, segments, mapping, tables, ExpertsFactor.A2)
+        if v_LR is not None:
+            _add_expanded(y_ND, v_LR, segments, mapping, tables, ExpertsFactor.B2)
+
+    def add_lora_linear(
+        self,
+        y_MO: torch.Tensor,
+        x_MI: torch.Tensor,
+        mapping: AdapterMapping,
+        tables: LinearTables,
+        *,
+        bias_O: torch.Tensor | None = None,
+    ) -> None:
+        segments, factors = mapping.segments, _factors_of(mapping)
+        delta_LO = _linear_delta(y_MO, x_MI, mapping, factors, tables)
+        gain_SO = factors.whole(tables, LinearFactor.GAIN, y_MO.shape[1])
+        if gain_SO is not None:
+            rank_S = tables.factors[list(mapping.active_slots), LinearFactor.GAIN, Field.RANK]
+            gain_SO = gain_SO.squeeze(1).masked_fill((rank_S == 0)[:, None], 1.0)
+            base_LO = y_MO.index_select(0, segments.rows_L).float()
+            base_LO = base_LO if bias_O is None else base_LO - bias_O
+            dora_LO = (segments.per_row(gain_SO[segments.adapter_G]) - 1) * base_LO
+            delta_LO = dora_LO if delta_LO is None else dora_LO + delta_LO
+        if delta_LO is None:
+            return
+        if mapping.covers_all_rows:
+            y_MO.add_(delta_LO)
+        else:
+            _add_rows(y_MO, segments.rows_L, delta_LO)
+
+
+def _factors_of(mapping: AdapterMapping) -> PagedFactors:
+    factors: PagedFactors = mapping.shared.setdefault("paged_factors", PagedFactors(mapping.active_slots))
+    return factors
+
+
+def _shrink(
+    x_NI: torch.Tensor, segments: LoRASegments, mapping: AdapterMapping, tables: ExpertsTables, factor: int
+) -> torch.Tensor | None:
+    """Low-rank rows [L, widest rank]; lanes past a segment's rank hold finite values without meaning."""
+    factors = _factors_of(mapping)
+    index = factors.index(tables, factor, x_NI.shape[1])
+    if index is None or segments.is_empty or segments.position_G is None:
+        return None
+    a_GRI = factors.gather(tables, index, segments.adapter_G, segments.position_G, x_NI.shape[1])
+    return grouped_mm(x_NI.index_select(0, segments.rows_L), a_GRI.transpose(1, 2), segments.offsets)
+
+
+def _add_expanded(
+    y_NO: torch.Tensor,
+    v_LR: torch.Tensor,
+    segments: LoRASegments,
+    mapping: AdapterMapping,
+    tables: ExpertsTables,
+    factor: int,
+) -> None:
+    factors = _factors_of(mapping)
+    index = factors.index(tables, factor, y_NO.shape[1])
+    if index is None or segments.position_G is None:
+        return
+    b_GRO = factors.gather(tables, index, segments.adapter_G, segments.position_G, y_NO.shape[1])
+    lanes_LR = _select_lanes(v_LR, index, segments)
+    _add_rows(y_NO, segments.rows_L, _expand(lanes_LR, b_GRO, segments))
+
+
+def _linear_delta(
+    y_MO: torch.Tensor, x_MI: torch.Tensor, mapping: AdapterMapping, factors: PagedFactors, tables: LinearTables
+) -> torch.Tensor | None:
+    a_SRI = factors.whole(tables, LinearFactor.A, x_MI.shape[1])
+    b_SRO = factors.whole(tables, LinearFactor.B, y_MO.shape[1])
+    index = factors.index(tables, LinearFactor.B, y_MO.shape[1])
+    if a_SRI is None or b_SRO is None or index is None:
+        return None
+    segments = mapping.segments
+    if segments.adapter_G.shape[0] != a_SRI.shape[0] or mapping.num_rows <= FEW_ROWS:
+        a_SRI, b_SRO = a_SRI[segments.adapter_G], b_SRO[segments.adapter_G]
+    x_LI = x_MI if mapping.covers_all_rows else x_MI.index_select(0, segments.rows_L)
+    v_LR = grouped_mm(x_LI.float(), a_SRI.transpose(1, 2), segments.offsets).to(x_MI.dtype)
+    return _expand(_select_lanes(v_LR, index, segments), b_SRO, segments)
+
+
+def _expand(v_LR: torch.Tensor, b_GRO: torch.Tensor, segments: LoRASegments) -> torch.Tensor:
+    """Deltas [L, O] in float32: nothing is rounded between the low-rank vector and the sum with the base result."""
+    return grouped_mm(v_LR.float(), b_GRO.float(), segments.offsets)
+
+
+def _select_lanes(v_LR: torch.Tensor, index: FactorIndex, segments: LoRASegments) -> torch.Tensor:
+    """The lanes that a B factor reads: [L, max_rank], zero past the rank of a row's adapter."""
+    if index.is_uniform:
+        return v_LR[:, : index.max_rank]
+    lane_R = torch.arange(index.max_rank, device=v_LR.device)
+    first_L1 = segments.per_row(index.lane_S[segments.adapter_G])[:, None]
+    lanes_LR = v_LR.gather(1, (first_L1 + lane_R).clamp(max=v_LR.shape[1] - 1))
+    return lanes_LR.masked_fill_(lane_R >= segments.per_row(index.rank_S[segments.adapter_G])[:, None], 0)
+
+
+def _add_rows(y_NO: torch.Tensor, rows_L: torch.Tensor, delta_LO: torch.Tensor) -> None:
+    """y[rows] += delta, each row once: a copy back is several times faster on the CPU than index_add_."""
+    y_NO.index_copy_(0, rows_L, (y_NO.index_select(0, rows_L) + delta_LO).to(y_NO.dtype))

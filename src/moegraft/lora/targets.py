@@ -1,0 +1,127 @@
+"""What an adapter may touch in a base model, as plain data: integrations fill it, the loader and the bank read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsTarget:
+    """One fused experts module.
+
+    ``w13_param`` / ``w2_param`` are the parameter names inside the module (``gate_up_proj`` or, without a gate,
+    ``up_proj``; ``down_proj``). Stored shapes: [E, G*F, D] and [E, D, F]; transposed: [E, D, G*F] and [E, F, D].
+    ``is_interleaved``: gate and up alternate along the G*F axis (gpt-oss) instead of standing one after the other.
+    """
+
+    name: str
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    has_gate: bool = True
+    is_transposed: bool = False
+    is_interleaved: bool = False
+    w13_param: str = "gate_up_proj"
+    w2_param: str = "down_proj"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearTarget:
+    """One linear map y = x W^T (+ b): an nn.Linear, a router's weight Parameter, or an lm_head.
+
+    ``param`` is the Parameter's name inside the module (``weight``); ``weight`` gives it on demand (DoRA norms).
+    ``router``: the module is not an nn.Linear but a router that calls one F.linear on ``param``.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    param: str = "weight"
+    router: bool = False
+    weight: Callable[[], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingTarget:
+    """One token embedding [num_embeddings, embedding_dim]."""
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTargets:
+    """All that adapters can touch, by full module name (as in ``model.named_modules()``).
+
+    ``saveable``: parameters that ``modules_to_save`` may replace: module name -> {parameter or buffer name: tensor}
+    (routers, norms, embeddings, lm_head; never experts). ``model_type`` is transformers' ``config.model_type``.
+    """
+
+    model_type: str
+    experts: Mapping[str, ExpertsTarget] = field(default_factory=dict)
+    linears: Mapping[str, LinearTarget] = field(default_factory=dict)
+    embeddings: Mapping[str, EmbeddingTarget] = field(default_factory=dict)
+    saveable: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsLoRA:
+    """The LoRA of one experts module, ready for the bank. The scale is folded into every ``b_*``.
+
+    Held experts h: ``expert_ids`` ascending; a factor has h leading entries, or exactly 1 where one factor is shared
+    by all experts (shared-outer). Rows are rank rows: ``a13`` [h|1, R13, D], ``b_gate`` [h|1, r_gate, F],
+    ``b_up`` [h|1, r_up, F], ``a2`` [h|1, r2, F], ``b2`` [h|1, r2, D].
+
+        gate += b_gate[e].T @ (a13[e] @ x)[0 : r_gate]
+        up   += b_up[e].T   @ (a13[e] @ x)[up_lane : up_lane + r_up]
+        down += b2[e].T     @ (a2[e] @ h)
+
+    ``up_lane`` is 0 where gate and up share one A, else r_gate. An expert without a gate has only ``b_up``.
+    Experts of smaller rank are zero-padded to the largest rank of their projection.
+    """
+
+    expert_ids: tuple[int, ...]
+    a13: torch.Tensor | None = None
+    b_gate: torch.Tensor | None = None
+    b_up: torch.Tensor | None = None
+    up_lane: int = 0
+    a2: torch.Tensor | None = None
+    b2: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearLoRA:
+    """LoRA of a linear map: ``y += b.T @ (a @ x)`` with ``a`` [r, in], ``b`` [r, out] (scale folded in).
+
+    DoRA: ``gain`` [out] = magnitude / ||W + scale*B*A||_row, already folded into ``b``;
+    then ``y += (gain - 1) * (y_base - bias)`` comes on top.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    gain: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingLoRA:
+    """LoRA of an embedding: ``y += b.T @ a[:, token]`` with ``a`` [r, V], ``b`` [r, D] (scale folded in)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterWeights:
+    """One adapter, parsed and checked against the base model; on the CPU, in the bank's dtype.
+
+    ``saved``: module name -> {parameter name: full replacement tensor} (``modules_to_save``).
+    """
+
+    experts: Mapping[str, ExpertsLoRA] = field(default_factory=dict)
+    linears: Mapping[str, LinearLoRA] = field(default_factory=dict)
+    embeddings: Mapping[str, EmbeddingLoRA] = field(default_factory=dict)
+    saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)

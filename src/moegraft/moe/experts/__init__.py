@@ -1,0 +1,7 @@
+"""Experts classes, one a file."""
+
+from moegraft.moe.experts.base import FusedMoEExpertsModular
+from moegraft.moe.experts.torch_experts import TorchExperts
+from moegraft.moe.experts.triton_experts import TritonExperts
+
+__all__ = ["FusedMoEExpertsModular", "TorchExperts", "TritonExperts"]

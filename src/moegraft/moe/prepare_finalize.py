@@ -1,0 +1,87 @@
+"""Prepare and finalize: the two ends of a layer, where rows leave for their experts and come back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from moegraft.core.config import MoEConfig
+from moegraft.lora.context import MoELoRAContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRows:
+    """What experts read. M rows are on this rank (M = T where nothing is dispatched).
+
+    x [M, D] as the GEMM wants it (quantised where the format asks for it) · unquantised [M, D], what LoRA reads ·
+    topk_ids [M, K], ids outside [0, E) belong to other ranks · topk_weights [M, K] float32 ·
+    slots [M] int32: adapter slot of each row, -1 = base; None where the call has no context.
+    """
+
+    x_MD: torch.Tensor
+    unquantised_MD: torch.Tensor
+    topk_ids_MK: torch.Tensor
+    topk_weights_MK: torch.Tensor
+    slots_M: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsOutput:
+    """y [M, K, D] not yet weighted, or, where ``is_reduced``, [M, D] weighted and summed over K."""
+
+    y: torch.Tensor
+    is_reduced: bool
+
+
+class FusedMoEPrepareAndFinalize(ABC):
+    """A pair: ``finalize`` takes back what ``prepare`` gave out."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        x_TD: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        lora_context: MoELoRAContext | None,
+    ) -> PreparedRows: ...
+
+    @abstractmethod
+    def finalize(self, output: ExpertsOutput, rows: PreparedRows) -> torch.Tensor:
+        """out [T, D] in the dtype of the layer's input."""
+
+
+class NoDispatchPrepareAndFinalize(FusedMoEPrepareAndFinalize):
+    """One process holds all experts: rows stay where they are."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        if config.apply_router_weight_on_input and config.top_k != 1:
+            raise ValueError(f"apply_router_weight_on_input needs top_k = 1, found {config.top_k}")
+        self.weight_on_input = config.apply_router_weight_on_input
+
+    def prepare(
+        self,
+        x_TD: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        lora_context: MoELoRAContext | None,
+    ) -> PreparedRows:
+        weights_TK = topk_weights_TK.float()
+        if self.weight_on_input:
+            x_TD = (x_TD * weights_TK).to(x_TD.dtype)
+            weights_TK = torch.ones_like(weights_TK)
+        return PreparedRows(
+            x_MD=x_TD,
+            unquantised_MD=x_TD,
+            topk_ids_MK=topk_ids_TK,
+            topk_weights_MK=weights_TK,
+            slots_M=None if lora_context is None else lora_context.mapping.token_slots,
+        )
+
+    def finalize(self, output: ExpertsOutput, rows: PreparedRows) -> torch.Tensor:
+        if output.is_reduced:
+            return output.y
+        # One batched product in float32: a fixed order over K and one rounding at the end.
+        out_MD = torch.bmm(rows.topk_weights_MK.unsqueeze(1), output.y.float()).squeeze(1)
+        return out_MD.to(output.y.dtype)

@@ -1,0 +1,73 @@
+"""The oracle: an ordered table of experts classes and one walk through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moegraft.core.config import BackendRequest
+from moegraft.core.errors import NoBackendError
+from moegraft.moe.experts import FusedMoEExpertsModular, TorchExperts, TritonExperts
+
+# The order of preference; the first that can serve the request is taken.
+EXPERTS_CLASSES: tuple[type[FusedMoEExpertsModular], ...] = (TritonExperts, TorchExperts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """A backend that was not taken, and why."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The chosen experts class and what became of every other."""
+
+    request: BackendRequest
+    experts_cls: type[FusedMoEExpertsModular]
+    rejections: tuple[Rejection, ...]
+
+    @property
+    def backend(self) -> str:
+        return self.experts_cls.__name__
+
+
+def select_experts(
+    request: BackendRequest,
+    *,
+    backend: str | None = None,
+    classes: tuple[type[FusedMoEExpertsModular], ...] = EXPERTS_CLASSES,
+) -> Decision:
+    """The decision for one layer; ``backend`` asks for a class by name.
+
+    Raises NoBackendError with every reason where none (or not the named one) can serve the request.
+    """
+    names = [cls.__name__ for cls in classes]
+    if backend is not None and backend not in names:
+        raise NoBackendError(f"no backend is called {backend!r}; there are {', '.join(names)}")
+    chosen: type[FusedMoEExpertsModular] | None = None
+    rejections = []
+    for cls in classes:
+        reason = _why_not(cls, request)
+        if reason is None and backend not in (None, cls.__name__):
+            reason = f"{backend} was asked for by name"
+        elif reason is None and chosen is not None:
+            reason = f"{chosen.__name__} comes first in the order of preference"
+        if reason is None:
+            chosen = cls
+        else:
+            rejections.append(Rejection(backend=cls.__name__, reason=reason))
+    if chosen is None:
+        reasons = "; ".join(f"{r.backend}: {r.reason}" for r in rejections)
+        raise NoBackendError(f"no backend serves {request.format_name} experts on {request.device}: {reasons}")
+    return Decision(request=request, experts_cls=chosen, rejections=tuple(rejections))
+
+
+def _why_not(cls: type[FusedMoEExpertsModular], request: BackendRequest) -> str | None:
+    if request.lora and cls.is_monolithic:
+        return "it is monolithic: no delta can be added inside"
+    if request.lora and not cls.supports_lora():
+        return "it does not take LoRA"
+    ok, reason = cls.is_supported_config(request)
+    return None if ok else reason

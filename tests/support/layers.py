@@ -1,0 +1,136 @@
+"""An experts layer from plain tensors, with a poisoned adapter bank behind it, for a case of ``moegraft.testing``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from moegraft.build import build_fused_moe, build_fused_moe_with_lora
+from moegraft.core.tables import ExpertsFactor
+from moegraft.formats.dense import DenseExperts
+from moegraft.lora.bank import AdapterBank, BankLayout
+from moegraft.lora.context import MoELoRAContext
+from moegraft.lora.mapping import AdapterMapping
+from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
+from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
+from moegraft.testing import ExpertsFactors, MoECase, MoEInputs, make_inputs, moe_reference
+
+MODULE = "experts"
+
+# What the relative error of a delta may be. float32: sums of at most 64 terms in another order. bfloat16 (8 bits, half
+# a unit in the last place is 2**-9 = 0.002): x A, u, h, h A, y and the output are each rounded once, and the output
+# that the delta is taken from is about as large as the delta.
+DELTA_TOL = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BuiltLayer:
+    """A case, built: the layer without and with LoRA, and the bank that holds adapters ``a0``, ``a1``, ..."""
+
+    case: MoECase
+    inputs: MoEInputs
+    bank: AdapterBank
+    base: FusedMoE
+    with_lora: FusedMoEWithLoRA
+
+    @contextmanager
+    def context(self, slots_T: torch.Tensor | None = None) -> Iterator[MoELoRAContext]:
+        """The context of a batch in which row t uses adapter ``slots_T[t]`` (default: the case's own rows)."""
+        slots_T = self.inputs.token_slots_T if slots_T is None else slots_T
+        names = [None if slot < 0 else f"a{slot}" for slot in slots_T.tolist()]
+        with self.bank.acquire(names) as batch:
+            ranks = batch.max_ranks(MODULE)
+            bound = max(ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else 0
+            # A batch without tokens still has rows: sequences of length zero.
+            row_slots = batch.row_slots or (0,)
+            mapping = AdapterMapping.for_rows(row_slots, len(names), self.bank.pool.data.device)
+            yield self.with_lora.lora_context(mapping, bound)
+
+    def run(self, slots_T: torch.Tensor | None = None) -> torch.Tensor:
+        with self.context(slots_T) as context:
+            return self.run_with(context)
+
+    def run_with(self, context: MoELoRAContext | None) -> torch.Tensor:
+        inputs = self.inputs
+        return self.base.apply_experts(inputs.x_TD, inputs.topk_weights_TK, inputs.topk_ids_TK, context)
+
+    def reference(self, *, with_adapters: bool = True, slots_T: torch.Tensor | None = None) -> torch.Tensor:
+        """The merged-weights oracle in float64."""
+        inputs = self.inputs
+        return moe_reference(
+            inputs.x_TD,
+            inputs.topk_ids_TK,
+            inputs.topk_weights_TK,
+            inputs.weights,
+            self.case.config,
+            adapters=inputs.adapters if with_adapters else (),
+            token_slots_T=(inputs.token_slots_T if slots_T is None else slots_T) if with_adapters else None,
+        )
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Torch's threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def with_dtype(case: MoECase, dtype: torch.dtype) -> MoECase:
+    return replace(case, config=replace(case.config, dtype=dtype))
+
+
+def build_layer(
+    case: MoECase,
+    *,
+    seed: int = 0,
+    page_bytes: int = 1024,
+    backend: str | None = None,
+    device: torch.device | str = "cpu",
+) -> BuiltLayer:
+    """Small pages, so that most factors span several; the pool is poisoned, so that what nobody wrote is NaN."""
+    inputs = make_inputs(case, seed=seed, device=device)
+    bank = make_experts_bank(case, inputs.adapters, page_bytes=page_bytes, device=device)
+    base, _ = build_fused_moe(case.config, dense_weights(case, inputs), backend=backend)
+    with_lora = build_fused_moe_with_lora(base, bank.experts_tables(MODULE))
+    return BuiltLayer(case=case, inputs=inputs, bank=bank, base=base, with_lora=with_lora)
+
+
+def dense_weights(case: MoECase, inputs: MoEInputs) -> DenseExperts:
+    return DenseExperts(**_fields(inputs.weights), num_halves=case.config.activation.num_halves)
+
+
+def make_experts_bank(
+    case: MoECase,
+    adapters: tuple[ExpertsFactors, ...],
+    *,
+    page_bytes: int = 1024,
+    device: torch.device | str = "cpu",
+) -> AdapterBank:
+    config = case.config
+    target = ExpertsTarget(
+        name=MODULE,
+        num_experts=config.num_experts,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        has_gate=config.activation.gated,
+        is_transposed=case.is_transposed,
+        is_interleaved=case.is_interleaved,
+    )
+    layout = BankLayout(
+        ModelTargets(model_type="plain", experts={MODULE: target}), dtype=config.dtype, page_bytes=page_bytes
+    )
+    bank = AdapterBank(layout, capacity_bytes=4 << 20, device=device, max_slots=max(len(adapters), 1), poison=True)
+    for i, factors in enumerate(adapters):
+        bank.load(f"a{i}", AdapterWeights(experts={MODULE: ExpertsLoRA(**_fields(factors))}))
+    return bank
+
+
+def _fields(record: object) -> dict[str, object]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""Every family of MoE models: four adapters and the base in one batch, against independent truths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import moegraft
+from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.lora.peft import load_peft_adapter
+from moegraft.lora.targets import ModelTargets
+from tests.support.families import FAMILIES, VOCAB_SIZE, build
+from tests.support.family_adapters import FamilyAdapter, save_everything, save_experts, save_part, save_replacements
+from tests.support.oracle import merge, merged_logits
+
+LENGTHS = (9, 7, 5, 8, 6)
+NAMES = (None, "everything", "experts", "part", "replacements")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Waking a second thread costs more than these tiny products."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_mixed_batch_equals_independent_truths(family: str, tmp_path: Path) -> None:
+    adapters = {
+        "everything": save_everything(family, tmp_path / "everything"),
+        "experts": save_experts(family, tmp_path / "experts"),
+        "part": save_part(family, tmp_path / "part"),
+        "replacements": save_replacements(family, tmp_path / "replacements"),
+    }
+    rows = _rows()
+    batch = _left_padded(rows)
+    with moegraft.attach(build(family), adapter_memory="64MiB") as graft:
+        for name, adapter in adapters.items():
+            report = graft.load_adapter(adapter.path, name=name)
+            assert report.tensors_applied == report.tensors_in_file > 0
+        mixed = graft(**batch, adapters=list(NAMES)).logits
+        plain = graft(**batch, adapters=[None] * len(rows)).logits
+        alone = [graft(input_ids=row[None], adapters=[name]).logits[0] for row, name in zip(rows, NAMES, strict=True)]
+
+    assert torch.equal(mixed[0], plain[0])
+    for i, (row, name) in enumerate(zip(rows, NAMES, strict=True)):
+        base = merged_logits(build(family), _targets(family), None, input_ids=row[None])[0]
+        _assert_within(plain[i, -len(row) :], base, scale=base, what="without adapters")
+        if name is None:
+            continue
+        delta = mixed[i, -len(row) :] - plain[i, -len(row) :]
+        for what, logits in _truths(family, adapters[name], row).items():
+            _assert_within(delta, logits - base, scale=logits - base, what=f"{name}, {what}")
+        _assert_within(alone[i] - base, delta, scale=delta, what=f"{name}, alone")
+
+
+def test_mixed_generation_equals_merged_models(family: str, tmp_path: Path) -> None:
+    adapters = {
+        "everything": save_everything(family, tmp_path / "everything"),
+        "part": save_part(family, tmp_path / "part"),
+    }
+    names = [None, "everything", "part"]
+    targets = _targets(family)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    batch = _left_padded(_rows()[: len(names)])
+    del batch["position_ids"]
+    with moegraft.attach(build(family), adapter_memory="64MiB") as graft:
+        for name, adapter in adapters.items():
+            graft.load_adapter(adapter.path, name=name)
+        mixed = graft.generate(**batch, **options, adapters=names)
+
+    for i, name in enumerate(names):
+        weights = None
+        if name is not None:
+            weights, _ = load_peft_adapter(adapters[name].path, targets, dtype=torch.float32)
+        # The same padding: transformers' MiniMax does not give a padded row the tokens of the row alone.
+        expected = merge(build(family), targets, weights).generate(**batch, **options)
+        assert mixed[i].tolist() == expected[i].tolist(), name
+
+
+def _targets(family: str) -> ModelTargets:
+    return discover_targets(build(family))
+
+
+def _truths(family: str, adapter: FamilyAdapter, row: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits [S, V] of one row: as the adapter's maker has them, and merged from what the loader read."""
+    targets = _targets(family)
+    weights, _ = load_peft_adapter(adapter.path, targets, dtype=torch.float32)
+    return {
+        "maker": adapter.truth(input_ids=row[None])[0],
+        "merged": merged_logits(build(family), targets, weights, input_ids=row[None])[0],
+    }
+
+
+def _rows() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, VOCAB_SIZE, (length,), generator=generator) for length in LENGTHS]
+
+
+def _left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, -len(row) :] = row
+    mask = (ids > 0).long()
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def _assert_within(found: torch.Tensor, expected: torch.Tensor, *, scale: torch.Tensor, what: str) -> None:
+    """Float32 rounding through a few layers stays below 1e-5 of the largest value; 1e-4 leaves room for the rest."""
+    largest = scale.abs().max().item()
+    assert largest > 0.01, f"{what}: nothing to compare"
+    error = (found - expected).abs().max().item()
+    assert error <= 1e-4 * largest, f"{what}: {error} of {largest}"

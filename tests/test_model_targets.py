@@ -1,0 +1,225 @@
+"""What is found in a model, and which models are refused before anything was changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    DeepseekV4Config,
+    JetMoeConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
+
+import moegraft
+from moegraft.core.config import Activation, ActivationKind
+from moegraft.core.errors import UnsupportedModelError
+from moegraft.integrations.transformers.targets import discover_targets, experts_activation, find_unsupported
+from tests.support.families import FAMILIES, build
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+def _causal(config: PreTrainedConfig) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "llama4": (
+        lambda: _causal(Llama4TextConfig(**TINY, intermediate_size_mlp=24, num_local_experts=4, head_dim=8)),
+        ("Llama4ForCausalLM", "Llama4TextExperts", "does not dispatch"),
+    ),
+    "dbrx": (
+        lambda: _causal(
+            DbrxConfig(
+                d_model=32,
+                n_heads=4,
+                n_layers=2,
+                max_seq_len=64,
+                vocab_size=96,
+                attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+                ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+            )
+        ),
+        ("DbrxForCausalLM", "DbrxExperts", "does not dispatch"),
+    ),
+    "jetmoe": (
+        lambda: _causal(JetMoeConfig(**TINY, kv_channels=8, num_local_experts=4)),
+        ("JetMoeForCausalLM", "JetMoeParallelExperts", "does not dispatch"),
+    ),
+    "switch_transformers": (
+        lambda: SwitchTransformersForConditionalGeneration(
+            SwitchTransformersConfig(vocab_size=96, d_model=32, d_ff=24, d_kv=8, num_layers=2, num_experts=4)
+        ),
+        ("SwitchTransformersForConditionalGeneration", "SwitchTransformersExperts", "does not dispatch"),
+    ),
+    "clamped silu": (
+        lambda: _causal(
+            DeepseekV4Config(**{**TINY, "num_key_value_heads": 1}, moe_intermediate_size=24, n_routed_experts=4)
+        ),
+        ("DeepseekV4ForCausalLM", "DeepseekV4Experts", "activation that moegraft does not know"),
+    ),
+    "dense": (lambda: _causal(LlamaConfig(**TINY)), ("LlamaForCausalLM", "no mixture-of-experts layer")),
+    "peft": (
+        lambda: get_peft_model(build("mixtral"), LoraConfig(target_modules=["q_proj"])),
+        ("PeftModel", "base model itself"),
+    ),
+    "peft inside": (
+        lambda: get_peft_model(build("mixtral"), LoraConfig(target_modules=["q_proj"])).get_base_model(),
+        ("MixtralForCausalLM", "q_proj", "PEFT Linear"),
+    ),
+    "fp8": (lambda: _with_experts(_quantise), ("MixtralExperts", "is quantised", "float8_e4m3fn")),
+    "not loaded": (lambda: _with_experts(lambda experts: experts.to("meta")), ("MixtralExperts", "meta device")),
+    "norm behind each expert": (
+        lambda: _with_experts(lambda experts: setattr(experts, "has_post_expert_norm", True)),
+        ("MixtralExperts", "has_post_expert_norm"),
+    ),
+    "expert parallel": (
+        lambda: _with_experts(lambda experts: setattr(experts, "_is_expert_parallel", True)),
+        ("MixtralExperts", "expert parallel"),
+    ),
+}
+
+
+def _with_experts(change: Callable[[nn.Module], object]) -> PreTrainedModel:
+    """A Mixtral whose second experts module was changed."""
+    model = build("mixtral")
+    change(model.model.layers[1].mlp.experts)
+    return model
+
+
+def _quantise(experts: nn.Module) -> None:
+    experts.down_proj = nn.Parameter(experts.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_models_are_named_and_left_alone(case: str) -> None:
+    make, fragments = REFUSED[case]
+    model = make()
+    before = _fingerprint(model)
+    with pytest.raises(UnsupportedModelError) as caught:
+        moegraft.attach(model)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert _fingerprint(model) == before
+
+
+def _fingerprint(model: nn.Module) -> dict[str, object]:
+    modules = {
+        name: (type(module), tuple(module.__dict__), len(module._forward_hooks), id(module.forward.__func__))
+        for name, module in model.named_modules()
+    }
+    tensors = {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return {"modules": modules, "tensors": tensors, "experts": getattr(model.config, "_experts_implementation", None)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_projection_of_the_stack_is_a_target(family: str) -> None:
+    model = build(family)
+    targets = discover_targets(model)
+    assert find_unsupported(model) is None
+    assert len(targets.experts) >= 2
+    linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    never_called = {name for name in linears if name.endswith("dt_proj")}
+    routers = {name for name, target in targets.linears.items() if target.router}
+    assert targets.linears.keys() - routers == linears - never_called
+    for name, target in targets.linears.items():
+        assert target.weight is not None
+        weight = target.weight()
+        assert weight is model.get_submodule(name).weight
+        assert weight.shape == (target.out_features, target.in_features)
+    router_scores = [t for t in targets.linears.values() if t.name.split(".")[-1] in ("gate", "router", "wg", "proj")]
+    num_experts = next(iter(targets.experts.values())).num_experts
+    assert sum(target.out_features == num_experts for target in router_scores) == len(targets.experts)
+    assert not any(".experts" in name for name in targets.saveable)
+    assert {t.name for t in router_scores if t.out_features == num_experts} <= targets.saveable.keys()
+    assert "lm_head" in targets.saveable
+
+
+def test_sizes_come_from_the_weights() -> None:
+    oss = discover_targets(build("gpt_oss")).experts["model.layers.1.mlp.experts"]
+    assert (oss.num_experts, oss.hidden_size, oss.intermediate_size) == (4, 40, 24)
+    assert (oss.has_gate, oss.is_transposed, oss.is_interleaved) == (True, True, True)
+    latent = discover_targets(build("nemotron_h")).experts["model.layers.3.mixer.experts"]
+    assert (latent.hidden_size, latent.intermediate_size) == (16, 24)
+    assert (latent.has_gate, latent.w13_param, latent.is_interleaved) == (False, "up_proj", False)
+
+
+def test_a_linear_router_with_a_forward_of_its_own_is_a_router() -> None:
+    target = discover_targets(build("phimoe")).linears["model.layers.0.mlp.router"]
+    assert target.router
+    assert (target.in_features, target.out_features) == (32, 5)
+
+
+def test_an_embedding_that_scales_its_rows_is_left_out() -> None:
+    assert discover_targets(build("gemma4_text")).embeddings == {}
+    assert list(discover_targets(build("mixtral")).embeddings) == ["model.embed_tokens"]
+
+
+def test_vision_towers_are_left_out() -> None:
+    text = {**TINY, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 24, "num_heads": 4, "out_hidden_size": 32}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    targets = discover_targets(Qwen3VLMoeForConditionalGeneration(config))
+    assert list(targets.experts) == [f"model.language_model.layers.{i}.mlp.experts" for i in range(2)]
+    names = {*targets.linears, *targets.embeddings, *targets.saveable}
+    assert "model.language_model.layers.0.self_attn.q_proj" in names
+    assert "lm_head" in names
+    assert not any("visual" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("act_fn", "kind"),
+    [
+        (nn.SiLU(), ActivationKind.SILU),
+        (nn.GELU(), ActivationKind.GELU),
+        (nn.GELU(approximate="tanh"), ActivationKind.GELU_TANH),
+        (lambda x: x.relu() ** 2, ActivationKind.RELU2),
+    ],
+)
+@pytest.mark.parametrize("family", ["mixtral", "nemotron_h"])
+def test_activation_is_recognised_by_what_it_computes(family: str, act_fn: object, kind: ActivationKind) -> None:
+    model = build(family)
+    experts = model.get_submodule(next(iter(discover_targets(model).experts)))
+    del experts.act_fn
+    experts.act_fn = act_fn
+    assert experts_activation(experts) == Activation(kind=kind, gated=family == "mixtral")
+
+
+def test_alpha_and_limit_are_read_and_checked() -> None:
+    experts = build("gpt_oss").model.layers[0].mlp.experts
+    experts.alpha, experts.limit = 1.5, 3.0
+    assert experts_activation(experts) == Activation(kind=ActivationKind.SWIGLU_OAI, alpha=1.5, limit=3.0)
+    experts.is_concatenated = True  # a lie about where gate and up stand
+    with pytest.raises(UnsupportedModelError, match="GptOssExperts computes an activation"):
+        experts_activation(experts)
+
+
+@pytest.mark.parametrize("act_fn", [nn.Tanh(), nn.ReLU(), lambda x: torch.sigmoid(1.702 * x) * x])
+def test_an_unknown_activation_is_refused(act_fn: object) -> None:
+    model = build("mixtral")
+    del model.model.layers[1].mlp.experts.act_fn
+    model.model.layers[1].mlp.experts.act_fn = act_fn
+    with pytest.raises(UnsupportedModelError, match=r"'model.layers.1.mlp.experts' \(MixtralExperts\)"):
+        discover_targets(model)
