@@ -1,0 +1,146 @@
+"""Device side of LoRA on linear maps: a shrink and an expand over tiles of rows in the order of the batch.
+
+Rows are not sorted. The first row of each adapter slot in a tile *leads* it; a program works on the slots that a few
+rows of its tile lead, one after the other, with the tile's other rows masked. Every (row, column) of y thus belongs to
+exactly one program, whatever the mix of slots: nothing is added twice, and no atomics are needed.
+
+    tile of 8 rows, slots    5  5 -1  2  5  2  2 -1
+    leading rows             ^        ^                  rows 0 (slot 5: rows 0, 1, 4) and 3 (slot 2: rows 3, 5, 6)
+
+In a decode step each program looks at one row, and most rows lead; in prefill one program walks a whole tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moegraft.kernels.device_lib import (
+    FIELD_RANK,
+    NUM_FIELDS,
+    await_prior_kernel,
+    rank_row_elements,
+    release_next_kernel,
+)
+
+# Rows of ``LinearTables.factors``, as core/tables.py has them.
+A = tl.constexpr(0)
+B = tl.constexpr(1)
+GAIN = tl.constexpr(2)
+
+NO_SLOT = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def led_slots(slots, first_leader, TILE_M: tl.constexpr, LEADERS: tl.constexpr):
+    """The slots that rows [first_leader, first_leader + LEADERS) of a tile lead; NO_SLOT at every other row."""
+    row = tl.arange(0, TILE_M)
+    is_repeated = (slots[:, None] == slots[None, :]) & (row[None, :] < row[:, None])
+    leads = (tl.sum(is_repeated.to(tl.int32), axis=1) == 0) & (slots >= 0)
+    leads &= (row >= first_leader) & (row < first_leader + LEADERS)
+    return tl.where(leads, slots, NO_SLOT)
+
+
+@triton.jit
+def shrink_kernel(v_ptr, x_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr, stride_x, stride_pages, stride_fs,
+                  num_rows, LENGTH: tl.constexpr, PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
+                  GROUPS: tl.constexpr, LEADERS: tl.constexpr, RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
+                  BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """v[split, m, j] = sum over the split's part of LENGTH of A[a][j] * x[m], for the lanes j that adapter a has."""
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    rank_block = pid // SPLITS % RANK_BLOCKS
+    group = pid // (SPLITS * RANK_BLOCKS) % GROUPS
+    rows = pid // (SPLITS * RANK_BLOCKS * GROUPS) * TILE_M + tl.arange(0, TILE_M)
+    slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x
+    j = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    steps: tl.constexpr = (LENGTH + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
+
+    led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
+    slot = tl.min(led)
+    while slot != NO_SLOT:
+        factor_ptr = factors_ptr + slot * stride_fs + A * NUM_FIELDS
+        rank = tl.load(factor_ptr + FIELD_RANK)
+        if rank_block * BLOCK_R < rank:
+            mine = slots == slot
+            lane_live = j < rank
+            a_elements = rank_row_elements(
+                page_table_ptr + slot * stride_pages, factor_ptr, j, lane_live, LENGTH, PAGE_ELEMS, ALIGN
+            )
+            acc = tl.zeros([TILE_M, BLOCK_R], tl.float32)
+            for step in range(steps):
+                k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+                k_live = k < LENGTH
+                x = tl.load(x_ptrs + k[None, :], mask=mine[:, None] & k_live[None, :], other=0.0)
+                a_mask = lane_live[:, None] & k_live[None, :]
+                a = tl.load(pool_ptr + a_elements[:, None] + k[None, :], mask=a_mask, other=0.0)
+                acc = tl.dot(x, a.T, acc, input_precision=PRECISION)
+            v_rows = (split * num_rows + rows).to(tl.int64)
+            v_ptrs = v_ptr + v_rows[:, None] * (RANK_BLOCKS * BLOCK_R) + j[None, :]
+            tl.store(v_ptrs, acc.to(v_ptr.dtype.element_ty), mask=mine[:, None] & lane_live[None, :])
+        led = tl.where(led == slot, NO_SLOT, led)
+        slot = tl.min(led)
+
+
+@triton.jit
+def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr, stride_y, stride_pages,
+                  stride_fs, num_rows, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr,
+                  HAS_BIAS: tl.constexpr, TILE_M: tl.constexpr, GROUPS: tl.constexpr, LEADERS: tl.constexpr,
+                  V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+                  PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for TILE_M rows and BLOCK_N columns.
+
+    The partial sums of v are added in a fixed order and rounded once.
+    """
+    num_n: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    columns = pid % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = pid // num_n % GROUPS
+    rows = pid // (num_n * GROUPS) * TILE_M + tl.arange(0, TILE_M)
+    column_live = columns < COLUMNS
+    # Slots and tables were complete before the shrink ran, so this need not wait for it.
+    slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
+    led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
+    slot = tl.min(led)
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]
+    while slot != NO_SLOT:
+        pages_ptr = page_table_ptr + slot * stride_pages
+        factor_ptr = factors_ptr + slot * stride_fs + B * NUM_FIELDS
+        gain_ptr = factors_ptr + slot * stride_fs + GAIN * NUM_FIELDS
+        rank = tl.minimum(tl.load(factor_ptr + FIELD_RANK), V_WIDTH)
+        gain_rank = tl.load(gain_ptr + FIELD_RANK)
+        if rank + gain_rank > 0:
+            mine = slots == slot
+            acc = tl.zeros([TILE_M, BLOCK_N], tl.float32)
+            for first_lane in range(0, rank, BLOCK_R):
+                lane = first_lane + tl.arange(0, BLOCK_R)
+                lane_live = lane < rank
+                b_elements = rank_row_elements(pages_ptr, factor_ptr, lane, lane_live, COLUMNS, PAGE_ELEMS, ALIGN)
+                b_mask = lane_live[:, None] & column_live[None, :]
+                b = tl.load(pool_ptr + b_elements[:, None] + columns[None, :], mask=b_mask, other=0.0)
+                v_mask = mine[:, None] & lane_live[None, :]
+                v_rows = rows.to(tl.int64)
+                v = tl.load(v_ptr + v_rows[:, None] * V_WIDTH + lane[None, :], mask=v_mask, other=0.0)
+                for split in tl.static_range(1, SPLITS):
+                    v_rows = (split * num_rows + rows).to(tl.int64)
+                    v += tl.load(v_ptr + v_rows[:, None] * V_WIDTH + lane[None, :], mask=v_mask, other=0.0)
+                acc = tl.dot(v.to(b.dtype), b, acc, input_precision=PRECISION)
+            y_mask = mine[:, None] & column_live[None, :]
+            y = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32)
+            if gain_rank > 0:
+                no_row = tl.zeros([1], tl.int32)
+                gain_element = rank_row_elements(pages_ptr, gain_ptr, no_row, no_row == 0, COLUMNS, PAGE_ELEMS, ALIGN)
+                gain = tl.load(pool_ptr + gain_element + columns, mask=column_live, other=1.0).to(tl.float32)
+                base = y
+                if HAS_BIAS:
+                    bias = tl.load(bias_ptr + columns, mask=column_live, other=0.0).to(tl.float32)
+                    base = y - bias[None, :]
+                acc += (gain[None, :] - 1.0) * base
+            tl.store(y_ptrs, (y + acc).to(y_ptr.dtype.element_ty), mask=y_mask)
+        led = tl.where(led == slot, NO_SLOT, led)
+        slot = tl.min(led)

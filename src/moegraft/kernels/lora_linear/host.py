@@ -1,0 +1,192 @@
+"""LoRA on a linear map, added in place to what someone else's GEMM gave: two launches, no sort, no host sync."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from moegraft.core.tables import LinearTables
+from moegraft.kernels.launch import cdiv, dot_precision, next_power_of_2, pdl_options
+from moegraft.kernels.lora_linear.device import expand_kernel, shrink_kernel
+
+_WAVE = 128
+"""Shrink programs that fill a device: the H200 has 132 multiprocessors, which serves as the measure for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearTile:
+    """Tile sizes of one call. ``leaders``: rows of a tile whose slots one program works on; see device.py."""
+
+    shrink_m: int
+    expand_m: int
+    leaders: int
+    block_r: int
+    block_k: int
+    splits: int
+    block_n: int
+    num_warps: int = 4
+
+
+def add_lora_linear(
+    y_MO: torch.Tensor,
+    x_MI: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    tables: LinearTables,
+    *,
+    rank_bound: int,
+    run_length: int = 1,
+    bias_O: torch.Tensor | None = None,
+) -> None:
+    """Adds the delta of every row's adapter to ``y`` in place. The custom op ``moegraft::add_lora_linear``.
+
+    Semantics, for every row m with adapter a = token_slots[m] >= 0:
+
+        v    = A[a] x[m]                            float32 sums, rounded once to the dtype of x
+        y[m] = y[m] + B[a] v                        float32, rounded once to the dtype of y
+               + (gain[a] - 1) * (y[m] - bias)      where a has a gain (DoRA); bias 0 where there is none
+
+    Rows without adapter, or whose adapter does not touch the map, are not written. The same batch gives the same bits.
+
+    ``x`` has the pool's dtype, ``y`` any; both with contiguous rows. ``token_slots_M`` int32. ``rank_bound``: no
+    adapter that may be resident while this call, or a graph that captured it, runs has a larger rank here; it sizes the
+    scratch and the grid, the kernels walk the true ranks. ``run_length``: how many neighbouring rows share a slot, at
+    a guess: it decides speed, not results. No host sync: may be captured in a CUDA graph, which then serves whatever
+    the tables and ``token_slots_M`` come to hold.
+
+    Raises ValueError for shapes, dtypes or strides that do not fit.
+    """
+    torch.ops.moegraft.add_lora_linear(
+        y_MO, x_MI, token_slots_M, tables.pool, tables.page_table, tables.factors, bias_O, tables.page_elems,
+        rank_bound, run_length,
+    )  # fmt: skip
+
+
+def run_lora_linear(
+    y_MO: torch.Tensor,
+    x_MI: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    pool: torch.Tensor,
+    page_table: torch.Tensor,
+    factors: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    page_elems: int,
+    rank_bound: int,
+    run_length: int,
+) -> None:
+    """The op's implementation: decides, allocates, launches."""
+    tables = LinearTables(pool=pool, page_table=page_table, factors=factors, page_elems=page_elems)
+    _check(y_MO, x_MI, token_slots_M, tables)
+    M, in_features = x_MI.shape
+    if M == 0 or rank_bound == 0:
+        return
+    tile = choose_tile(M, in_features, y_MO.shape[1], rank_bound, run_length)
+    width = cdiv(rank_bound, tile.block_r) * tile.block_r
+    v_dtype = x_MI.dtype if tile.splits == 1 else torch.float32
+    v_SMW = torch.empty(tile.splits, M, width, dtype=v_dtype, device=x_MI.device)
+    _launch(y_MO, x_MI, v_SMW, token_slots_M, tables, bias_O, tile)
+
+
+_op = torch.library.custom_op("moegraft::add_lora_linear", run_lora_linear, mutates_args=("y_MO",))
+
+
+@_op.register_fake
+def _(
+    y_MO: torch.Tensor,
+    x_MI: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    pool: torch.Tensor,
+    page_table: torch.Tensor,
+    factors: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    page_elems: int,
+    rank_bound: int,
+    run_length: int,
+) -> None:
+    return None
+
+
+def _check(y_MO: torch.Tensor, x_MI: torch.Tensor, token_slots_M: torch.Tensor, tables: LinearTables) -> None:
+    M = x_MI.shape[0]
+    if y_MO.dim() != 2 or y_MO.shape[0] != M or token_slots_M.shape != (M,):
+        raise ValueError(
+            f"add_lora_linear: y {list(y_MO.shape)}, token_slots {list(token_slots_M.shape)}, expected [{M}, out] and "
+            f"[{M}], as x has {M} rows"
+        )
+    if x_MI.dtype != tables.pool.dtype:
+        raise ValueError(f"add_lora_linear: x is {x_MI.dtype}, the adapters are {tables.pool.dtype}")
+    if token_slots_M.dtype != torch.int32:
+        raise ValueError(f"add_lora_linear: token_slots is {token_slots_M.dtype}, expected torch.int32")
+    if M and (x_MI.stride(1) != 1 or y_MO.stride(1) != 1):
+        raise ValueError(f"add_lora_linear: rows of x {x_MI.stride()} and y {y_MO.stride()} must be contiguous")
+
+
+def choose_tile(num_rows: int, in_features: int, out_features: int, rank_bound: int, run_length: int) -> LinearTile:
+    """Decode: small tiles, a program for every row that may lead. Prefill: tiles that one sequence mostly fills."""
+    expand_m = 16
+    while expand_m < 64 and 2 * expand_m <= run_length:
+        expand_m *= 2
+    shrink_m = min(32, expand_m)
+    block_r = min(64, max(16, next_power_of_2(rank_bound)))
+    block_k = min(128, max(16, next_power_of_2(in_features)))
+    # A batch of one adapter keeps one program a tile busy: it must still fill the device.
+    programs, splits = cdiv(num_rows, shrink_m) * cdiv(rank_bound, block_r), 1
+    while splits < 8 and splits * programs < _WAVE and in_features >= 2 * splits * block_k:
+        splits *= 2
+    widest_n = 128 if expand_m == 16 and block_r < 64 else 64
+    return LinearTile(
+        shrink_m=shrink_m,
+        expand_m=expand_m,
+        # A run has one leader, its first row: as many rows as a run is long lead about one slot.
+        leaders=next_power_of_2(max(1, run_length) + 1) // 2,
+        block_r=block_r,
+        block_k=block_k,
+        splits=splits,
+        block_n=min(widest_n, max(16, next_power_of_2(out_features))),
+    )
+
+
+def _launch(
+    y_MO: torch.Tensor,
+    x_MI: torch.Tensor,
+    v_SMW: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    tables: LinearTables,
+    bias_O: torch.Tensor | None,
+    tile: LinearTile,
+) -> None:
+    (M, in_features), out_features = x_MI.shape, y_MO.shape[1]
+    splits, _, width = v_SMW.shape
+    addressing = (tables.pool, tables.page_table, tables.factors)
+    strides = (tables.page_table.stride(0), tables.factors.stride(0), M)
+    options = {
+        "PAGE_ELEMS": tables.page_elems, "BLOCK_R": tile.block_r, "SPLITS": splits,
+        "PRECISION": dot_precision(x_MI.dtype), "num_warps": tile.num_warps, **pdl_options(x_MI.device),
+    }  # fmt: skip
+    rank_blocks = width // tile.block_r
+    programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
+    shrink_kernel[(programs * rank_blocks * splits,)](
+        v_SMW, x_MI, token_slots_M, *addressing, x_MI.stride(0), *strides, LENGTH=in_features,
+        ALIGN=_alignment(tables, in_features), RANK_BLOCKS=rank_blocks, BLOCK_K=tile.block_k, num_stages=4, **rows,
+        **options,
+    )  # fmt: skip
+    programs, rows = _row_tiles(M, tile.expand_m, tile.leaders)
+    expand_kernel[(programs * cdiv(out_features, tile.block_n),)](
+        y_MO, v_SMW, bias_O, token_slots_M, *addressing, y_MO.stride(0), *strides, COLUMNS=out_features,
+        ALIGN=_alignment(tables, out_features), HAS_BIAS=bias_O is not None, V_WIDTH=width, BLOCK_N=tile.block_n,
+        num_stages=2, **rows, **options,
+    )  # fmt: skip
+
+
+def _row_tiles(num_rows: int, tile_m: int, leaders: int) -> tuple[int, dict[str, int]]:
+    """(programs along the rows, their constants)."""
+    leaders = min(leaders, tile_m)
+    # A power of two, so that not every size of a small batch compiles kernels of its own.
+    groups = cdiv(min(next_power_of_2(num_rows), tile_m), leaders)
+    return cdiv(num_rows, tile_m) * groups, {"TILE_M": tile_m, "GROUPS": groups, "LEADERS": leaders}
+
+
+def _alignment(tables: LinearTables, row_len: int) -> int:
+    """Elements, 16 bytes of them at most, that divide the address of every rank row of this length."""
+    return math.gcd(row_len, tables.page_elems, 16 // tables.pool.element_size())

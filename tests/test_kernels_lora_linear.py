@@ -1,0 +1,154 @@
+"""LoRA on linear maps in Triton's interpreter (or on the GPU): against merged weights and the torch reference."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from support.kernels import DEVICE
+from support.linear import LinearCase, make_linear_case
+
+from moegraft.kernels.lora_linear.host import add_lora_linear, choose_tile, run_lora_linear
+from moegraft.kernels.lora_linear.reference import add_lora_linear_reference
+from moegraft.testing.errors import assert_close, assert_close_delta
+from moegraft.testing.poison import poison_allocations
+
+# Sums of at most 400 terms in another order. On the GPU small float32 dots run on the same units, as "ieee".
+TOL = 3e-6
+
+
+def run(case: LinearCase, *, rank_bound: int, run_length: int = 1, with_bias: bool = False) -> torch.Tensor:
+    """The op's own implementation, so that its scratch memory is poisoned as well."""
+    y_MO, tables = case.y_MO.clone(), case.tables
+    bias_O = case.bias_O if with_bias else None
+    with poison_allocations():
+        run_lora_linear(
+            y_MO, case.x_MI, case.slots_M, tables.pool, tables.page_table, tables.factors, bias_O, tables.page_elems,
+            rank_bound, run_length,
+        )  # fmt: skip
+    return y_MO
+
+
+def check(case: LinearCase, y_MO: torch.Tensor, *, with_bias: bool = False) -> None:
+    expected = case.expected(with_bias=with_bias)
+    assert_close_delta(y_MO, case.y_MO, expected, case.y_MO, TOL)
+    is_base = torch.tensor([slot not in case.loras for slot in case.slots_M.tolist()], dtype=torch.bool)
+    assert torch.equal(y_MO[is_base], case.y_MO[is_base])
+
+
+def shuffled(num_rows: int, num_adapters: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(-1, num_adapters) for _ in range(num_rows)]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7, 8, 16, 64, 200])
+def test_rank(rank: int) -> None:
+    case = make_linear_case([rank, rank], [0, -1, 1, 0, 1], in_features=400 if rank == 16 else 37)
+    check(case, run(case, rank_bound=rank))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 15, 16, 17, 40])
+@pytest.mark.parametrize("run_length", [1, 3])
+def test_mixed_ranks_in_any_order(num_rows: int, run_length: int) -> None:
+    ranks = [1, 3, 7, 8, 16, 64, 0]
+    case = make_linear_case(ranks, shuffled(num_rows, len(ranks)))
+    check(case, run(case, rank_bound=64, run_length=run_length))
+
+
+@pytest.mark.parametrize("run_length", [16, 50, 130])
+def test_long_runs_and_a_wrong_guess(run_length: int) -> None:
+    """Tiles that straddle runs; and rows in no order at all where the caller promised runs."""
+    ranks = [5, 16, 2]
+    runs = [adapter for adapter in (0, 2, -1, 1, 0) for _ in range(run_length)][:150]
+    for picks in (runs, shuffled(len(runs), 3)):
+        case = make_linear_case(ranks, picks, in_features=20, out_features=24)
+        check(case, run(case, rank_bound=16, run_length=run_length))
+
+
+@pytest.mark.parametrize("picks", [[], [-1], [-1] * 20, [0] * 33, list(range(17))])
+def test_degenerate_batches(picks: list[int]) -> None:
+    case = make_linear_case([4] * 17, picks, in_features=24, out_features=8)
+    check(case, run(case, rank_bound=4))
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (5, 3), (16, 300), (257, 16), (64, 64)])
+def test_odd_sizes(in_features: int, out_features: int) -> None:
+    case = make_linear_case([2, 9], [1, 0, -1, 0], in_features=in_features, out_features=out_features)
+    check(case, run(case, rank_bound=9))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_dora_gain(with_bias: bool) -> None:
+    case = make_linear_case([4, 7, 3], shuffled(21, 3), gains=[0, 2])
+    check(case, run(case, rank_bound=7, with_bias=with_bias), with_bias=with_bias)
+
+
+def test_bound_above_every_rank_changes_no_bit_of_a_small_batch() -> None:
+    """What a captured graph runs with: room for adapters that are not there yet."""
+    case = make_linear_case([3, 16], [0, 1, -1, 1])
+    check(case, run(case, rank_bound=150))
+
+
+def test_splits_are_added_in_order_and_rounded_once() -> None:
+    assert choose_tile(3, 2048, 64, 16, 1).splits > 1
+    case = make_linear_case([16, 5], [0, 1, 0], in_features=2048, out_features=64, page_bytes=1 << 14)
+    y_MO = run(case, rank_bound=16)
+    check(case, y_MO)
+    assert torch.equal(y_MO, run(case, rank_bound=16))
+
+
+@pytest.mark.parametrize("y_dtype", [torch.float16, torch.float32])
+def test_low_precision_agrees_with_the_reference(y_dtype: torch.dtype) -> None:
+    """A router's logits stay float32 over a 16-bit model. float16: the interpreter's dot takes no bfloat16."""
+    case = make_linear_case([8, 16, 3], shuffled(19, 3), dtype=torch.float16, y_dtype=y_dtype, gains=[1])
+    expected = case.y_MO.clone()
+    add_lora_linear_reference(expected, case.x_MI, case.slots_M, case.tables, bias_O=case.bias_O)
+    y_MO = run(case, rank_bound=16, with_bias=True)
+    # v and y are rounded to 11 bits on both sides, from sums in another order: now and then to a neighbour.
+    assert_close_delta(y_MO, case.y_MO, expected, case.y_MO, 5e-4)
+
+
+def test_reference_matches_merged_weights() -> None:
+    case = make_linear_case([3, 40], shuffled(9, 2), gains=[1])
+    y_MO = case.y_MO.clone()
+    add_lora_linear_reference(y_MO, case.x_MI, case.slots_M, case.tables, bias_O=case.bias_O)
+    assert_close(y_MO, case.expected(with_bias=True), TOL)
+
+
+def test_strided_rows() -> None:
+    """x and y may be columns of larger tensors, as the parts of a fused projection are."""
+    case = make_linear_case([4, 6], [1, 0, -1])
+    wide_y, wide_x = torch.randn(3, 100, device=DEVICE), torch.randn(3, 90, device=DEVICE)
+    y_view, x_view = wide_y[:, 10:55], wide_x[:, 3:40]
+    y_view.copy_(case.y_MO)
+    x_view.copy_(case.x_MI)
+    before = wide_y.clone()
+    add_lora_linear(y_view, x_view, case.slots_M, case.tables, rank_bound=6)
+    assert torch.equal(y_view, run(case, rank_bound=6))
+    assert torch.equal(wide_y[:, :10], before[:, :10]) and torch.equal(wide_y[:, 55:], before[:, 55:])
+
+
+def test_op_passes_opcheck() -> None:
+    case = make_linear_case([4, 6], [1, 0, -1], gains=[0])
+    tables = case.tables
+    torch.library.opcheck(
+        torch.ops.moegraft.add_lora_linear.default,
+        (
+            case.y_MO, case.x_MI, case.slots_M, tables.pool, tables.page_table, tables.factors, case.bias_O,
+            tables.page_elems, 6, 1,
+        ),
+    )  # fmt: skip
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    case = make_linear_case([4], [0, 0])
+    with pytest.raises(ValueError, match=r"y \[1, 45\]"):
+        add_lora_linear(case.y_MO[:1], case.x_MI, case.slots_M, case.tables, rank_bound=4)
+    with pytest.raises(ValueError, match=r"x is torch\.bfloat16"):
+        add_lora_linear(case.y_MO, case.x_MI.bfloat16(), case.slots_M, case.tables, rank_bound=4)
+    with pytest.raises(ValueError, match=r"token_slots is torch\.int64"):
+        add_lora_linear(case.y_MO, case.x_MI, case.slots_M.long(), case.tables, rank_bound=4)

@@ -1,0 +1,136 @@
+"""TritonExperts in the house: the oracle's word on it, and the layer over it in Triton's interpreter or on the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from support.kernels import DEVICE
+from support.layers import MODULE, BuiltLayer, build_layer, dense_weights
+
+import moegraft.kernels.moe_forward.host as moe_forward
+from moegraft.build import build_fused_moe
+from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
+from moegraft.core.errors import NoBackendError
+from moegraft.lora.punica import PunicaWrapperCPU
+from moegraft.moe.experts import TorchExperts, TritonExperts
+from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
+from moegraft.moe.method import FusedMoEModularMethod
+from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize
+from moegraft.oracle import select_experts
+from moegraft.testing import MOE_CASES, assert_close, assert_close_delta
+
+CASES = {case.name: case for case in MOE_CASES}
+HOPPER = DeviceTarget(kind="cuda", capability=(9, 0), has_triton=True)
+CONFIG = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=32, dtype=torch.bfloat16)
+
+# Sums of at most 64 terms in another order than the reference's float64.
+DELTA_TOL = 1e-5
+
+
+def over_triton(layer: BuiltLayer) -> BuiltLayer:
+    """The same layer over TritonExperts, which the oracle would not give to float32 weights."""
+    config = layer.case.config
+    weights = dense_weights(layer.case, layer.inputs)
+    method = FusedMoEModularMethod(config, weights, TritonExperts, NoDispatchPrepareAndFinalize(config))
+    base = FusedMoE(config, method)
+    with_lora = FusedMoEWithLoRA(base, layer.bank.experts_tables(MODULE), PunicaWrapperCPU())
+    return replace(layer, base=base, with_lora=with_lora)
+
+
+@pytest.mark.parametrize(
+    "name", ["no_tokens", "one_token", "odd_sizes", "sentinels", "single_projections", "some_experts", "mixed_ranks"]
+)
+def test_layer_matches_merged_weights(name: str) -> None:
+    layer = over_triton(build_layer(CASES[name], device=DEVICE))
+    base, out = layer.run_with(None), layer.run()
+    assert_close_delta(out, base, layer.reference(), layer.reference(with_adapters=False), DELTA_TOL)
+    is_base = layer.inputs.token_slots_T < 0
+    if DEVICE == "cuda":
+        assert torch.equal(out[is_base], base[is_base])
+    else:  # the interpreter's matrix product gives a row other bits at another place of a tile
+        assert_close(out[is_base], base[is_base], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["transposed", "interleaved", "gpt_oss", "relu2_without_gate", "weight_on_input"])
+def test_layouts_and_options_reach_the_kernels(name: str) -> None:
+    layer = over_triton(build_layer(CASES[name], device=DEVICE))
+    base, base_reference = layer.run_with(None), layer.reference(with_adapters=False)
+    assert_close(base, base_reference, DELTA_TOL)
+    assert_close_delta(layer.run(), base, layer.reference(), base_reference, DELTA_TOL)
+
+
+def test_a_batch_without_adapters_launches_no_lora_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = over_triton(build_layer(CASES["one_token"], device=DEVICE))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a LoRA kernel was launched")
+
+    monkeypatch.setattr(moe_forward, "lora_shrink13", refuse)
+    monkeypatch.setattr(moe_forward, "lora_shrink2", refuse)
+    layer.run_with(None)
+    layer.run(torch.full_like(layer.inputs.token_slots_T, -1))
+    with pytest.raises(AssertionError, match="LoRA kernel"):
+        layer.run(torch.zeros_like(layer.inputs.token_slots_T))
+
+
+def test_bound_context_serves_hosts_without_an_argument() -> None:
+    layer = over_triton(build_layer(CASES["one_token"], device=DEVICE))
+    expected, experts = layer.run(), layer.base.method.experts
+    assert isinstance(experts, TritonExperts)
+    with layer.context() as context:
+        experts.set_lora_context(context)
+        assert torch.equal(layer.run_with(None), expected)
+        experts.set_lora_context(None)
+    assert not torch.equal(layer.run_with(None), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+def test_oracle_takes_it_on_cuda(dtype: torch.dtype, capability: tuple[int, int]) -> None:
+    device = replace(HOPPER, capability=capability)
+    decision = select_experts(BackendRequest(config=replace(CONFIG, dtype=dtype), device=device))
+    assert decision.experts_cls is TritonExperts
+    assert [rejection.backend for rejection in decision.rejections] == ["TorchExperts"]
+    assert "TritonExperts comes first" in decision.rejections[0].reason
+
+
+REFUSED = {
+    "CUDA devices": {"device": DeviceTarget(kind="cpu", has_triton=True)},
+    "triton cannot be imported": {"device": replace(HOPPER, has_triton=False)},
+    "compute capability 8.0": {"device": replace(HOPPER, capability=(7, 5))},
+    "torch.float32": {"config": replace(CONFIG, dtype=torch.float32)},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_oracle_says_why_not(reason: str) -> None:
+    request = replace(BackendRequest(config=CONFIG, device=HOPPER), **REFUSED[reason])
+    decision = select_experts(request)
+    assert decision.experts_cls is TorchExperts
+    assert reason in decision.rejections[0].reason
+    with pytest.raises(NoBackendError, match=reason):
+        select_experts(request, backend="TritonExperts")
+
+
+def test_other_formats_are_refused() -> None:
+    ok, reason = TritonExperts.is_supported_config(BackendRequest(config=CONFIG, device=HOPPER, format_name="int4"))
+    assert not ok and "weights are int4" in reason
+
+
+def test_weights_are_not_copied() -> None:
+    layer = over_triton(build_layer(CASES["one_token"], device=DEVICE))
+    experts = layer.base.method.experts
+    before = layer.run_with(None)
+    experts.weights.w2.mul_(2)
+    assert_close(layer.run_with(None), 2 * before, 1e-6)
+
+
+def test_float32_layers_keep_torch_on_any_device() -> None:
+    layer = build_layer(CASES["one_token"], device=DEVICE)
+    _, decision = build_fused_moe(layer.case.config, dense_weights(layer.case, layer.inputs))
+    assert decision.experts_cls is TorchExperts
