@@ -44,12 +44,14 @@ class Block(enum.IntEnum):
 
 
 class Tile(enum.IntEnum):
-    """Columns of ``MoERouting.tiles``. A tile with FIRST == END has no work."""
+    """Columns of ``MoERouting.tiles``. A tile with FIRST == END has no work. The tickets count arrivals, from zero."""
 
     EXPERT = 0
     SLOT = 1
     FIRST = 2
     END = 3
+    TICKET13 = 4
+    TICKET2 = 5
 
 
 RECORD_INTS = 8

@@ -1,0 +1,60 @@
+"""LoRA shrink: the low-rank rows of the (expert, adapter) segments of a routing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from moegraft.core.routing import MoERouting, Tile
+from moegraft.core.tables import ExpertsFactor
+from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
+from moegraft.kernels.lora_shrink.device import shrink_kernel
+from moegraft.kernels.records import LoRABatch, LowRank
+from moegraft.tuning.tiles import ShrinkTile
+
+
+def lora_shrink13(
+    low_rank: LowRank, x_TD: torch.Tensor, routing: MoERouting, lora: LoRABatch, *, tile: ShrinkTile
+) -> None:
+    """Semantics: for every position p with row n, token t = n // K and (expert, adapter) = (e, a),
+
+        u[p, column(j)] = A13[a, e][j] . x[t]      0 <= j < R13
+
+    summed in float32, rounded once to the compute dtype. column(j) = j for the lanes that the gate reads; lanes of an
+    up factor with an A of its own follow from the next multiple of 16. Columns that pad to a multiple of 16 become zero.
+    """
+    which = {"A": ExpertsFactor.A13, "B_LAST": ExpertsFactor.B_UP, "K": routing.top_k, "TICKET": Tile.TICKET13}
+    _launch(low_rank, x_TD, routing, lora, tile, which)
+
+
+def lora_shrink2(
+    low_rank: LowRank, h_NF: torch.Tensor, routing: MoERouting, lora: LoRABatch, *, tile: ShrinkTile
+) -> None:
+    """Semantics: u[p, j] = A2[a, e][j] . h[p] for every position p; ``h`` lies in the order of positions."""
+    which = {"A": ExpertsFactor.A2, "B_LAST": ExpertsFactor.B2, "K": 0, "TICKET": Tile.TICKET2}
+    _launch(low_rank, h_NF, routing, lora, tile, which)
+
+
+def _launch(
+    low_rank: LowRank,
+    x: torch.Tensor,
+    routing: MoERouting,
+    lora: LoRABatch,
+    tile: ShrinkTile,
+    which: Mapping[str, int],
+) -> None:
+    width = low_rank.u_NW.shape[1]
+    if routing.num_rows == 0 or width == 0:
+        return
+    tables, length = lora.tables, x.shape[1]
+    rank_blocks = cdiv(width, tile.block_r)
+    shrink_kernel[(routing.max_tiles * rank_blocks * tile.splits,)](
+        low_rank.u_NW, low_rank.partial_SNW, x, routing.order, routing.tiles, routing.counts, tables.pool,
+        tables.page_table, tables.factors, tables.expert_index, x.stride(0), tables.page_table.stride(0),
+        tables.factors.stride(0), tables.expert_index.stride(0), routing.num_rows, LENGTH=length, U_WIDTH=width,
+        PAGE_ELEMS=tables.page_elems, ALIGN=lora.row_alignment(length), TILE_M=routing.tile_m, RANK_BLOCKS=rank_blocks,
+        BLOCK_R=tile.block_r, BLOCK_K=tile.block_k, SPLITS=tile.splits, PRECISION=dot_precision(x.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **{name: int(code) for name, code in which.items()},
+        **pdl_options(x.device),
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Grouped GEMM 13 with LoRA, bias and activation fused: hidden states in, activations out."""
+
+from __future__ import annotations
+
+import torch
+
+from moegraft.core.config import ActivationKind
+from moegraft.core.routing import Lanes, MoERouting
+from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
+from moegraft.kernels.moe_gemm13.device import gemm13_kernel
+from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.tma import weight_operand
+from moegraft.tuning.tiles import GemmTile
+
+KIND_CODES = {kind: code for code, kind in enumerate(ActivationKind)}
+"""As device_lib.py numbers them."""
+
+
+def moe_gemm13(
+    h_NF: torch.Tensor,
+    x_TD: torch.Tensor,
+    weights: MoEWeights,
+    routing: MoERouting,
+    *,
+    lora: LoRABatch | None = None,
+    u_NW: torch.Tensor | None = None,
+    input_weights_TK: torch.Tensor | None = None,
+    tile: GemmTile,
+) -> None:
+    """Writes h [N, F], in the order of positions.
+
+    Semantics, for every position p of expert e, with row n = order[p] and token t = n // K:
+
+        (gate, up) = (W13[e] x[t] + B13[a, e] u[p]) * input_weight[n] + b13[e]
+        h[p] = act(gate, up)
+
+    in float32, rounded once. ``lora`` and ``u_NW`` (of ``lora_shrink13``) come together, or are absent and the kernel
+    has no LoRA in it. ``input_weights_TK`` is for models that apply the router weight to the input.
+    """
+    if routing.num_rows == 0:
+        return
+    D, F = weights.hidden_size, weights.intermediate_size
+    w = weights.w13_EGFD
+    stride_wf, up_offset = weights.half_strides(w.stride(1))
+    stride_bf, bias_up_offset = weights.half_strides(1 if weights.b13 is None else weights.b13.stride(1))
+    w_operand, use_tma = weight_operand(w, tile, is_plain=not weights.is_interleaved)
+    gemm13_kernel[(routing.max_blocks * cdiv(F, tile.block_n),)](
+        h_NF, x_TD, w_operand, weights.b13, input_weights_TK, routing.order, routing.segment, routing.blocks,
+        routing.counts, *lora_operands(lora, u_NW, routing.lanes13), x_TD.stride(0), w.stride(0), stride_wf, w.stride(2), up_offset,
+        0 if weights.b13 is None else weights.b13.stride(0), stride_bf, bias_up_offset,
+        0 if routing.lanes13 is None else routing.lanes13.segment.shape[0], weights.activation.alpha, weights.activation.limit,
+        D=D, F=F, K=routing.top_k, GATED=weights.activation.gated, KIND=KIND_CODES[weights.activation.kind],
+        HAS_BIAS=weights.b13 is not None, WEIGHT_ON_INPUT=input_weights_TK is not None, USE_TMA=use_tma,
+        BLOCK_M=routing.block_m, **lora_sizes(lora, u_NW, F), **tile_options(tile, x_TD),
+    )  # fmt: skip
+
+
+def lora_operands(
+    lora: LoRABatch | None, u_NW: torch.Tensor | None, lanes: Lanes | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Pointers of the expand, in the order in which the kernels take them."""
+    if lora is None or u_NW is None or lanes is None:
+        return (None,) * 5
+    return u_NW, lora.tables.pool, lanes.segment, lanes.column, lanes.element
+
+
+def lora_sizes(lora: LoRABatch | None, u_NW: torch.Tensor | None, columns: int) -> dict[str, int]:
+    """Constants of the expand."""
+    if lora is None or u_NW is None:
+        return {"HAS_LORA": False, "U_WIDTH": 0, "ALIGN": 1}
+    return {"HAS_LORA": True, "U_WIDTH": u_NW.shape[1], "ALIGN": lora.row_alignment(columns)}
+
+
+def tile_options(tile: GemmTile, x: torch.Tensor) -> dict[str, object]:
+    """Constants and launch options of a GEMM."""
+    return {
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "BLOCK_L": tile.block_l,
+        "GROUP": tile.group,
+        "EXPAND_STAGES": tile.expand_stages,
+        "PRECISION": dot_precision(x.dtype),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **pdl_options(x.device),
+    }

@@ -1,0 +1,85 @@
+"""Device side of the grouped GEMM 2: LoRA as extra K steps, bias, router weight."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moegraft.kernels.device_lib import (
+    add_lanes,
+    await_prior_kernel,
+    grouped_order,
+    load_lanes,
+    release_next_kernel,
+)
+
+
+@triton.jit
+def gemm2_kernel(y_ptr, h_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, segment_ptr, block_ptr, count_ptr,
+                 u_ptr, pool_ptr, lane_segment_ptr, lane_column_ptr, element_ptr, stride_we, stride_wd, stride_wf, stride_be,
+                 stride_bd, D: tl.constexpr, F: tl.constexpr, HAS_BIAS: tl.constexpr,
+                 HAS_WEIGHT: tl.constexpr, HAS_LORA: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                 BLOCK_L: tl.constexpr, GROUP: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+                 USE_TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y[row of position] = router weight * (W2[e] h[position] + b2[e] + B2 u). Waits as GEMM 13 does."""
+    if not HAS_LORA:
+        await_prior_kernel(PDL)
+    num_blocks = tl.load(count_ptr)
+    num_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    if pid >= num_blocks * num_n:
+        return
+    block, n = grouped_order(pid, num_blocks, num_n, GROUP)
+    expert = tl.load(block_ptr + block * 8 + 0)
+    first = tl.load(block_ptr + block * 8 + 1)
+    end = tl.load(block_ptr + block * 8 + 2)
+    if first >= end:
+        return
+    positions = first + tl.arange(0, BLOCK_M)
+    live = positions < end
+    row = tl.load(order_ptr + positions, mask=live, other=0)
+    d = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    d_live = d < D
+    k = tl.arange(0, BLOCK_K)
+    h_ptrs = h_ptr + positions.to(tl.int64)[:, None] * F + k[None, :]
+    w_ptrs = w_ptr
+    if not USE_TMA:
+        w_ptrs += expert.to(tl.int64) * stride_we + d[None, :] * stride_wd + k[:, None] * stride_wf
+    if HAS_LORA:
+        row_segments = tl.load(segment_ptr + positions, mask=live, other=-2)
+        lane_first = tl.load(block_ptr + block * 8 + 5)
+        lane_end = tl.load(block_ptr + block * 8 + 6)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(0, tl.cdiv(F, BLOCK_K)):
+        k_live = k < F - step * BLOCK_K
+        h = tl.load(h_ptrs + step * BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
+        if USE_TMA:
+            w = w_ptr.load([expert * D + n * BLOCK_N, step * BLOCK_K]).T
+        else:
+            w_live = k_live[:, None] & d_live[None, :]
+            w = tl.load(w_ptrs + step * BLOCK_K * stride_wf, mask=w_live, other=0.0)
+        acc = tl.dot(h, w, acc, input_precision=PRECISION)
+
+    if HAS_LORA:
+        await_prior_kernel(PDL)
+    release_next_kernel(PDL)
+    if HAS_LORA:
+        lanes = lane_first + tl.arange(0, BLOCK_L)
+        segment, column, element = load_lanes(lane_segment_ptr, lane_column_ptr, element_ptr, lanes, lane_end)
+        for _ in tl.range(lane_first, lane_end, BLOCK_L, num_stages=EXPAND_STAGES):
+            lanes += BLOCK_L
+            next_segment, next_column, next_element = load_lanes(
+                lane_segment_ptr, lane_column_ptr, element_ptr, lanes, lane_end
+            )
+            acc = add_lanes(
+                acc, u_ptr, pool_ptr, segment, column, element, positions, row_segments, d, d_live, U_WIDTH, PRECISION,
+                ALIGN,
+            )  # fmt: skip
+            segment, column, element = next_segment, next_column, next_element
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + expert * stride_be + d * stride_bd, mask=d_live, other=0.0).to(tl.float32)[None, :]
+    if HAS_WEIGHT:
+        acc *= tl.load(router_weight_ptr + row, mask=live, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + row[:, None].to(tl.int64) * D + d[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=live[:, None] & d_live[None, :])

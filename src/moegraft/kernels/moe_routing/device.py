@@ -1,0 +1,267 @@
+"""Device side of the routing build. ``docs/kernels.md`` works an example."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moegraft.kernels.device_lib import (
+    B2,
+    B_GATE,
+    B_UP,
+    FIELD_EXPERT_STRIDE,
+    FIELD_FIRST_PAGE,
+    FIELD_LANE,
+    FIELD_OFFSET,
+    FIELD_RANK,
+    GRANULE,
+    NUM_FIELDS,
+    await_prior_kernel,
+    pad_to_granule,
+    release_next_kernel,
+)
+
+
+@triton.jit
+def _load_experts(rows, ids_ptr, num_rows, E: tl.constexpr):
+    """Expert of each row; E for sentinels and for rows past the end."""
+    expert = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1).to(tl.int32)
+    return tl.where((expert >= 0) & (expert < E), expert, E)
+
+
+@triton.jit
+def _expert_extent(me, ids_ptr, num_rows, E: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr,
+                   TILE_M: tl.constexpr, E_BINS: tl.constexpr, CHUNK: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
+    """(first position of the expert, its rows, first block, end of blocks, first segment, first tile, end of tiles).
+
+    Every program finds its share of the lists by itself. ``DENSE``: the lists have no holes for experts without rows,
+    which takes a histogram of all experts. Else the shares are bounds that hold for any expert sizes:
+    floor((p + n) / m) - floor(p / m) + 1 >= ceil(n / m), and min(p + n, (e + 1) S) - min(p, e S) >= min(n, S).
+    """
+    if DENSE:
+        bins = tl.arange(0, E_BINS)
+        counts = tl.zeros([E_BINS], tl.int32)
+        for start in range(0, num_rows, CHUNK):
+            expert = _load_experts(start + tl.arange(0, CHUNK), ids_ptr, num_rows, E)
+            counts += tl.histogram(expert, E_BINS)
+        is_before = bins < me
+        blocks = (counts + BLOCK_M - 1) // BLOCK_M
+        segments = tl.minimum(counts, S)
+        first = tl.sum(tl.where(is_before, counts, 0), 0)
+        num_mine = tl.sum(tl.where(bins == me, counts, 0), 0)
+        first_block = tl.sum(tl.where(is_before, blocks, 0), 0)
+        end_block = first_block + (num_mine + BLOCK_M - 1) // BLOCK_M
+        first_segment = tl.sum(tl.where(is_before, segments, 0), 0)
+        end_segment = first_segment + tl.minimum(num_mine, S)
+        first_tile = first_segment + tl.sum(tl.where(is_before, counts // TILE_M, 0), 0)
+        end_tile = first_tile + (end_segment - first_segment) + num_mine // TILE_M
+    else:
+        before = tl.zeros([CHUNK], tl.int32)
+        mine = tl.zeros([CHUNK], tl.int32)
+        for start in range(0, num_rows, CHUNK):
+            expert = _load_experts(start + tl.arange(0, CHUNK), ids_ptr, num_rows, E)
+            before += (expert < me).to(tl.int32)
+            mine += (expert == me).to(tl.int32)
+        first = tl.sum(before, 0)
+        num_mine = tl.sum(mine, 0)
+        end = first + num_mine
+        first_block = first // BLOCK_M + me
+        end_block = end // BLOCK_M + me + 1
+        first_segment = tl.minimum(first, me * S)
+        end_segment = tl.minimum(end, (me + 1) * S)
+        first_tile = first // TILE_M + first_segment
+        end_tile = end // TILE_M + end_segment
+    return first, num_mine, first_block, end_block, first_segment, first_tile, end_tile
+
+
+@triton.jit
+def _slot_counts(rows, is_mine, slots_ptr, K: tl.constexpr, S_BINS: tl.constexpr):
+    """Rows of each slot, base rows in bin 0."""
+    bin = tl.load(slots_ptr + rows // K, mask=is_mine, other=-1) + 1
+    return tl.histogram(bin, S_BINS, mask=is_mine)
+
+
+@triton.jit
+def _collect_rows(me, first, ids_ptr, slots_ptr, rows_ptr, num_rows, E: tl.constexpr, K: tl.constexpr,
+                  S: tl.constexpr, S_BINS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Writes the expert's rows, ascending, from position ``first`` on; gives how many each slot has, base rows first."""
+    slot_rows = tl.zeros([S_BINS], tl.int32)
+    for start in range(0, num_rows, CHUNK):
+        rows = start + tl.arange(0, CHUNK)
+        is_mine = _load_experts(rows, ids_ptr, num_rows, E) == me
+        if S > 0:
+            slot_rows += _slot_counts(rows, is_mine, slots_ptr, K, S_BINS)
+        position = first + tl.cumsum(is_mine.to(tl.int32), 0) - 1
+        tl.store(rows_ptr + position, rows, mask=is_mine)
+        first += tl.sum(is_mine.to(tl.int32), 0)
+    return slot_rows
+
+
+@triton.jit
+def _sort_by_slot(rows, is_mine, slot_first, order_ptr, segment_ptr, segment_first, slots_ptr, K: tl.constexpr):
+    """Places one chunk of the expert's rows; ``slot_first`` [S_BINS]: where the next row of each slot goes."""
+    bin = tl.load(slots_ptr + rows // K, mask=is_mine, other=-1) + 1
+    is_earlier = (bin[None, :] == bin[:, None]) & (rows[None, :] < rows[:, None]) & is_mine[None, :]
+    rank = tl.sum(is_earlier.to(tl.int32), axis=1)
+    position = tl.gather(slot_first, bin, 0) + rank
+    tl.store(order_ptr + position, rows, mask=is_mine)
+    tl.store(segment_ptr + position, tl.gather(segment_first, bin, 0), mask=is_mine)
+
+
+@triton.jit
+def _exclusive_sum(x):
+    return tl.cumsum(x, 0) - x
+
+
+@triton.jit
+def _write_blocks(block_ptr, me, first, end, first_block, end_block, slot_rows, slot_first, lane13, granules13, lane2,
+                  granules2, S: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """Records of the expert's blocks; a block's lanes are those of the slots that have rows in it."""
+    for start in range(first_block, end_block, 16):
+        b = start + tl.arange(0, 16)
+        live = b < end_block
+        block_first = tl.minimum(first + (b - first_block) * BLOCK_M, end)
+        block_end = tl.minimum(block_first + BLOCK_M, end)
+        record = block_ptr + b * 8
+        tl.store(record + 0, tl.zeros_like(b) + me, mask=live)
+        tl.store(record + 1, block_first, mask=live)
+        tl.store(record + 2, block_end, mask=live)
+        if S > 0:
+            has_rows = (slot_rows > 0)[None, :]
+            not_before = has_rows & ((slot_first + slot_rows)[None, :] > block_first[:, None])
+            not_after = has_rows & (slot_first[None, :] < block_end[:, None])
+            for which in tl.static_range(2):
+                lane_first = lane13 if which == 0 else lane2
+                lane_end = lane_first + (granules13 if which == 0 else granules2) * GRANULE
+                lanes_first = tl.min(tl.where(not_before, lane_first[None, :], 2**31 - 1), axis=1)
+                lanes_end = tl.max(tl.where(not_after, lane_end[None, :], 0), axis=1)
+                tl.store(record + 3 + 2 * which, lanes_first, mask=live)
+                tl.store(record + 4 + 2 * which, lanes_end, mask=live)
+
+
+@triton.jit
+def _write_tiles(tile_ptr, me, first_tile, end_tile, slot_rows, slot_first, has_work, S_BINS: tl.constexpr,
+                 TILE_M: tl.constexpr):  # fmt: skip
+    """Records of the tiles of the expert's segments that have LoRA work; the rest of its share is empty."""
+    num_tiles = tl.where(has_work, (slot_rows + TILE_M - 1) // TILE_M, 0)
+    record = tile_ptr + (first_tile + _exclusive_sum(num_tiles)) * 8
+    for i in range(0, tl.max(num_tiles, 0)):
+        live = i < num_tiles
+        tl.store(record + i * 8 + 0, tl.zeros_like(slot_rows) + me, mask=live)
+        tl.store(record + i * 8 + 1, tl.arange(0, S_BINS) - 1, mask=live)
+        tl.store(record + i * 8 + 2, slot_first + i * TILE_M, mask=live)
+        tl.store(record + i * 8 + 3, tl.minimum(slot_first + (i + 1) * TILE_M, slot_first + slot_rows), mask=live)
+        tl.store(record + i * 8 + 4, tl.zeros_like(slot_rows), mask=live)
+        tl.store(record + i * 8 + 5, tl.zeros_like(slot_rows), mask=live)
+    for start in range(first_tile + tl.sum(num_tiles, 0), end_tile, 32):
+        t = start + tl.arange(0, 32)
+        tl.store(tile_ptr + t * 8 + 2, tl.zeros_like(t), mask=t < end_tile)
+        tl.store(tile_ptr + t * 8 + 3, tl.zeros_like(t), mask=t < end_tile)
+
+
+@triton.jit
+def _write_lanes(lane_segment_ptr, lane_ptr, element_ptr, lane_capacity, first_lane, granules, slot_first, index,
+                 page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_FIRST: tl.constexpr,
+                 NUM_B: tl.constexpr, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr, S_BINS: tl.constexpr,
+                 LANES: tl.constexpr):  # fmt: skip
+    """For every lane that the expert's slots bring to a B factor: its segment, its column of u, where its row lies."""
+    rows_per_page: tl.constexpr = PAGE_ELEMS // COLUMNS
+    slot = tl.arange(0, S_BINS) - 1
+    for start in range(0, tl.max(granules, 0) * GRANULE, LANES):
+        j = start + tl.arange(0, LANES)
+        in_list = j[None, :] < (granules * GRANULE)[:, None]
+        lanes = first_lane[:, None] + j[None, :]
+        tl.store(lane_segment_ptr + lanes, slot_first[:, None] + tl.zeros_like(lanes), mask=in_list)
+        for b in tl.static_range(NUM_B):
+            factor = factors_ptr + slot * stride_fs + (B_FIRST + b) * NUM_FIELDS
+            rank = tl.load(factor + FIELD_RANK, mask=has_work, other=0)
+            stride = tl.load(factor + FIELD_EXPERT_STRIDE, mask=has_work, other=0)
+            first_page = tl.load(factor + FIELD_FIRST_PAGE, mask=has_work, other=0)
+            offset = tl.load(factor + FIELD_OFFSET, mask=has_work, other=0)
+            column = pad_to_granule(tl.load(factor + FIELD_LANE, mask=has_work, other=0))
+            live = in_list & (j[None, :] < rank[:, None])
+            row = (index * stride)[:, None] + j[None, :]
+            page = first_page[:, None] + row // rows_per_page
+            page = tl.load(page_table_ptr + (slot * stride_pages)[:, None] + page, mask=live, other=0)
+            element = page.to(tl.int64) * PAGE_ELEMS + offset[:, None] + row % rows_per_page * COLUMNS
+            # A granule that is dead for this factor reads columns that are sure to be written.
+            column = tl.where((j // GRANULE * GRANULE)[None, :] < rank[:, None], column[:, None] + j[None, :], j % GRANULE)
+            tl.store(lane_ptr + b * lane_capacity + lanes, column, mask=in_list)
+            tl.store(element_ptr + b * lane_capacity + lanes, tl.where(live, element, -1), mask=in_list)
+
+
+@triton.jit
+def route_kernel(order_ptr, rows_ptr, segment_ptr, block_ptr, tile_ptr, lane_segment13_ptr, lane13_ptr, element13_ptr,
+                 lane_segment2_ptr, lane2_ptr, element2_ptr, count_ptr, ids_ptr, slots_ptr, page_table_ptr, factors_ptr,
+                 expert_index_ptr, stride_pages, stride_fs, stride_es, num_rows, lane_capacity13, lane_capacity2,
+                 E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+                 GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr, GRANULES2: tl.constexpr,
+                 BLOCK_M: tl.constexpr, TILE_M: tl.constexpr, E_BINS: tl.constexpr, S_BINS: tl.constexpr,
+                 CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr,
+                 ONE_CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program an expert: finds the expert's rows, sorts them by slot, writes its blocks, tiles and lanes.
+
+    No program reads what another one writes. ``ONE_CHUNK``: all rows of the batch fit in ROWS, so that the expert's
+    need not be collected first.
+    """
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
+    me = tl.program_id(0)
+    first, num_mine, first_block, end_block, first_segment, first_tile, end_tile = _expert_extent(
+        me, ids_ptr, num_rows, E, S, BLOCK_M, TILE_M, E_BINS, CHUNK, DENSE
+    )
+    end = first + num_mine
+    if me == E - 1:
+        tl.store(count_ptr, end_block)
+        tl.store(count_ptr + 1, end_tile)
+    if S == 0:
+        if num_mine > 0:
+            _collect_rows(me, first, ids_ptr, slots_ptr, order_ptr, num_rows, E, K, S, S_BINS, CHUNK)
+        _write_blocks(block_ptr, me, first, end, first_block, end_block, 0, 0, 0, 0, 0, 0, S, BLOCK_M)
+    else:
+        slot_rows = tl.zeros([S_BINS], tl.int32)
+        rows = tl.arange(0, ROWS)
+        is_mine = rows < 0
+        if ONE_CHUNK:
+            is_mine = _load_experts(rows, ids_ptr, num_rows, E) == me
+            slot_rows = _slot_counts(rows, is_mine, slots_ptr, K, S_BINS)
+        elif num_mine > 0:
+            slot_rows = _collect_rows(me, first, ids_ptr, slots_ptr, rows_ptr, num_rows, E, K, S, S_BINS, CHUNK)
+            tl.debug_barrier()  # the rows come back through memory
+        slot_first = first + _exclusive_sum(slot_rows)
+        if ONE_CHUNK:
+            _sort_by_slot(rows, is_mine, slot_first, order_ptr, segment_ptr, slot_first, slots_ptr, K)
+        else:
+            next_row = slot_first
+            for start in range(first, end, ROWS):
+                live = start + rows < end
+                chunk = tl.load(rows_ptr + start + rows, mask=live, other=0)
+                _sort_by_slot(chunk, live, next_row, order_ptr, segment_ptr, slot_first, slots_ptr, K)
+                next_row += _slot_counts(chunk, live, slots_ptr, K, S_BINS)
+
+        slot = tl.arange(0, S_BINS) - 1
+        has_rows = (slot_rows > 0) & (slot >= 0)
+        index = tl.load(expert_index_ptr + slot * stride_es + me, mask=has_rows, other=-1)
+        has_work = index >= 0
+        ranks_ptr = factors_ptr + slot * stride_fs + FIELD_RANK
+        rank_gate = tl.load(ranks_ptr + B_GATE * NUM_FIELDS, mask=has_work, other=0)
+        rank_up = tl.load(ranks_ptr + B_UP * NUM_FIELDS, mask=has_work, other=0)
+        granules13 = (tl.maximum(rank_gate, rank_up) + GRANULE - 1) // GRANULE
+        granules2 = (tl.load(ranks_ptr + B2 * NUM_FIELDS, mask=has_work, other=0) + GRANULE - 1) // GRANULE
+        has_work = granules13 + granules2 > 0
+        lane13 = first_segment * (GRANULES13 * GRANULE) + _exclusive_sum(granules13) * GRANULE
+        lane2 = first_segment * (GRANULES2 * GRANULE) + _exclusive_sum(granules2) * GRANULE
+        _write_blocks(
+            block_ptr, me, first, end, first_block, end_block, slot_rows, slot_first, lane13, granules13, lane2,
+            granules2, S, BLOCK_M,
+        )  # fmt: skip
+        _write_tiles(tile_ptr, me, first_tile, end_tile, slot_rows, slot_first, has_work, S_BINS, TILE_M)
+        _write_lanes(
+            lane_segment13_ptr, lane13_ptr, element13_ptr, lane_capacity13, lane13, granules13, slot_first, index,
+            page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_UP - GATED, 1 + GATED, F, PAGE_ELEMS,
+            S_BINS, LANES,
+        )  # fmt: skip
+        _write_lanes(
+            lane_segment2_ptr, lane2_ptr, element2_ptr, lane_capacity2, lane2, granules2, slot_first, index,
+            page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B2, 1, D, PAGE_ELEMS, S_BINS, LANES,
+        )  # fmt: skip

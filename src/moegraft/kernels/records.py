@@ -1,0 +1,97 @@
+"""Tensors that the MoE kernels take together.
+
+Shape letters: T tokens · K experts per token · N = T*K routed rows · E experts · D hidden size · F intermediate size ·
+G = 2 (gate and up) or 1 · S adapter slots · L lanes · W columns of the low-rank rows
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from moegraft.core.config import Activation
+from moegraft.core.routing import LANE_GRANULE
+from moegraft.core.tables import ExpertsTables
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEWeights:
+    """Base weights of one experts layer, read in place in whichever layout the checkpoint has.
+
+    ``w13`` [E, G*F, D] and ``w2`` [E, D, F]; transposed: [E, D, G*F] and [E, F, D]. ``b13`` [E, G*F], ``b2`` [E, D].
+    ``is_interleaved``: gate and up alternate along G*F instead of standing one after the other.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    b13: torch.Tensor | None = None
+    b2: torch.Tensor | None = None
+    activation: Activation = Activation()
+    is_transposed: bool = False
+    is_interleaved: bool = False
+
+    @property
+    def w13_EGFD(self) -> torch.Tensor:
+        """[E, G*F, D] view."""
+        return self.w13.mT if self.is_transposed else self.w13
+
+    @property
+    def w2_EDF(self) -> torch.Tensor:
+        """[E, D, F] view."""
+        return self.w2.mT if self.is_transposed else self.w2
+
+    @property
+    def num_experts(self) -> int:
+        return self.w13.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.w13_EGFD.shape[2]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.w13_EGFD.shape[1] // self.activation.num_halves
+
+    def half_strides(self, stride_gf: int) -> tuple[int, int]:
+        """(stride along F, offset of up behind gate) in elements, from the stride along G*F."""
+        if not self.activation.gated:
+            return stride_gf, 0
+        return (2 * stride_gf, stride_gf) if self.is_interleaved else (stride_gf, self.intermediate_size * stride_gf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRABatch:
+    """The adapters of one call: bank tables, slot of each token [T] int32 (-1 = base), and what the host must know.
+
+    ``rank13``, ``rank2``: no adapter that may be resident while this call, or a graph that captured it, runs has more
+    rank rows in A13 or A2. They size buffers and grids; the kernels walk the true ranks.
+    """
+
+    tables: ExpertsTables
+    token_slots_T: torch.Tensor
+    rank13: int
+    rank2: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.tables.page_table.shape[0]
+
+    def row_alignment(self, row_len: int) -> int:
+        """Elements, at most 16, that divide the address of every rank row of this length."""
+        return math.gcd(row_len, self.tables.page_elems, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """``u_NW``: low-rank rows [N, W] in the compute dtype · ``partial_SNW``: float32 [splits, N, W], None for one split."""
+
+    u_NW: torch.Tensor
+    partial_SNW: torch.Tensor | None
+
+
+def low_rank_width(rank: int, *, num_halves: int) -> int:
+    """W for at most ``rank`` rank rows: each half is padded to whole granules, so that u can be read in vectors."""
+    padded = -(-rank // LANE_GRANULE) * LANE_GRANULE
+    return padded + LANE_GRANULE * (num_halves - 1)

@@ -1,0 +1,70 @@
+"""Tile configs of the MoE kernels: plain records."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmTile:
+    """One grouped GEMM: block_n columns and block_k inputs a step, ``group`` blocks sharing a column of weights.
+
+    ``block_l``: lanes a step of the expand. ``tma``: read the weights through TMA descriptors where their layout allows.
+    """
+
+    block_n: int = 64
+    block_k: int = 64
+    block_l: int = 32
+    group: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+    expand_stages: int = 2
+    tma: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkTile:
+    """One shrink: block_r rank rows and block_k inputs a step; ``splits`` programs share the inputs of a tile."""
+
+    block_r: int = 32
+    block_k: int = 128
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoETiles:
+    """All tile choices of one layer call. ``block_m`` positions a GEMM block, ``tile_m`` a shrink tile."""
+
+    block_m: int = 16
+    tile_m: int = 16
+    gemm13: GemmTile = GemmTile()
+    gemm2: GemmTile = GemmTile()
+    shrink13: ShrinkTile = ShrinkTile()
+    shrink2: ShrinkTile = ShrinkTile()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MoETiles:
+        """Raises TypeError for an unknown field."""
+        nested = {"gemm13": GemmTile, "gemm2": GemmTile, "shrink13": ShrinkTile, "shrink2": ShrinkTile}
+        return cls(**{key: nested[key](**value) if key in nested else value for key, value in data.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningShape:
+    """What a tile choice depends on; all of it known on the host, none of it data of the batch."""
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    num_slots: int = 0
+    rank13: int = 0
+    rank2: int = 0
+    element_bytes: int = 2
