@@ -49,12 +49,14 @@ def experts_forward(
 ) -> torch.Tensor:
     """Registered with transformers as ``moegraft``: hidden [T, D], ids and weights [T, K] -> [T, D].
 
-    Where gradients are wanted, or the module was never grafted, transformers' own implementation runs.
+    Where gradients are wanted and no batch of adapters runs, or the module was never grafted, transformers' own
+    implementation runs. A batch of adapters is inference: it must never lose them to a caller who forgot no_grad.
     """
     site: ExpertsSite | None = module.__dict__.get(_SITE)
-    if site is None or _wants_grad(module, hidden_states):
+    if site is None or (site.state.current() is None and _wants_grad(module, hidden_states)):
         return _original_forward(module, site)(module, hidden_states, top_k_index, top_k_weights)
-    return site.forward(hidden_states, top_k_index, top_k_weights)
+    with torch.no_grad():
+        return site.forward(hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

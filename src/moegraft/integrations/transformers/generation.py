@@ -8,21 +8,29 @@ from transformers import GenerationConfig
 
 from moegraft.core.errors import BatchError
 
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
+_CANDIDATES = "candidates would come from a model without them"
+_REFUSED = {
+    "assistant_model": _CANDIDATES,
+    "prompt_lookup_num_tokens": _CANDIDATES,
+    "assistant_early_exit": _CANDIDATES,
+    "use_mtp": _CANDIDATES,
+    "custom_generate": "a decoding loop of its own may reorder the rows",
+    "token_healing": "prompts would be healed one at a time, and not with their own adapters",
+}
 
 
-def check_generation(kwargs: dict[str, Any], defaults: GenerationConfig | None) -> None:
+def check_generation(args: tuple[Any, ...], kwargs: dict[str, Any], defaults: GenerationConfig | None) -> None:
     """Raises BatchError for options under which rows of the running batch are no longer the caller's rows.
 
     Assisted decoding runs candidate tokens of another model, or of a part of this one, that knows no adapters.
     """
-    given = kwargs.get("generation_config") or defaults
-    for option in _ASSISTED:
-        if kwargs.get(option, getattr(given, option, None)) is not None:
-            raise BatchError(
-                f"generate({option}=...) is not served with adapters: candidates would come from a model without "
-                "them; leave the option out"
-            )
+    if len(args) > 2:
+        raise BatchError(f"generate() takes at most 2 positional arguments here, found {len(args)}; name the others")
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or defaults
+    for option, reason in _REFUSED.items():
+        value = kwargs.get(option, getattr(given, option, None))
+        if value is not None and value is not False:
+            raise BatchError(f"generate({option}=...) is not served with adapters: {reason}; leave the option out")
 
 
 def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> int | None:

@@ -118,7 +118,7 @@ class GraftedModel:
 
     def generate(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``; a row keeps its adapter through padding, beams and several returned sequences."""
-        check_generation(kwargs, self.model.generation_config)
+        check_generation(args, kwargs, self.model.generation_config)
         rows = batch_rows(args, kwargs, ("inputs", "input_ids", "inputs_embeds"))
         with self.batch(adapters, rows), torch.no_grad():
             return self.model.generate(*args, **kwargs)
@@ -137,9 +137,9 @@ class GraftedModel:
         with ExitStack() as stack:
             if names is not None:
                 held = stack.enter_context(self.bank.acquire(names))
-                if held.has_adapters:
-                    call = ActiveCall(held, self.bank.pool.data.device, self._shared_by(held))
-                    stack.enter_context(self._state.bound(call) if all_threads else self._state.running(call))
+                call = ActiveCall(held, self.bank.pool.data.device, self._shared_by(held))
+                # Also where no row has an adapter: a batch around this one must not show through.
+                stack.enter_context(self._state.bound(call) if all_threads else self._state.running(call))
             yield
 
     # Looking inside and leaving
@@ -179,11 +179,12 @@ class GraftedModel:
             raise UnsupportedModelError("this GraftedModel was detached; call moegraft.attach(model) again")
 
     def _shared_by(self, held: AdapterBatch) -> dict[str, Any]:
-        """Scratch of a batch, kept from the last batch while the same adapters lie in the same places (a decode loop)."""
+        """Scratch of a batch, kept while the next one has the same adapters in the same places (a decode loop)."""
         key = tuple(handle.residency for handle in held.handles)
-        if self._last_batch[0] != key:
-            self._last_batch = (key, {})
-        return self._last_batch[1]
+        last = self._last_batch  # read once: another thread may put its own batch there
+        if last[0] != key:
+            last = self._last_batch = (key, {})
+        return last[1]
 
     def _fit_seams(self) -> None:
         """Exactly the seams that the loaded adapters need are installed."""
