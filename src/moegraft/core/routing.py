@@ -62,12 +62,12 @@ RECORD_INTS = 8
 class Lanes:
     """The lanes of w13 or of w2, for the expand. L lanes, B factors (gate and up; one where there is no gate, or of w2).
 
-    ``segment`` [L] int32: first position of the segment that a lane belongs to · ``column`` [B, L] int32: the column of
-    the low-rank rows that it reads · ``element`` [B, L] int64: where its row of B starts in the pool, -1 for none.
+    ``segment`` [L] int32: first position of the segment that a lane belongs to · ``granule`` [B, L] int32: which 16
+    columns of the low-rank rows it and its neighbours read · ``element`` [B, L] int64: where its row of B starts in the pool, -1 for none.
     """
 
     segment: torch.Tensor
-    column: torch.Tensor
+    granule: torch.Tensor
     element: torch.Tensor
 
 

@@ -75,26 +75,30 @@ def grouped_order(pid, num_blocks, num_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_lanes(segment_ptr, column_ptr, element_ptr, lanes, lane_end):
-    """(segment, column of u, element of the pool where the row of B starts or -1) of some lanes."""
+def load_lanes(segment_ptr, granule_ptr, element_ptr, lanes, lane_end):
+    """(segment, granule of u, element of the pool where the row of B starts or -1) of some lanes."""
     live = lanes < lane_end
     segment = tl.load(segment_ptr + lanes, mask=live, other=-1)
-    column = tl.load(column_ptr + lanes, mask=live, other=0)
+    granule = tl.load(granule_ptr + lanes, mask=live, other=0)
     element = tl.load(element_ptr + lanes, mask=live, other=-1)
-    return segment, column, element
+    return segment, granule, element
 
 
 @triton.jit
-def add_lanes(acc, u_ptr, pool_ptr, segment, column, element, positions, row_segments, columns, columns_live,
-              U_WIDTH: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """acc[m, f] += sum over lanes l of u[m, column[l]] * B[l, f], for the rows m whose segment the lane belongs to."""
-    # The 16 lanes of a granule are neighbours in u and share a segment, which lets u be read in whole vectors.
+def load_low_rank(u_ptr, pool_ptr, segment, granule, element, positions, row_segments, columns, columns_live,
+                  BLOCK_L: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """(u [m, l], B [l, f]) for some lanes; u is zero in rows that do not belong to the lane's segment.
+
+    The compiler cannot see that the lanes of a granule are neighbours in u and share a segment, nor that a row of B is
+    aligned: it is told, on values computed here, so that both are read in whole vectors.
+    """
+    column = granule * GRANULE + tl.arange(0, BLOCK_L) % GRANULE
     column = tl.max_contiguous(tl.multiple_of(column, 16), 16)
     hit = tl.max_constancy(row_segments[:, None] == segment[None, :], [1, 16])
     u = tl.load(u_ptr + positions[:, None] * U_WIDTH + column[None, :], mask=hit, other=0.0)
-    b_ptrs = pool_ptr + tl.multiple_of(element, ALIGN)[:, None] + columns[None, :]
+    b_ptrs = pool_ptr + (element // ALIGN * ALIGN)[:, None] + columns[None, :]
     b = tl.load(b_ptrs, mask=(element >= 0)[:, None] & columns_live[None, :], other=0.0)
-    return tl.dot(u, b, acc, input_precision=PRECISION)
+    return u, b
 
 
 @triton.jit

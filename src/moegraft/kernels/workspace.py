@@ -55,7 +55,7 @@ def layer_buffers(shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, *, nu
             if tile.splits > 1:
                 buffers["partial" + name] = ((tile.splits, N, width), torch.float32)
             buffers["lane_segment" + name] = ((lanes,), torch.int32)
-            buffers["lane_column" + name] = ((halves, lanes), torch.int32)
+            buffers["lane_granule" + name] = ((halves, lanes), torch.int32)
             buffers["lane_element" + name] = ((halves, lanes), torch.int64)
     return buffers
 
@@ -109,7 +109,7 @@ class Workspace:
 def _lanes(views: Mapping[str, torch.Tensor], name: str) -> Lanes | None:
     if "lane_segment" + name not in views:
         return None
-    return Lanes(**{field: views[f"lane_{field}{name}"] for field in ("segment", "column", "element")})
+    return Lanes(**{field: views[f"lane_{field}{name}"] for field in ("segment", "granule", "element")})
 
 
 def _low_rank(views: Mapping[str, torch.Tensor], name: str) -> LowRank | None:

@@ -37,17 +37,17 @@ def _gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
         )
     if block_m == 32:
         return (
-            GemmTile(block_n=64, block_k=128, num_stages=3, block_l=64, group=2, expand_stages=3),
-            GemmTile(block_n=128, block_k=128, num_stages=3, block_l=64, group=2, expand_stages=3),
+            GemmTile(block_n=64, block_k=128, num_stages=3, block_l=32, group=2),
+            GemmTile(block_n=128, block_k=128, num_stages=3, block_l=32, group=2),
         )
     if block_m == 64:
         return (
-            GemmTile(block_n=64, block_k=64, num_stages=4, block_l=64, group=4, expand_stages=3),
-            GemmTile(block_n=128, block_k=64, num_stages=4, block_l=64, group=4, expand_stages=3),
+            GemmTile(block_n=64, block_k=64, num_stages=4, block_l=32, group=4),
+            GemmTile(block_n=128, block_k=64, num_stages=4, block_l=32, group=4),
         )
     return (
-        GemmTile(block_n=128, block_k=64, num_stages=4, num_warps=8, block_l=64, group=8, expand_stages=3),
-        GemmTile(block_n=256, block_k=64, num_stages=4, num_warps=8, block_l=64, group=16, expand_stages=3, tma=True),
+        GemmTile(block_n=128, block_k=64, num_stages=4, num_warps=8, block_l=32, group=8),
+        GemmTile(block_n=256, block_k=64, num_stages=4, num_warps=8, block_l=32, group=16, tma=True),
     )
 
 

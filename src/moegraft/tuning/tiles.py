@@ -19,7 +19,6 @@ class GemmTile:
     group: int = 1
     num_warps: int = 4
     num_stages: int = 3
-    expand_stages: int = 2
     tma: bool = False
 
 

@@ -7,29 +7,29 @@ import triton.language as tl
 
 from moegraft.kernels.device_lib import (
     activate,
-    add_lanes,
     await_prior_kernel,
     grouped_order,
     load_lanes,
+    load_low_rank,
     release_next_kernel,
 )
 
 
 @triton.jit
 def gemm13_kernel(h_ptr, x_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, segment_ptr, block_ptr, count_ptr,
-                  u_ptr, pool_ptr, lane_segment_ptr, lane_column_ptr, element_ptr, stride_x, stride_we, stride_wf, stride_wd,
+                  u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr, stride_x, stride_we, stride_wf, stride_wd,
                   up_offset, stride_be, stride_bf, bias_up_offset, lane_capacity, alpha, limit,
                   D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
                   HAS_BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, HAS_LORA: tl.constexpr,
                   U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, GROUP: tl.constexpr,
-                  EXPAND_STAGES: tl.constexpr, USE_TMA: tl.constexpr,
+                  USE_TMA: tl.constexpr,
                   PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """h[position] = act(W13[e] x + b13[e] + B13 u) for BLOCK_M positions of one expert and BLOCK_N columns of F.
 
     The base part reads nothing that the shrink writes, so that with programmatic launch the two run side by side; the
-    program waits for the shrink only before the first lane. Where its lanes' rows of B lie is loaded a
-    step ahead.
+    program waits for the shrink only before the first lane. The expand is pipelined by hand:
+    u and B a step ahead, where they lie two steps ahead.
     """
     if not HAS_LORA:
         await_prior_kernel(PDL)
@@ -55,11 +55,15 @@ def gemm13_kernel(h_ptr, x_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, s
     if not USE_TMA:
         w_ptrs += expert.to(tl.int64) * stride_we + f[None, :] * stride_wf + k[:, None] * stride_wd
     if HAS_LORA:
-        lane_up_ptr = lane_column_ptr + GATED * lane_capacity
+        granule_up_ptr = lane_granule_ptr + GATED * lane_capacity
         element_up_ptr = element_ptr + GATED * lane_capacity
         row_segments = tl.load(segment_ptr + positions, mask=live, other=-2)
         lane_first = tl.load(block_ptr + block * 8 + 3)
         lane_end = tl.load(block_ptr + block * 8 + 4)
+        lanes = lane_first + tl.arange(0, BLOCK_L)
+        segment, granule, element = load_lanes(lane_segment_ptr, lane_granule_ptr, element_ptr, lanes, lane_end)
+        if GATED:
+            _, up_granule, up_element = load_lanes(lane_segment_ptr, granule_up_ptr, element_up_ptr, lanes, lane_end)
     acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_gate = acc_up
     for step in range(0, tl.cdiv(D, BLOCK_K)):
@@ -83,25 +87,39 @@ def gemm13_kernel(h_ptr, x_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, s
         await_prior_kernel(PDL)
     release_next_kernel(PDL)
     if HAS_LORA:
-        lanes = lane_first + tl.arange(0, BLOCK_L)
-        segment, column, element = load_lanes(lane_segment_ptr, lane_column_ptr, element_ptr, lanes, lane_end)
-        _, up_column, up_element = load_lanes(lane_segment_ptr, lane_up_ptr, element_up_ptr, lanes, lane_end)
-        for _ in tl.range(lane_first, lane_end, BLOCK_L, num_stages=EXPAND_STAGES):
-            lanes += BLOCK_L
-            next_segment, next_column, next_element = load_lanes(
-                lane_segment_ptr, lane_column_ptr, element_ptr, lanes, lane_end
+        u, b = load_low_rank(
+            u_ptr, pool_ptr, segment, granule, element, positions, row_segments, f, f_live, BLOCK_L, U_WIDTH, ALIGN
+        )
+        if GATED:
+            up_u, up_b = load_low_rank(
+                u_ptr, pool_ptr, segment, up_granule, up_element, positions, row_segments, f, f_live, BLOCK_L, U_WIDTH,
+                ALIGN,
+            )  # fmt: skip
+        lanes += BLOCK_L
+        segment, granule, element = load_lanes(lane_segment_ptr, lane_granule_ptr, element_ptr, lanes, lane_end)
+        if GATED:
+            _, up_granule, up_element = load_lanes(lane_segment_ptr, granule_up_ptr, element_up_ptr, lanes, lane_end)
+        for _ in tl.range(lane_first, lane_end, BLOCK_L, num_stages=1):
+            next_u, next_b = load_low_rank(
+                u_ptr, pool_ptr, segment, granule, element, positions, row_segments, f, f_live, BLOCK_L, U_WIDTH, ALIGN
             )
             if GATED:
-                acc_gate = add_lanes(
-                    acc_gate, u_ptr, pool_ptr, segment, column, element, positions, row_segments, f, f_live, U_WIDTH,
-                    PRECISION, ALIGN,
+                next_up_u, next_up_b = load_low_rank(
+                    u_ptr, pool_ptr, segment, up_granule, up_element, positions, row_segments, f, f_live, BLOCK_L,
+                    U_WIDTH, ALIGN,
                 )  # fmt: skip
-            acc_up = add_lanes(
-                acc_up, u_ptr, pool_ptr, segment, up_column, up_element, positions, row_segments, f, f_live, U_WIDTH,
-                PRECISION, ALIGN,
-            )  # fmt: skip
-            segment, column, element = next_segment, next_column, next_element
-            _, up_column, up_element = load_lanes(lane_segment_ptr, lane_up_ptr, element_up_ptr, lanes, lane_end)
+            lanes += BLOCK_L
+            segment, granule, element = load_lanes(lane_segment_ptr, lane_granule_ptr, element_ptr, lanes, lane_end)
+            if GATED:
+                _, up_granule, up_element = load_lanes(
+                    lane_segment_ptr, granule_up_ptr, element_up_ptr, lanes, lane_end
+                )
+                acc_gate = tl.dot(u, b, acc_gate, input_precision=PRECISION)
+                acc_up = tl.dot(up_u, up_b, acc_up, input_precision=PRECISION)
+                up_u, up_b = next_up_u, next_up_b
+            else:
+                acc_up = tl.dot(u, b, acc_up, input_precision=PRECISION)
+            u, b = next_u, next_b
 
     if WEIGHT_ON_INPUT:
         router_weight = tl.load(router_weight_ptr + row, mask=live, other=0.0).to(tl.float32)

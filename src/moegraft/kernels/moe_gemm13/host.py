@@ -61,7 +61,7 @@ def lora_operands(
     """Pointers of the expand, in the order in which the kernels take them."""
     if lora is None or u_NW is None or lanes is None:
         return (None,) * 5
-    return u_NW, lora.tables.pool, lanes.segment, lanes.column, lanes.element
+    return u_NW, lora.tables.pool, lanes.segment, lanes.granule, lanes.element
 
 
 def lora_sizes(lora: LoRABatch | None, u_NW: torch.Tensor | None, columns: int) -> dict[str, int]:
@@ -78,7 +78,6 @@ def tile_options(tile: GemmTile, x: torch.Tensor) -> dict[str, object]:
         "BLOCK_K": tile.block_k,
         "BLOCK_L": tile.block_l,
         "GROUP": tile.group,
-        "EXPAND_STAGES": tile.expand_stages,
         "PRECISION": dot_precision(x.dtype),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

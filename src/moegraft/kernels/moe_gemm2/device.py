@@ -6,20 +6,20 @@ import triton
 import triton.language as tl
 
 from moegraft.kernels.device_lib import (
-    add_lanes,
     await_prior_kernel,
     grouped_order,
     load_lanes,
+    load_low_rank,
     release_next_kernel,
 )
 
 
 @triton.jit
 def gemm2_kernel(y_ptr, h_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, segment_ptr, block_ptr, count_ptr,
-                 u_ptr, pool_ptr, lane_segment_ptr, lane_column_ptr, element_ptr, stride_we, stride_wd, stride_wf, stride_be,
+                 u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr, stride_we, stride_wd, stride_wf, stride_be,
                  stride_bd, D: tl.constexpr, F: tl.constexpr, HAS_BIAS: tl.constexpr,
                  HAS_WEIGHT: tl.constexpr, HAS_LORA: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 BLOCK_L: tl.constexpr, GROUP: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+                 BLOCK_L: tl.constexpr, GROUP: tl.constexpr,
                  USE_TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y[row of position] = router weight * (W2[e] h[position] + b2[e] + B2 u). Waits as GEMM 13 does."""
     if not HAS_LORA:
@@ -49,6 +49,8 @@ def gemm2_kernel(y_ptr, h_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, se
         row_segments = tl.load(segment_ptr + positions, mask=live, other=-2)
         lane_first = tl.load(block_ptr + block * 8 + 5)
         lane_end = tl.load(block_ptr + block * 8 + 6)
+        lanes = lane_first + tl.arange(0, BLOCK_L)
+        segment, granule, element = load_lanes(lane_segment_ptr, lane_granule_ptr, element_ptr, lanes, lane_end)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(0, tl.cdiv(F, BLOCK_K)):
         k_live = k < F - step * BLOCK_K
@@ -64,18 +66,19 @@ def gemm2_kernel(y_ptr, h_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, se
         await_prior_kernel(PDL)
     release_next_kernel(PDL)
     if HAS_LORA:
-        lanes = lane_first + tl.arange(0, BLOCK_L)
-        segment, column, element = load_lanes(lane_segment_ptr, lane_column_ptr, element_ptr, lanes, lane_end)
-        for _ in tl.range(lane_first, lane_end, BLOCK_L, num_stages=EXPAND_STAGES):
-            lanes += BLOCK_L
-            next_segment, next_column, next_element = load_lanes(
-                lane_segment_ptr, lane_column_ptr, element_ptr, lanes, lane_end
+        u, b = load_low_rank(
+            u_ptr, pool_ptr, segment, granule, element, positions, row_segments, d, d_live, BLOCK_L, U_WIDTH, ALIGN
+        )
+        lanes += BLOCK_L
+        segment, granule, element = load_lanes(lane_segment_ptr, lane_granule_ptr, element_ptr, lanes, lane_end)
+        for _ in tl.range(lane_first, lane_end, BLOCK_L, num_stages=1):
+            next_u, next_b = load_low_rank(
+                u_ptr, pool_ptr, segment, granule, element, positions, row_segments, d, d_live, BLOCK_L, U_WIDTH, ALIGN
             )
-            acc = add_lanes(
-                acc, u_ptr, pool_ptr, segment, column, element, positions, row_segments, d, d_live, U_WIDTH, PRECISION,
-                ALIGN,
-            )  # fmt: skip
-            segment, column, element = next_segment, next_column, next_element
+            lanes += BLOCK_L
+            segment, granule, element = load_lanes(lane_segment_ptr, lane_granule_ptr, element_ptr, lanes, lane_end)
+            acc = tl.dot(u, b, acc, input_precision=PRECISION)
+            u, b = next_u, next_b
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * stride_be + d * stride_bd, mask=d_live, other=0.0).to(tl.float32)[None, :]

@@ -160,11 +160,11 @@ def _write_tiles(tile_ptr, me, first_tile, end_tile, slot_rows, slot_first, has_
 
 
 @triton.jit
-def _write_lanes(lane_segment_ptr, lane_ptr, element_ptr, lane_capacity, first_lane, granules, slot_first, index,
+def _write_lanes(lane_segment_ptr, granule_ptr, element_ptr, lane_capacity, first_lane, granules, slot_first, index,
                  page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_FIRST: tl.constexpr,
                  NUM_B: tl.constexpr, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr, S_BINS: tl.constexpr,
                  LANES: tl.constexpr):  # fmt: skip
-    """For every lane that the expert's slots bring to a B factor: its segment, its column of u, where its row lies."""
+    """For every lane that the expert's slots bring to a B factor: its segment, its granule of u, where its row of B lies."""
     rows_per_page: tl.constexpr = PAGE_ELEMS // COLUMNS
     slot = tl.arange(0, S_BINS) - 1
     for start in range(0, tl.max(granules, 0) * GRANULE, LANES):
@@ -178,15 +178,16 @@ def _write_lanes(lane_segment_ptr, lane_ptr, element_ptr, lane_capacity, first_l
             stride = tl.load(factor + FIELD_EXPERT_STRIDE, mask=has_work, other=0)
             first_page = tl.load(factor + FIELD_FIRST_PAGE, mask=has_work, other=0)
             offset = tl.load(factor + FIELD_OFFSET, mask=has_work, other=0)
-            column = pad_to_granule(tl.load(factor + FIELD_LANE, mask=has_work, other=0))
+            granule = pad_to_granule(tl.load(factor + FIELD_LANE, mask=has_work, other=0)) // GRANULE
             live = in_list & (j[None, :] < rank[:, None])
             row = (index * stride)[:, None] + j[None, :]
             page = first_page[:, None] + row // rows_per_page
             page = tl.load(page_table_ptr + (slot * stride_pages)[:, None] + page, mask=live, other=0)
             element = page.to(tl.int64) * PAGE_ELEMS + offset[:, None] + row % rows_per_page * COLUMNS
             # A granule that is dead for this factor reads columns that are sure to be written.
-            column = tl.where((j // GRANULE * GRANULE)[None, :] < rank[:, None], column[:, None] + j[None, :], j % GRANULE)
-            tl.store(lane_ptr + b * lane_capacity + lanes, column, mask=in_list)
+            in_rank = (j // GRANULE * GRANULE)[None, :] < rank[:, None]
+            granule = tl.where(in_rank, granule[:, None] + (j // GRANULE)[None, :], 0)
+            tl.store(granule_ptr + b * lane_capacity + lanes, granule, mask=in_list)
             tl.store(element_ptr + b * lane_capacity + lanes, tl.where(live, element, -1), mask=in_list)
 
 

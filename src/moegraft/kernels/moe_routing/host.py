@@ -91,7 +91,7 @@ def _launch(
 
 def _lane_operands(buffers: RoutingBuffers) -> tuple[torch.Tensor | None, ...]:
     lists = (buffers.lanes13, buffers.lanes2)
-    return tuple(t for lanes in lists for t in ((lanes.segment, lanes.column, lanes.element) if lanes else (None,) * 3))
+    return tuple(t for lanes in lists for t in ((lanes.segment, lanes.granule, lanes.element) if lanes else (None,) * 3))
 
 
 def _lora_operands(lora: LoRABatch | None, buffers: RoutingBuffers, num_rows: int) -> tuple[Any, ...]:
