@@ -13,7 +13,6 @@ import torch
 from moegraft.core.errors import BatchError
 
 BASE_SLOT = -1
-FEW_ROWS = 64  # a decode step: rows are not sorted into segments, each is one
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class AdapterMapping:
 
     @cached_property
     def active_slots(self) -> tuple[int, ...]:
-        """The distinct slots of the batch, ascending."""
-        return tuple(sorted({slot for slot in self.row_slots if slot != BASE_SLOT}))
+        """The distinct slots of the batch, in the order of their first row."""
+        return tuple(dict.fromkeys(slot for slot in self.row_slots if slot != BASE_SLOT))
 
     @property
     def has_adapters(self) -> bool:
@@ -107,21 +106,19 @@ class AdapterMapping:
         return (sequences[:, None] * self.repeats + torch.arange(self.repeats)).flatten().to(self.device)
 
     @cached_property
-    def covers_all_rows(self) -> bool:
-        """Whether every row has an adapter and ``segments`` takes the rows in their order."""
-        return self.num_rows <= FEW_ROWS and BASE_SLOT not in self.row_slots
-
-    @cached_property
     def segments(self) -> LoRASegments:
-        """The rows with an adapter, for a linear map: one segment an adapter, or one a row where rows are few."""
-        if self.num_rows <= FEW_ROWS or not self.active_slots:
-            adapter_M = self.adapter_of_slot[self.token_slots.long()]
-            rows_L = (adapter_M >= 0).nonzero().squeeze(1)
-            return LoRASegments.one_row_each(rows_L, adapter_M[rows_L], None)
+        """The rows with an adapter, one segment an adapter: what a linear map reads."""
         rows = [self.rows_of(slot) for slot in self.active_slots]
         return LoRASegments(
-            rows_L=torch.cat(rows),
+            rows_L=torch.cat(rows) if rows else torch.empty(0, dtype=torch.long, device=self.device),
             offsets=tuple(accumulate((len(mine) for mine in rows), initial=0)),
-            adapter_G=torch.arange(len(self.active_slots), device=self.device),
+            adapter_G=torch.arange(len(rows), device=self.device),
             position_G=None,
         )
+
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether ``segments`` takes all rows, in their order: nothing has to be gathered (one adapter a row, say)."""
+        slots = self.row_slots
+        grouped = [slot for active in self.active_slots for slot in slots if slot == active]
+        return list(slots) == grouped

@@ -56,7 +56,8 @@ class _HookSeam(Seam):
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self.state.current()
         if call is not None:
-            self.apply(call, args, kwargs, output)
+            with torch.no_grad():
+                self.apply(call, args, kwargs, output)
 
     @abstractmethod
     def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -75,6 +76,7 @@ class LinearDelta:
         self.punica = punica_for(self.tables.pool.device)
         self.state = state
 
+    @torch.no_grad()
     def __call__(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         call = self.state.current()
         if call is None or not call.touches(self.target.name):
@@ -82,8 +84,14 @@ class LinearDelta:
         x_MI = x.reshape(-1, self.target.in_features)
         mapping = call.mapping(x_MI.shape[0])
         if mapping.has_adapters:
-            y_MO = y.view(-1, self.target.out_features)
-            self.punica.add_lora_linear(y_MO, x_MI.to(self.tables.pool.dtype), mapping, self.tables, bias_O=bias_O)
+            self.punica.add_lora_linear(
+                y.view(-1, self.target.out_features),
+                x_MI.to(self.tables.pool.dtype),
+                mapping,
+                self.tables,
+                bias_O=bias_O,
+                rank_bound=call.batch.max_ranks(self.target.name)[LinearFactor.A],
+            )
 
 
 class LinearSeam(_HookSeam):

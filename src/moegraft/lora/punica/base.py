@@ -58,5 +58,9 @@ class PunicaWrapperBase(ABC):
         tables: LinearTables,
         *,
         bias_O: torch.Tensor | None = None,
+        rank_bound: int | None = None,
     ) -> None:
-        """Semantics: y[m] += B[a] @ (A[a] @ x[m]), and for DoRA + (gain[a] - 1) * (y[m] - bias), a = slot of row m."""
+        """Semantics: y[m] += B[a] @ (A[a] @ x[m]), and for DoRA + (gain[a] - 1) * (y[m] - bias), a = slot of row m.
+
+        ``rank_bound``: no adapter of the call has a larger rank here, where the host knows it; sizes buffers.
+        """

@@ -8,9 +8,12 @@ import torch
 
 from moegraft.core.activation import split_halves
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
-from moegraft.lora.mapping import FEW_ROWS, AdapterMapping, LoRASegments
+from moegraft.lora.mapping import AdapterMapping, LoRASegments
 from moegraft.lora.punica.base import PunicaWrapperBase
 from moegraft.lora.punica.paged import FactorIndex, PagedFactors, grouped_mm
+
+
+FEW_ROWS = 64  # of a decode step: looking for rows that share a segment costs more than it saves
 
 
 class PunicaWrapperCPU(PunicaWrapperBase):
@@ -75,6 +78,7 @@ class PunicaWrapperCPU(PunicaWrapperBase):
         tables: LinearTables,
         *,
         bias_O: torch.Tensor | None = None,
+        rank_bound: int | None = None,
     ) -> None:
         segments, factors = mapping.segments, _factors_of(mapping)
         delta_LO = _linear_delta(y_MO, x_MI, mapping, factors, tables)
@@ -88,7 +92,7 @@ class PunicaWrapperCPU(PunicaWrapperBase):
             delta_LO = dora_LO if delta_LO is None else dora_LO + delta_LO
         if delta_LO is None:
             return
-        if mapping.covers_all_rows:
+        if mapping.is_in_order:
             y_MO.add_(delta_LO)
         else:
             _add_rows(y_MO, segments.rows_L, delta_LO)
@@ -137,9 +141,7 @@ def _linear_delta(
     if a_SRI is None or b_SRO is None or index is None:
         return None
     segments = mapping.segments
-    if segments.adapter_G.shape[0] != a_SRI.shape[0] or mapping.num_rows <= FEW_ROWS:
-        a_SRI, b_SRO = a_SRI[segments.adapter_G], b_SRO[segments.adapter_G]
-    x_LI = x_MI if mapping.covers_all_rows else x_MI.index_select(0, segments.rows_L)
+    x_LI = x_MI if mapping.is_in_order else x_MI.index_select(0, segments.rows_L)
     v_LR = grouped_mm(x_LI.float(), a_SRI.transpose(1, 2), segments.offsets).to(x_MI.dtype)
     return _expand(_select_lanes(v_LR, index, segments), b_SRO, segments)
 

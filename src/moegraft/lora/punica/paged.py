@@ -130,4 +130,4 @@ def fits_torch_grouped_mm(x_LI: torch.Tensor, w_GIO: torch.Tensor) -> bool:
     """torch's grouped GEMM spares a Python loop on the CPU, but wants every stride to be a multiple of 16 bytes."""
     if x_LI.device.type != "cpu" or x_LI.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return all(size * x_LI.itemsize % 16 == 0 for size in w_GIO.shape[1:])
+    return all(size * x_LI.itemsize % 16 == 0 for size in (x_LI.stride(0), *w_GIO.shape[1:]))

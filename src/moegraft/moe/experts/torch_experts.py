@@ -134,14 +134,15 @@ def _grouped_gemm(c_PO: torch.Tensor | None, x_PI: torch.Tensor, w_EIO: torch.Te
         return torch.nn.functional.grouped_mm(x_PI, w_EIO, offs=plan.ends_E)
     if c_PO is None:
         c_PO = x_PI.new_zeros(x_PI.shape[0], w_EIO.shape[2])
-    if not plan.is_small:
-        w_E, sizes = w_EIO.unbind(), [end - start for _, start, end in plan.blocks]
-        for (e, _, _), out, x in zip(plan.blocks, c_PO.split(sizes), x_PI.split(sizes), strict=True):
-            torch.addmm(out, x, w_E[e], out=out)
-        return c_PO
-    # Few rows a block: with the weight as the left operand a float32 GEMM reads it about three times as fast.
-    c_OP = c_PO.t().contiguous()
-    for e, start, end in plan.blocks:
-        out = c_OP[:, start:end]
-        torch.addmm(out, w_EIO[e].t(), x_PI[start:end].t(), out=out)
-    return c_OP.t().contiguous()
+    sizes = [end - start for _, start, end in plan.blocks]
+    if plan.is_small:
+        # Few rows a block: with the weight as the left operand a float32 GEMM reads it about three times as fast.
+        c_OP, w_E = c_PO.t().contiguous(), w_EIO.transpose(1, 2).unbind()
+        columns = zip(plan.blocks, c_OP.split(sizes, 1), x_PI.t().split(sizes, 1), strict=True)
+        for (e, _, _), out, x in columns:
+            torch.addmm(out, w_E[e], x, out=out)
+        return c_OP.t().contiguous()
+    w_E = w_EIO.unbind()
+    for (e, _, _), out, x in zip(plan.blocks, c_PO.split(sizes), x_PI.split(sizes), strict=True):
+        torch.addmm(out, x, w_E[e], out=out)
+    return c_PO
