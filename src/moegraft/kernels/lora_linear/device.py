@@ -44,8 +44,9 @@ def led_slots(slots, first_leader, TILE_M: tl.constexpr, LEADERS: tl.constexpr):
 @triton.jit
 def shrink_kernel(v_ptr, x_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr, stride_x, stride_pages, stride_fs,
                   num_rows, LENGTH: tl.constexpr, PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
-                  GROUPS: tl.constexpr, LEADERS: tl.constexpr, RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  GROUPS: tl.constexpr, LEADERS: tl.constexpr, V_WIDTH: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+                  BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """v[split, m, j] = sum over the split's part of LENGTH of A[a][j] * x[m], for the lanes j that adapter a has."""
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
@@ -79,7 +80,7 @@ def shrink_kernel(v_ptr, x_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr
                 a = tl.load(pool_ptr + a_elements[:, None] + k[None, :], mask=a_mask, other=0.0)
                 acc = tl.dot(x, a.T, acc, input_precision=PRECISION)
             v_rows = (split * num_rows + rows).to(tl.int64)
-            v_ptrs = v_ptr + v_rows[:, None] * (RANK_BLOCKS * BLOCK_R) + j[None, :]
+            v_ptrs = v_ptr + v_rows[:, None] * V_WIDTH + j[None, :]
             tl.store(v_ptrs, acc.to(v_ptr.dtype.element_ty), mask=mine[:, None] & lane_live[None, :])
         led = tl.where(led == slot, NO_SLOT, led)
         slot = tl.min(led)
@@ -103,6 +104,7 @@ def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, f
     column_live = columns < COLUMNS
     # Slots and tables were complete before the shrink ran, so this need not wait for it.
     slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
+    splits = tl.arange(0, SPLITS)
     led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
     slot = tl.min(led)
     await_prior_kernel(PDL)
@@ -116,6 +118,8 @@ def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, f
         gain_rank = tl.load(gain_ptr + FIELD_RANK)
         if rank + gain_rank > 0:
             mine = slots == slot
+            y_mask = mine[:, None] & column_live[None, :]
+            y = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32)
             acc = tl.zeros([TILE_M, BLOCK_N], tl.float32)
             for first_lane in range(0, rank, BLOCK_R):
                 lane = first_lane + tl.arange(0, BLOCK_R)
@@ -123,15 +127,11 @@ def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, f
                 b_elements = rank_row_elements(pages_ptr, factor_ptr, lane, lane_live, COLUMNS, PAGE_ELEMS, ALIGN)
                 b_mask = lane_live[:, None] & column_live[None, :]
                 b = tl.load(pool_ptr + b_elements[:, None] + columns[None, :], mask=b_mask, other=0.0)
-                v_mask = mine[:, None] & lane_live[None, :]
-                v_rows = rows.to(tl.int64)
-                v = tl.load(v_ptr + v_rows[:, None] * V_WIDTH + lane[None, :], mask=v_mask, other=0.0)
-                for split in tl.static_range(1, SPLITS):
-                    v_rows = (split * num_rows + rows).to(tl.int64)
-                    v += tl.load(v_ptr + v_rows[:, None] * V_WIDTH + lane[None, :], mask=v_mask, other=0.0)
+                v_rows = (splits[:, None] * num_rows + rows[None, :]).to(tl.int64)
+                v_ptrs = v_ptr + v_rows[:, :, None] * V_WIDTH + lane[None, None, :]
+                v_mask = mine[None, :, None] & lane_live[None, None, :]
+                v = tl.sum(tl.load(v_ptrs, mask=v_mask, other=0.0), axis=0)
                 acc = tl.dot(v.to(b.dtype), b, acc, input_precision=PRECISION)
-            y_mask = mine[:, None] & column_live[None, :]
-            y = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32)
             if gain_rank > 0:
                 no_row = tl.zeros([1], tl.int32)
                 gain_element = rank_row_elements(pages_ptr, gain_ptr, no_row, no_row == 0, COLUMNS, PAGE_ELEMS, ALIGN)

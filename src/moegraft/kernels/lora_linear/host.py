@@ -19,13 +19,14 @@ _WAVE = 128
 class LinearTile:
     """Tile sizes of one call. ``leaders``: rows of a tile whose slots one program works on; see device.py."""
 
-    shrink_m: int
-    expand_m: int
     leaders: int
-    block_r: int
-    block_k: int
+    shrink_m: int
+    shrink_r: int
+    shrink_k: int
     splits: int
-    block_n: int
+    expand_m: int
+    expand_r: int
+    expand_n: int
     num_warps: int = 4
 
 
@@ -82,29 +83,22 @@ def run_lora_linear(
     if M == 0 or rank_bound == 0:
         return
     tile = choose_tile(M, in_features, y_MO.shape[1], rank_bound, run_length)
-    width = cdiv(rank_bound, tile.block_r) * tile.block_r
+    width = cdiv(rank_bound, tile.expand_r) * tile.expand_r
     v_dtype = x_MI.dtype if tile.splits == 1 else torch.float32
     v_SMW = torch.empty(tile.splits, M, width, dtype=v_dtype, device=x_MI.device)
     _launch(y_MO, x_MI, v_SMW, token_slots_M, tables, bias_O, tile)
 
 
-_op = torch.library.custom_op("moegraft::add_lora_linear", run_lora_linear, mutates_args=("y_MO",))
+# define and impl instead of custom_op, whose wrapper costs ten times as much a call: a decode step makes hundreds.
+torch.library.define(
+    "moegraft::add_lora_linear",
+    "(Tensor(a!) y, Tensor x, Tensor token_slots, Tensor pool, Tensor page_table, Tensor factors, Tensor? bias, "
+    "int page_elems, int rank_bound, int run_length) -> ()",
+)
+torch.library.impl("moegraft::add_lora_linear", "default", run_lora_linear)
 
 
-@_op.register_fake
-def _(
-    y_MO: torch.Tensor,
-    x_MI: torch.Tensor,
-    token_slots_M: torch.Tensor,
-    pool: torch.Tensor,
-    page_table: torch.Tensor,
-    factors: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    page_elems: int,
-    rank_bound: int,
-    run_length: int,
-) -> None:
-    return None
+torch.library.register_fake("moegraft::add_lora_linear", lambda *tensors_and_sizes: None)
 
 
 def _check(y_MO: torch.Tensor, x_MI: torch.Tensor, token_slots_M: torch.Tensor, tables: LinearTables) -> None:
@@ -128,22 +122,27 @@ def choose_tile(num_rows: int, in_features: int, out_features: int, rank_bound: 
     while expand_m < 64 and 2 * expand_m <= run_length:
         expand_m *= 2
     shrink_m = min(32, expand_m)
-    block_r = min(64, max(16, next_power_of_2(rank_bound)))
-    block_k = min(128, max(16, next_power_of_2(in_features)))
-    # A batch of one adapter keeps one program a tile busy: it must still fill the device.
-    programs, splits = cdiv(num_rows, shrink_m) * cdiv(rank_bound, block_r), 1
-    while splits < 8 and splits * programs < _WAVE and in_features >= 2 * splits * block_k:
+    expand_r = min(64, max(16, next_power_of_2(rank_bound)))
+    # Few rows: a program a granule of lanes, so that small ranks have few programs. Many rows: x is read once.
+    shrink_r = 16 if expand_m == 16 else expand_r
+    shrink_k = min(128, max(16, next_power_of_2(in_features)))
+    # A batch of one adapter keeps one program a tile busy: it must still fill the device. But every program of the
+    # expand adds all splits up, which costs more than it gains where many rows lead.
+    programs, splits = cdiv(num_rows, shrink_m) * cdiv(rank_bound, shrink_r), 1
+    most_splits = 8 if num_rows <= 16 else 4
+    while splits < most_splits and splits * programs < _WAVE and in_features >= 2 * splits * shrink_k:
         splits *= 2
-    widest_n = 128 if expand_m == 16 and block_r < 64 else 64
+    widest_n = 64 if expand_m > 16 else 128 if expand_r == 64 or num_rows <= 16 else 256
     return LinearTile(
-        shrink_m=shrink_m,
-        expand_m=expand_m,
         # A run has one leader, its first row: as many rows as a run is long lead about one slot.
         leaders=next_power_of_2(max(1, run_length) + 1) // 2,
-        block_r=block_r,
-        block_k=block_k,
+        shrink_m=shrink_m,
+        shrink_r=shrink_r,
+        shrink_k=shrink_k,
         splits=splits,
-        block_n=min(widest_n, max(16, next_power_of_2(out_features))),
+        expand_m=expand_m,
+        expand_r=expand_r,
+        expand_n=min(widest_n, max(16, next_power_of_2(out_features))),
     )
 
 
@@ -161,21 +160,21 @@ def _launch(
     addressing = (tables.pool, tables.page_table, tables.factors)
     strides = (tables.page_table.stride(0), tables.factors.stride(0), M)
     options = {
-        "PAGE_ELEMS": tables.page_elems, "BLOCK_R": tile.block_r, "SPLITS": splits,
-        "PRECISION": dot_precision(x_MI.dtype), "num_warps": tile.num_warps, **pdl_options(x_MI.device),
+        "PAGE_ELEMS": tables.page_elems, "V_WIDTH": width, "SPLITS": splits, "PRECISION": dot_precision(x_MI.dtype),
+        "num_warps": tile.num_warps, **pdl_options(x_MI.device),
     }  # fmt: skip
-    rank_blocks = width // tile.block_r
+    rank_blocks = width // tile.shrink_r
     programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
     shrink_kernel[(programs * rank_blocks * splits,)](
         v_SMW, x_MI, token_slots_M, *addressing, x_MI.stride(0), *strides, LENGTH=in_features,
-        ALIGN=_alignment(tables, in_features), RANK_BLOCKS=rank_blocks, BLOCK_K=tile.block_k, num_stages=4, **rows,
-        **options,
+        ALIGN=_alignment(tables, in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
+        num_stages=3, **rows, **options,
     )  # fmt: skip
     programs, rows = _row_tiles(M, tile.expand_m, tile.leaders)
-    expand_kernel[(programs * cdiv(out_features, tile.block_n),)](
+    expand_kernel[(programs * cdiv(out_features, tile.expand_n),)](
         y_MO, v_SMW, bias_O, token_slots_M, *addressing, y_MO.stride(0), *strides, COLUMNS=out_features,
-        ALIGN=_alignment(tables, out_features), HAS_BIAS=bias_O is not None, V_WIDTH=width, BLOCK_N=tile.block_n,
-        num_stages=2, **rows, **options,
+        ALIGN=_alignment(tables, out_features), HAS_BIAS=bias_O is not None, BLOCK_R=tile.expand_r,
+        BLOCK_N=tile.expand_n, num_stages=1, **rows, **options,
     )  # fmt: skip
 
 
