@@ -12,8 +12,11 @@ pytest.importorskip("triton", reason="needs triton")
 from support.kernels import DEVICE
 from support.linear import LinearCase, make_linear_case
 
+from moegraft.build import punica_for
 from moegraft.kernels.lora_linear.host import add_lora_linear, choose_tile, run_lora_linear
 from moegraft.kernels.lora_linear.reference import add_lora_linear_reference
+from moegraft.lora.mapping import AdapterMapping
+from moegraft.lora.punica import PunicaWrapperCPU, PunicaWrapperGPU
 from moegraft.testing.errors import assert_close, assert_close_delta
 from moegraft.testing.poison import poison_allocations
 
@@ -152,3 +155,24 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         add_lora_linear(case.y_MO, case.x_MI.bfloat16(), case.slots_M, case.tables, rank_bound=4)
     with pytest.raises(ValueError, match=r"token_slots is torch\.int64"):
         add_lora_linear(case.y_MO, case.x_MI, case.slots_M.long(), case.tables, rank_bound=4)
+
+
+@pytest.mark.parametrize(("sequences", "repeats"), [(6, 1), (4, 9), (3, 40)])
+@pytest.mark.parametrize("rank_bound", [None, 20])
+def test_wrapper_agrees_with_torch(sequences: int, repeats: int, rank_bound: int | None) -> None:
+    """The two punica wrappers on the rows of a call: sequence-major, with DoRA and a bias."""
+    picks = shuffled(sequences, 3, seed=4)
+    case = make_linear_case([4, 7, 16], [pick for pick in picks for _ in range(repeats)], gains=[0, 2])
+    slots = [int(slot) for slot in case.slots_M[::repeats]]
+    mapping = AdapterMapping.for_rows(slots, sequences * repeats, case.x_MI.device)
+    expected, y_MO = case.y_MO.clone(), case.y_MO.clone()
+    PunicaWrapperCPU().add_lora_linear(expected, case.x_MI, mapping, case.tables, bias_O=case.bias_O)
+    wrapper = PunicaWrapperGPU()
+    wrapper.add_lora_linear(y_MO, case.x_MI, mapping, case.tables, bias_O=case.bias_O, rank_bound=rank_bound)
+    assert_close_delta(y_MO, case.y_MO, expected, case.y_MO, TOL)
+    check(case, y_MO, with_bias=True)
+
+
+def test_wrapper_of_a_device() -> None:
+    assert type(punica_for(torch.device("cpu"))) is PunicaWrapperCPU
+    assert (type(punica_for(torch.device(DEVICE))) is PunicaWrapperGPU) == (DEVICE == "cuda")
