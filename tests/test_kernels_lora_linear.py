@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("triton", reason="needs triton")
 from support.kernels import DEVICE
 from support.linear import LinearCase, make_linear_case
 
+import moegraft.kernels.lora_linear.host as lora_linear
 from moegraft.build import punica_for
 from moegraft.kernels.lora_linear.host import add_lora_linear, choose_tile, run_lora_linear
 from moegraft.kernels.lora_linear.reference import add_lora_linear_reference
@@ -70,6 +72,17 @@ def test_long_runs_and_a_wrong_guess(run_length: int) -> None:
     for picks in (runs, shuffled(len(runs), 3)):
         case = make_linear_case(ranks, picks, in_features=20, out_features=24)
         check(case, run(case, rank_bound=16, run_length=run_length))
+
+
+def test_programs_that_walk_several_column_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What thousands of rows get, at a size for the interpreter: the last program's last block lies outside."""
+    tile = choose_tile(4096, 2048, 4096, 16, 512)
+    assert tile.expand_steps > 1
+    small = replace(tile, shrink_k=16, expand_n=16)
+    monkeypatch.setattr(lora_linear, "choose_tile", lambda *sizes: small)
+    runs = [adapter for adapter in (0, 2, -1, 1) for _ in range(50)]
+    case = make_linear_case([5, 16, 2], runs, in_features=20, out_features=90, gains=[1])
+    check(case, run(case, rank_bound=16, run_length=50, with_bias=True), with_bias=True)
 
 
 @pytest.mark.parametrize("picks", [[], [-1], [-1] * 20, [0] * 33, list(range(17))])

@@ -90,57 +90,58 @@ def shrink_kernel(v_ptr, x_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr
 def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr, stride_y, stride_pages,
                   stride_fs, num_rows, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr,
                   HAS_BIAS: tl.constexpr, TILE_M: tl.constexpr, GROUPS: tl.constexpr, LEADERS: tl.constexpr,
-                  V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-                  PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for TILE_M rows and BLOCK_N columns.
+                  V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr,
+                  SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for TILE_M rows and STEPS_N blocks of BLOCK_N columns.
 
     The partial sums of v are added in a fixed order and rounded once.
     """
-    num_n: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    width: tl.constexpr = BLOCK_N * STEPS_N
+    num_n: tl.constexpr = (COLUMNS + width - 1) // width
     pid = tl.program_id(0)
-    columns = pid % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = pid % num_n * width
     group = pid // num_n % GROUPS
     rows = pid // (num_n * GROUPS) * TILE_M + tl.arange(0, TILE_M)
-    column_live = columns < COLUMNS
+    splits = tl.arange(0, SPLITS)
     # Slots and tables were complete before the shrink ran, so this need not wait for it.
     slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
-    splits = tl.arange(0, SPLITS)
     led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
     slot = tl.min(led)
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y
+    v_ptrs = v_ptr + (splits[:, None] * num_rows + rows[None, :]).to(tl.int64)[:, :, None] * V_WIDTH
     while slot != NO_SLOT:
         pages_ptr = page_table_ptr + slot * stride_pages
         factor_ptr = factors_ptr + slot * stride_fs + B * NUM_FIELDS
         gain_ptr = factors_ptr + slot * stride_fs + GAIN * NUM_FIELDS
         rank = tl.minimum(tl.load(factor_ptr + FIELD_RANK), V_WIDTH)
         gain_rank = tl.load(gain_ptr + FIELD_RANK)
+        mine = slots == slot
         if rank + gain_rank > 0:
-            mine = slots == slot
-            y_mask = mine[:, None] & column_live[None, :]
-            y = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32)
-            acc = tl.zeros([TILE_M, BLOCK_N], tl.float32)
-            for first_lane in range(0, rank, BLOCK_R):
-                lane = first_lane + tl.arange(0, BLOCK_R)
-                lane_live = lane < rank
-                b_elements = rank_row_elements(pages_ptr, factor_ptr, lane, lane_live, COLUMNS, PAGE_ELEMS, ALIGN)
-                b_mask = lane_live[:, None] & column_live[None, :]
-                b = tl.load(pool_ptr + b_elements[:, None] + columns[None, :], mask=b_mask, other=0.0)
-                v_rows = (splits[:, None] * num_rows + rows[None, :]).to(tl.int64)
-                v_ptrs = v_ptr + v_rows[:, :, None] * V_WIDTH + lane[None, None, :]
-                v_mask = mine[None, :, None] & lane_live[None, None, :]
-                v = tl.sum(tl.load(v_ptrs, mask=v_mask, other=0.0), axis=0)
-                acc = tl.dot(v.to(b.dtype), b, acc, input_precision=PRECISION)
-            if gain_rank > 0:
-                no_row = tl.zeros([1], tl.int32)
-                gain_element = rank_row_elements(pages_ptr, gain_ptr, no_row, no_row == 0, COLUMNS, PAGE_ELEMS, ALIGN)
-                gain = tl.load(pool_ptr + gain_element + columns, mask=column_live, other=1.0).to(tl.float32)
-                base = y
-                if HAS_BIAS:
-                    bias = tl.load(bias_ptr + columns, mask=column_live, other=0.0).to(tl.float32)
-                    base = y - bias[None, :]
-                acc += (gain[None, :] - 1.0) * base
-            tl.store(y_ptrs, (y + acc).to(y_ptr.dtype.element_ty), mask=y_mask)
+            for step in range(STEPS_N):
+                columns = first_column + step * BLOCK_N + tl.arange(0, BLOCK_N)
+                column_live = columns < COLUMNS
+                y_mask = mine[:, None] & column_live[None, :]
+                y = tl.load(y_ptrs + columns[None, :], mask=y_mask, other=0.0).to(tl.float32)
+                acc = tl.zeros([TILE_M, BLOCK_N], tl.float32)
+                for first_lane in range(0, rank, BLOCK_R):
+                    lane = first_lane + tl.arange(0, BLOCK_R)
+                    lane_live = lane < rank
+                    b_elements = rank_row_elements(pages_ptr, factor_ptr, lane, lane_live, COLUMNS, PAGE_ELEMS, ALIGN)
+                    b_mask = lane_live[:, None] & column_live[None, :]
+                    b = tl.load(pool_ptr + b_elements[:, None] + columns[None, :], mask=b_mask, other=0.0)
+                    v_mask = mine[None, :, None] & lane_live[None, None, :]
+                    v = tl.sum(tl.load(v_ptrs + lane[None, None, :], mask=v_mask, other=0.0), axis=0)
+                    acc = tl.dot(v.to(b.dtype), b, acc, input_precision=PRECISION)
+                if gain_rank > 0:
+                    row = tl.zeros([1], tl.int32)
+                    element = rank_row_elements(pages_ptr, gain_ptr, row, row == 0, COLUMNS, PAGE_ELEMS, ALIGN)
+                    gain = tl.load(pool_ptr + element + columns, mask=column_live, other=1.0).to(tl.float32)
+                    base = y
+                    if HAS_BIAS:
+                        base -= tl.load(bias_ptr + columns, mask=column_live, other=0.0).to(tl.float32)[None, :]
+                    acc += (gain[None, :] - 1.0) * base
+                tl.store(y_ptrs + columns[None, :], (y + acc).to(y_ptr.dtype.element_ty), mask=y_mask)
         led = tl.where(led == slot, NO_SLOT, led)
         slot = tl.min(led)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,7 @@ class LinearTile:
     expand_m: int
     expand_r: int
     expand_n: int
+    expand_steps: int
     num_warps: int = 4
 
 
@@ -83,7 +84,8 @@ def run_lora_linear(
     if M == 0 or rank_bound == 0:
         return
     tile = choose_tile(M, in_features, y_MO.shape[1], rank_bound, run_length)
-    width = cdiv(rank_bound, tile.expand_r) * tile.expand_r
+    block_r = max(tile.shrink_r, tile.expand_r)
+    width = cdiv(rank_bound, block_r) * block_r
     v_dtype = x_MI.dtype if tile.splits == 1 else torch.float32
     v_SMW = torch.empty(tile.splits, M, width, dtype=v_dtype, device=x_MI.device)
     _launch(y_MO, x_MI, v_SMW, token_slots_M, tables, bias_O, tile)
@@ -118,31 +120,49 @@ def _check(y_MO: torch.Tensor, x_MI: torch.Tensor, token_slots_M: torch.Tensor, 
 
 def choose_tile(num_rows: int, in_features: int, out_features: int, rank_bound: int, run_length: int) -> LinearTile:
     """Decode: small tiles, a program for every row that may lead. Prefill: tiles that one sequence mostly fills."""
-    expand_m = 16
-    while expand_m < 64 and 2 * expand_m <= run_length:
-        expand_m *= 2
-    shrink_m = min(32, expand_m)
-    expand_r = min(64, max(16, next_power_of_2(rank_bound)))
-    # Few rows: a program a granule of lanes, so that small ranks have few programs. Many rows: x is read once.
-    shrink_r = 16 if expand_m == 16 else expand_r
-    shrink_k = min(128, max(16, next_power_of_2(in_features)))
-    # A batch of one adapter keeps one program a tile busy: it must still fill the device. But every program of the
-    # expand adds all splits up, which costs more than it gains where many rows lead.
-    programs, splits = cdiv(num_rows, shrink_m) * cdiv(rank_bound, shrink_r), 1
-    most_splits = 8 if num_rows <= 16 else 4
-    while splits < most_splits and splits * programs < _WAVE and in_features >= 2 * splits * shrink_k:
+    choose = _prefill_tile if run_length >= 32 else _decode_tile
+    tile = choose(num_rows, rank_bound, run_length)
+    shrink_k = min(tile.shrink_k, max(16, next_power_of_2(in_features)))
+    # A batch of one adapter keeps one program a row tile busy: it must still fill the device.
+    programs, splits = cdiv(num_rows, tile.shrink_m) * cdiv(rank_bound, tile.shrink_r), 1
+    while splits < tile.splits and splits * programs < _WAVE and in_features >= 2 * splits * shrink_k:
         splits *= 2
-    widest_n = 64 if expand_m > 16 else 128 if expand_r == 64 or num_rows <= 16 else 256
+    expand_n = min(tile.expand_n, max(16, next_power_of_2(out_features)))
+    return replace(tile, shrink_k=shrink_k, splits=splits, expand_n=expand_n)
+
+
+def _decode_tile(num_rows: int, rank_bound: int, run_length: int) -> LinearTile:
+    """Splits are the most there may be: every program of the expand adds all of them up, so that they cost more than
+    they gain where many rows lead or lanes are many."""
+    is_narrow = rank_bound <= 16
+    few_splits, few_rows = (4, 32) if is_narrow else (2, 4)
     return LinearTile(
         # A run has one leader, its first row: as many rows as a run is long lead about one slot.
         leaders=next_power_of_2(max(1, run_length) + 1) // 2,
-        shrink_m=shrink_m,
-        shrink_r=shrink_r,
-        shrink_k=shrink_k,
-        splits=splits,
-        expand_m=expand_m,
-        expand_r=expand_r,
-        expand_n=min(widest_n, max(16, next_power_of_2(out_features))),
+        shrink_m=16,
+        shrink_r=16 if is_narrow or num_rows <= 16 else min(64, next_power_of_2(rank_bound)),
+        shrink_k=128,
+        splits=8 if num_rows <= few_rows else few_splits,
+        expand_m=16,
+        expand_r=16 if is_narrow else 32,
+        expand_n=256 if is_narrow and num_rows > 16 else 128,
+        expand_steps=1,
+    )
+
+
+def _prefill_tile(num_rows: int, rank_bound: int, run_length: int) -> LinearTile:
+    is_wide = rank_bound > 32
+    return LinearTile(
+        leaders=next_power_of_2(max(1, run_length) + 1) // 2,
+        shrink_m=16 if is_wide else 32,
+        shrink_r=64 if is_wide else max(16, next_power_of_2(rank_bound)),
+        shrink_k=128,
+        splits=4,
+        expand_m=64 if is_wide and run_length >= 64 else 32,
+        expand_r=64 if is_wide else max(16, next_power_of_2(rank_bound)),
+        expand_n=128,
+        # Many rows fill the device anyway: a program that walks several blocks finds slots and pages once.
+        expand_steps=4 if num_rows >= 1024 else 1,
     )
 
 
@@ -171,10 +191,10 @@ def _launch(
         num_stages=3, **rows, **options,
     )  # fmt: skip
     programs, rows = _row_tiles(M, tile.expand_m, tile.leaders)
-    expand_kernel[(programs * cdiv(out_features, tile.expand_n),)](
+    expand_kernel[(programs * cdiv(out_features, tile.expand_n * tile.expand_steps),)](
         y_MO, v_SMW, bias_O, token_slots_M, *addressing, y_MO.stride(0), *strides, COLUMNS=out_features,
         ALIGN=_alignment(tables, out_features), HAS_BIAS=bias_O is not None, BLOCK_R=tile.expand_r,
-        BLOCK_N=tile.expand_n, num_stages=1, **rows, **options,
+        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, **rows, **options,
     )  # fmt: skip
 
 
