@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import moegraft.kernels.moe_forward.host as moe_forward
 from moegraft.build import build_fused_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import NoBackendError
+from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.lora.punica import PunicaWrapperCPU
 from moegraft.moe.experts import TorchExperts, TritonExperts
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
@@ -64,18 +66,20 @@ def test_layouts_and_options_reach_the_kernels(name: str) -> None:
     assert_close_delta(layer.run(), base, layer.reference(), base_reference, DELTA_TOL)
 
 
-def test_a_batch_without_adapters_launches_no_lora_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_without_adapters_asks_for_no_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``lora=None`` the kernels have no LoRA in them."""
     layer = over_triton(build_layer(CASES["one_token"], device=DEVICE))
+    asked = []
 
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a LoRA kernel was launched")
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(kwargs["lora"] is not None)
+        return fused_moe_lora(*args, **kwargs)
 
-    monkeypatch.setattr(moe_forward, "lora_shrink13", refuse)
-    monkeypatch.setattr(moe_forward, "lora_shrink2", refuse)
-    layer.run_with(None)
-    layer.run(torch.full_like(layer.inputs.token_slots_T, -1))
-    with pytest.raises(AssertionError, match="LoRA kernel"):
-        layer.run(torch.zeros_like(layer.inputs.token_slots_T))
+    monkeypatch.setattr(moe_forward, "fused_moe_lora", record)
+    base = layer.run_with(None)
+    assert torch.equal(layer.run(torch.full_like(layer.inputs.token_slots_T, -1)), base)
+    assert not torch.equal(layer.run(torch.zeros_like(layer.inputs.token_slots_T)), base)
+    assert asked == [False, False, True]
 
 
 def test_bound_context_serves_hosts_without_an_argument() -> None:
