@@ -1,10 +1,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from support.mixed import MixedBatch
+
+    from moegraft import GraftedModel
 
 # Where there is no GPU, Triton kernels run in Triton's interpreter. It reads the variable when a kernel is defined,
 # so it is set here, before any test module imports one.
@@ -24,3 +31,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models: waking a second thread costs more than their products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> MixedBatch:
+    """A tiny model with three adapters and their truths. Whoever attaches to its model detaches again."""
+    from support.mixed import make_mixed_batch  # imports transformers and PEFT, which most tests do without
+
+    return make_mixed_batch(tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture
+def graft(mixed: MixedBatch) -> Iterator[GraftedModel]:
+    """``mixed``, attached and with its adapters loaded."""
+    import moegraft
+
+    with moegraft.attach(mixed.model, adapter_memory="4MiB") as graft:
+        for name, path in mixed.adapters.items():
+            graft.load_adapter(path, name=name)
+        yield graft

@@ -119,7 +119,9 @@ def save_with_peft(
 ) -> torch.Tensor:
     """Lets the installed PEFT make an adapter for a copy of ``model``, fills it with noise as training would, saves it
     to ``folder``, and returns the logits that PEFT computes with it."""
-    trained = peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)  # PEFT draws A itself
+        trained = peft.get_peft_model(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(11)
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:

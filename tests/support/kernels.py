@@ -39,7 +39,9 @@ def make_bank(
         intermediate_size=config.intermediate_size,
         has_gate=config.activation.gated,
     )
-    layout = BankLayout(ModelTargets(model_type="tiny", experts={MODULE: target}), dtype=config.dtype, page_bytes=page_bytes)
+    layout = BankLayout(
+        ModelTargets(model_type="tiny", experts={MODULE: target}), dtype=config.dtype, page_bytes=page_bytes
+    )
     return AdapterBank(
         layout, capacity_bytes=pages * layout.page_bytes, device=device, max_slots=max_slots, poison=True
     )

@@ -16,7 +16,16 @@ from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.mapping import AdapterMapping
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
-from moegraft.testing import ExpertsFactors, MoECase, MoEInputs, make_inputs, moe_reference
+from moegraft.testing import (
+    ExpertsFactors,
+    MoECase,
+    MoEInputs,
+    assert_close,
+    assert_close_delta,
+    make_inputs,
+    moe_reference,
+    poison_allocations,
+)
 
 MODULE = "experts"
 
@@ -100,6 +109,25 @@ def build_layer(
     base, _ = build_fused_moe(case.config, dense_weights(case, inputs), backend=backend)
     with_lora = build_fused_moe_with_lora(base, bank.experts_tables(MODULE))
     return BuiltLayer(case=case, inputs=inputs, bank=bank, base=base, with_lora=with_lora)
+
+
+def check_layer(layer: BuiltLayer) -> None:
+    """The delta against the oracle, base rows bit for bit, nothing read that nobody wrote."""
+    case, tol = layer.case, DELTA_TOL[layer.case.config.dtype]
+    with poison_allocations():
+        without, found = layer.run_with(None), layer.run()
+    assert found.shape == without.shape == (case.num_tokens, case.config.hidden_size)
+    assert found.dtype == without.dtype == case.config.dtype
+
+    expected, expected_base = layer.reference(), layer.reference(with_adapters=False)
+    assert_close(without, expected_base, tol, what="base")
+    # The oracle's own sums differ by 1e-16 where a row meets other rows.
+    changed_T = ((expected - expected_base).abs() > 1e-12).any(dim=1)
+    assert torch.equal(found[~changed_T], without[~changed_T]), "a row that no adapter changes has other bits"
+    found, without, expected, expected_base = (out[changed_T] for out in (found, without, expected, expected_base))
+    # A delta is taken from two rounded outputs: where it is the smaller, their rounding weighs more.
+    weight = max(1.0, float(expected.norm() / (expected - expected_base).norm())) if changed_T.any() else 1.0
+    assert_close_delta(found, without, expected, expected_base, tol * weight)
 
 
 def dense_weights(case: MoECase, inputs: MoEInputs) -> DenseExperts:

@@ -49,6 +49,8 @@ def route(
     """
     logits_TE = logits_TE.float()
     if config.scoring is Scoring.SOFTMAX_TOPK:
+        if correction_bias_E is not None or config.num_groups > 1:
+            raise ValueError("softmax_topk chooses by logits: it has no scores for a correction bias or for groups")
         chosen_TK, ids_TK = logits_TE.topk(config.top_k, dim=-1)
         return chosen_TK.softmax(dim=-1) * config.scale, ids_TK
     scores_TE = logits_TE.sigmoid() if config.scoring is Scoring.SIGMOID else logits_TE.softmax(dim=-1)

@@ -124,6 +124,12 @@ def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> d
     return previous
 
 
+def experts_configs(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> list[PreTrainedConfig]:
+    """The distinct configs that say which implementation the experts modules run; most models have one."""
+    configs = {id(config): config for config in (model.get_submodule(name).config for name in sites)}
+    return list(configs.values())
+
+
 def remove_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite], previous: dict[str, str | None]) -> None:
     """The inverse of ``install_sites``."""
     model.set_experts_implementation(previous)

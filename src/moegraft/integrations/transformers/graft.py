@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 from moegraft.core.errors import AdapterInUseError, BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
 from moegraft.integrations.transformers.call import ActiveCall, CallState
-from moegraft.integrations.transformers.experts import build_site, install_sites, remove_sites
+from moegraft.integrations.transformers.experts import (
+    IMPLEMENTATION,
+    build_site,
+    experts_configs,
+    install_sites,
+    remove_sites,
+)
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
 from moegraft.integrations.transformers.generation import batch_rows, check_generation
 from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, SavedSeam, Seam
@@ -72,6 +78,7 @@ class GraftedModel:
         self._seams: dict[tuple[str, type[Seam]], Seam] = {}
         self._last_batch: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._previous = install_sites(model, self._sites)
+        self._experts_configs = experts_configs(model, self._sites)
         self._attached = True
         setattr(model, _MARK, self)
 
@@ -177,6 +184,12 @@ class GraftedModel:
     def _check_attached(self) -> None:
         if not self._attached:
             raise UnsupportedModelError("this GraftedModel was detached; call moegraft.attach(model) again")
+        for config in self._experts_configs:
+            if config._experts_implementation != IMPLEMENTATION:
+                raise UnsupportedModelError(
+                    f"the experts implementation of the grafted model was set to {config._experts_implementation!r}, "
+                    f"under which adapters would be lost; call model.set_experts_implementation({IMPLEMENTATION!r})"
+                )
 
     def _shared_by(self, held: AdapterBatch) -> dict[str, Any]:
         """Scratch of a batch, kept while the next one has the same adapters in the same places (a decode loop)."""

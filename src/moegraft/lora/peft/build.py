@@ -10,7 +10,7 @@ import torch
 from moegraft.core.errors import AdapterTensorError
 from moegraft.lora.peft import fused
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, ExpertsPlan, FusedPair, LinearPlan, Pair
-from moegraft.lora.peft.safetensors_file import TensorInfo
+from moegraft.lora.peft.safetensors_file import TensorInfo, all_finite
 from moegraft.lora.peft.sites import Projection
 from moegraft.lora.targets import EmbeddingLoRA, ExpertsLoRA, ExpertsTarget, LinearLoRA
 
@@ -182,6 +182,6 @@ def _widen(tensor: torch.Tensor) -> torch.Tensor:
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
     """To ``dtype``, contiguous. Raises AdapterTensorError where a value does not fit into it."""
     result = tensor.to(dtype).contiguous()
-    if not bool(torch.isfinite(result).all()):
+    if not all_finite(result):
         raise AdapterTensorError(f"{where}: a value, once scaled, is outside the range of {dtype}")
     return result

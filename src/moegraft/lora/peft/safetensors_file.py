@@ -31,6 +31,11 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite. One pass and no mask: many times faster than ``isfinite().all()``."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # a NaN comes out of both
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
     """One tensor of a checked header. ``offset``: its first byte, counted from the start of the file."""
@@ -78,7 +83,7 @@ class SafetensorsFile:
             return torch.empty(info.shape, dtype=info.dtype)
         data = self._read_bytes(info.offset, info.nbytes)
         tensor = torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise AdapterTensorError(f"{info.where} holds NaN or infinite values")
         return tensor
 

@@ -50,8 +50,9 @@ class FactorIndex:
         slot_S11 = torch.tensor(slots, device=device)[:, None, None]
         elem_SHR = tables.page_table[slot_S11, page_SHR].long() * tables.page_elems
         elem_SHR += desc_S[:, Field.OFFSET, None, None] + (row_SHR % rows_per_page) * row_len
-        # Rows are gathered in units that divide both a row and a page: one view of the pool serves any row length.
-        unit = math.gcd(row_len, tables.page_elems)
+        # Rows are gathered in units that divide a row, a page and every offset into one: one view of the pool serves
+        # any row length. Where the row length does not divide the page, offsets are no multiples of it.
+        unit = math.gcd(row_len, tables.page_elems, *desc_S[:, Field.OFFSET].tolist())
         lane_S = desc_S[:, Field.LANE]
         is_uniform = int(rank_S.min()) == max_rank and int(lane_S.max()) == 0
         return cls(elem_SHR // unit, unit, rank_S, lane_S, max_rank, is_uniform)
