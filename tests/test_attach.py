@@ -272,6 +272,7 @@ class TestDetach:
         assert not torch.equal(graft(input_ids=before.ids, adapters=list(KINDS)[:2]).logits, before.logits)
         assert before.count_hooks(model) > 0
         assert graft.detach() is model
+        assert graft.bank.pool.data.untyped_storage().size() == 0
         before.assert_same(model)
         assert graft.detach() is model  # twice is once
 

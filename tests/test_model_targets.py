@@ -27,7 +27,7 @@ import moegraft
 from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers.targets import discover_targets, experts_activation, find_unsupported
-from tests.support.families import FAMILIES, build
+from support.families import FAMILIES, build
 
 TINY = {
     "vocab_size": 96,

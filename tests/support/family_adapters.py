@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, LinearLoRA, ModelTargets
-from tests.support.families import FAMILIES, LegacyNames, build
-from tests.support.oracle import merged_logits
+from support.families import FAMILIES, LegacyNames, build
+from support.oracle import merged_logits
 
 # PEFT refuses it in this family, whose fused Mamba kernels read the weight without calling the module.
 _PEFT_REFUSES = {"nemotron_h": ("out_proj",)}

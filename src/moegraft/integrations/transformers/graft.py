@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moegraft.core.errors import AdapterInUseError, BatchError, UnsupportedModelError
+from moegraft.core.errors import BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
 from moegraft.integrations.transformers.call import ActiveCall, CallState
 from moegraft.integrations.transformers.experts import (
@@ -160,12 +160,9 @@ class GraftedModel:
         with self._lock:
             if not self._attached:
                 return self.model
-            busy = [name for name, info in self.adapters.items() if info.in_use]
-            if busy:
-                raise AdapterInUseError(f"adapters {', '.join(busy)} serve a batch now; detach after it has ended")
-            for name in self.bank.names():
-                self.bank.unload(name)
+            self.bank.close()
             self._fit_seams()
+            self._last_batch = ((), {})
             remove_sites(self.model, self._sites, self._previous)
             delattr(self.model, _MARK)
             self._attached = False

@@ -247,6 +247,21 @@ class AdapterBank:
                 residency.views[saved.index] = tensor
         return tensor
 
+    def close(self) -> None:
+        """Forgets all adapters and gives the pool's memory back; the bank is of no use afterwards.
+
+        Raises AdapterInUseError, having changed nothing, while a batch holds an adapter.
+        """
+        with self._lock:
+            busy = [handle.name for handle in self._handles.values() if handle.in_use]
+            if busy:
+                raise AdapterInUseError(
+                    f"adapters {', '.join(busy)} serve a batch now; close the bank after it has ended"
+                )
+            for name in self.names():
+                self.unload(name)
+            self.pool.close()
+
     def check_integrity(self) -> None:
         """Raises MoegraftError where pages, tables, slots and handles do not agree. Synchronises the device."""
         with self._lock:

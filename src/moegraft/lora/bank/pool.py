@@ -96,6 +96,10 @@ class PagePool:
         self._num_free -= num_pages
         return tuple(taken)
 
+    def close(self) -> None:
+        """Gives the memory itself back, whoever still holds the tensor; the pool is of no use afterwards."""
+        self.data.untyped_storage().resize_(0)
+
     def free(self, pages: Sequence[int]) -> None:
         """Gives pages back. Raises MoegraftError, freeing nothing, where one is not allocated or named twice."""
         released = list(page_runs(sorted(pages)))
