@@ -12,7 +12,6 @@ from moegraft.lora.mapping import AdapterMapping, LoRASegments
 from moegraft.lora.punica.base import PunicaWrapperBase
 from moegraft.lora.punica.paged import FactorIndex, PagedFactors, grouped_mm
 
-
 FEW_ROWS = 64  # of a decode step: looking for rows that share a segment costs more than it saves
 
 

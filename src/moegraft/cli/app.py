@@ -1,0 +1,133 @@
+"""The commands and their options. What they do is imported when they run, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moegraft.cli.console import print_json, reported, working
+from moegraft.core.memory import parse_bytes
+
+app = typer.Typer(
+    help="Many LoRA adapters on one mixture-of-experts model, in one mixed batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="MODEL", exists=True, file_okay=False, help="Folder of a transformers checkpoint.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+Device = Annotated[str | None, typer.Option(help="A torch device; by default the GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+
+
+def _check_memory(value: str) -> str:
+    try:
+        parse_bytes(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return value
+
+
+@app.command()
+@reported
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the checkpoint and the adapters in this new folder.")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(hidden=True, min=1)] = 200,
+    as_json: Json = False,
+) -> None:
+    """Train a tiny Qwen3-MoE and three PEFT adapters, then answer one mixed batch and check it."""
+    from moegraft.cli.demo import run_demo
+    from moegraft.cli.tables import show_demo
+
+    result = run_demo(keep, max_steps=max_steps)
+    print_json(result) if as_json else show_demo(result)
+    if not result.is_exact:
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
+def generate(  # noqa: PLR0913  # one parameter an option
+    model: ModelFolder,
+    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter folder; may be given several times.")
+    ] = None,
+    use: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="One adapter (or base) for each prompt; default: each with all."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the tokenizer's chat template.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    adapter_memory: Annotated[str, typer.Option(callback=_check_memory, help="For adapters on the device.")] = "2GiB",
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with the base model and with adapters, greedily, in one mixed batch."""
+    from moegraft.cli.generate import GenerateRequest, generate_answers, parse_adapters
+    from moegraft.cli.tables import show_answers
+
+    request = GenerateRequest(
+        model=model,
+        prompts=tuple(prompt),
+        adapters=parse_adapters(adapter or []),
+        use=tuple(use.split(",")) if use is not None else None,
+        max_new_tokens=max_new_tokens,
+        raw=raw,
+        dtype=dtype,
+        device=device,
+        adapter_memory=adapter_memory,
+    )
+    answers = generate_answers(request)
+    print_json(answers) if as_json else show_answers(answers)
+
+
+@app.command("inspect")
+@reported
+def inspect_(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter saved by PEFT.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", exists=True, file_okay=False, help="The base model; its weights are not read."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What is in an adapter, where it would be applied, and what is wrong with it (exit code 1)."""
+    from moegraft.cli.tables import show_inspection
+    from moegraft.lora.peft import inspect_peft_adapter
+
+    targets = None
+    with working("Reading the adapter"):
+        if base is not None:
+            from moegraft.cli.structure import base_targets
+
+            targets = base_targets(base)
+        inspection = inspect_peft_adapter(adapter, targets)
+    print_json({**vars(inspection), "ok": inspection.ok}) if as_json else show_inspection(inspection, base)
+    if not inspection.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
+def explain(model: ModelFolder, dtype: Dtype = "auto", device: Device = None, as_json: Json = False) -> None:
+    """Which backend serves each layer of a model, and why every other does not. Reads no weights."""
+    from moegraft.cli.structure import explain_model
+    from moegraft.cli.tables import show_explanation
+
+    with working("Building the model's structure"):
+        explanation = explain_model(model, dtype=dtype, device=device)
+    print_json(explanation) if as_json else show_explanation(explanation)
+
+
+def main() -> None:
+    """The entry point of the ``moegraft`` command."""
+    app()

@@ -1,0 +1,181 @@
+"""Results as tables."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from moegraft.cli.console import stdout
+from moegraft.core.memory import format_bytes
+
+if TYPE_CHECKING:
+    from moegraft.cli.compare import Agreement
+    from moegraft.cli.demo import DemoResult
+    from moegraft.cli.generate import Answers
+    from moegraft.integrations.transformers import Explanation
+    from moegraft.lora.peft import AdapterInspection, ModuleSummary
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_SHORT = ("adapter", "kind", "ranks", "rows of A", "modules", "size", "layers", "backend", "weights")
+_DETAIL = re.compile(r"\d+|lora_[AB]|(gate|up|down)_proj|w[123]")
+
+
+def show_demo(result: DemoResult) -> None:
+    """Base and every adapter side by side, then agreement and speed."""
+    names = list(dict.fromkeys(row.adapter for row in result.rows))
+    table = _table("One mixed batch", "question", *(name or "base" for name in names))
+    table.leading = 1
+    for question in dict.fromkeys(row.question for row in result.rows):
+        answers = {row.adapter: row.answer for row in result.rows if row.question == question}
+        table.add_row(Text(question, style="bold"), *(Text(answers[name]) for name in names))
+    stdout.print(table)
+    right = sum(row.answer == row.expected for row in result.rows)
+    speed = result.speed
+    stdout.print(
+        f"{len(result.rows)} rows in one generate call, {right} of them word for word what the row's adapter (or the "
+        "base) was trained to say.",
+        highlight=False,
+    )
+    stdout.print()
+    facts = {
+        "one by one": _agreement(result.comparison.alone),
+        "in PEFT": _agreement(result.comparison.peft),
+        "base rows": _base_rows(result),
+        "tokens/s": Text(
+            f"{speed.base:,.0f} without adapters, {speed.mixed:,.0f} with (x{speed.mixed / speed.base:.2f}); "
+            f"batch of {speed.rows} rows"
+        ),
+    }
+    for key, value in facts.items():
+        stdout.print(Text(f"{key:<12}", style="bold").append_text(value))
+    stdout.print()
+    ranks = ", ".join(f"{name} {'/'.join(map(str, loaded.ranks))}" for name, loaded in result.adapters.items())
+    stdout.print(
+        f"A Qwen3-MoE of {result.parameters / 1e6:.1f}M parameters that knows {result.facts} facts by heart, and "
+        f"adapters (ranks: {ranks}) that PEFT trained to say the same facts differently; all saved and loaded back "
+        "as any checkpoint. One CPU thread. At this size a step is mostly Python, so speeds say little of real models.",
+        style="dim",
+        highlight=False,
+    )
+    where = f", kept in {result.kept_in}" if result.kept_in else ""
+    stdout.print(f"{result.seconds:.0f} s in total{where}.", style="dim", highlight=False)
+
+
+def _agreement(found: Agreement) -> Text:
+    verdict = "equal" if found.is_exact else "DIFFERENT"
+    return Text(
+        f"{verdict}: same tokens in {found.rows_equal} of {found.rows} rows, logits within "
+        f"{found.logit_difference:.1e}",
+        style="green" if found.is_exact else "red",
+    )
+
+
+def _base_rows(result: DemoResult) -> Text:
+    if result.comparison.base_rows_unchanged:
+        return Text("bit for bit as in the batch without adapters", style="green")
+    return Text("DIFFERENT from the batch without adapters", style="red")
+
+
+def show_answers(answers: Answers) -> None:
+    """One line a row of the batch."""
+    table = _table("", "prompt", "adapter", "answer")
+    previous = None
+    for row in answers.rows:
+        shown = row.prompt if row.prompt != previous else ""
+        table.add_row(Text(shown), Text(row.adapter or "base", style="cyan"), Text(row.text))
+        previous = row.prompt
+    stdout.print(table)
+    stdout.print(
+        f"batch of {len(answers.rows)}, {answers.tokens_per_second:,.0f} tokens/s", style="dim", highlight=False
+    )
+
+
+def show_inspection(inspection: AdapterInspection, base: Path | None) -> None:
+    """The file's facts, its modules with layers folded together, and what is wrong."""
+    scale = "rank-stabilised " if inspection.use_rslora else ""
+    facts = {
+        "folder": inspection.path,
+        "PEFT": inspection.peft_version or "unknown version",
+        "rank, alpha": f"{_known(inspection.r)}, {_known(inspection.lora_alpha)} {scale}".strip()
+        + (", DoRA" if inspection.use_dora else ""),
+        "tensors": f"{inspection.tensors_in_file} ({', '.join(inspection.dtypes) or 'none'}), "
+        + format_bytes(inspection.bytes_in_file),
+    }
+    for key, value in facts.items():
+        stdout.print(Text.assemble((f"{key:<12}", "bold"), value), soft_wrap=True)
+    if inspection.modules:
+        stdout.print(_modules_table(inspection.modules))
+    for note in inspection.notes:
+        stdout.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+    for problem, alike in _alike(inspection.problems).items():
+        more = f" (and {alike - 1} more like it)" if alike > 1 else ""
+        stdout.print(Text(f"wrong: {problem}{more}", style="red"), soft_wrap=True)
+    if inspection.ok:
+        verdict = f"Would be applied to {base}." if base else "Nothing wrong in the files; --base checks the fit."
+        stdout.print(Text(verdict, style="green"), soft_wrap=True)
+
+
+def _alike(problems: Iterable[str]) -> dict[str, int]:
+    """The first of all problems that differ in numbers, factor or suggestions only -> how many there are."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for problem in problems:
+        kind = _DETAIL.sub("*", problem.partition("; the nearest are")[0])
+        counts[first.setdefault(kind, problem)] += 1
+    return dict(counts)
+
+
+def _modules_table(modules: Iterable[ModuleSummary]) -> Table:
+    groups: dict[tuple[str, str, str, str], Counter[str]] = {}
+    for module in modules:
+        key = (_folded(module.name), module.kind, _ranks(module.ranks), _folded(module.target or ""))
+        counts = groups.setdefault(key, Counter())
+        counts.update(modules=1, nbytes=module.nbytes)
+    is_fitted = any(target for *_, target in groups)
+    table = _table("", "module", "kind", "ranks" if is_fitted else "rows of A", "modules", "size")
+    for (name, kind, ranks, target), counts in groups.items():
+        size = format_bytes(counts["nbytes"])
+        shown = name if target in ("", name) else f"{target}\n(file: {name})"
+        table.add_row(shown, kind, ranks, str(counts["modules"]), size)
+    return table
+
+
+def show_explanation(explanation: Explanation) -> None:
+    """One line a layer; layers of one choice folded together."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for choice in explanation:
+        refused = "\n".join(f"{rejection.backend}: {rejection.reason}" for rejection in choice.rejections)
+        weights = f"{choice.format_name} on {choice.device}"
+        groups.setdefault((_folded(choice.layer), choice.backend, weights, refused), []).append(choice.layer)
+    table = _table("", "layer", "layers", "backend", "weights", "refused")
+    for (name, backend, weights, refused), layers in groups.items():
+        table.add_row(name, str(len(layers)), Text(backend, style="green"), weights, Text(refused or "none"))
+    stdout.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0)
+    )
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in _SHORT)
+    return table
+
+
+def _folded(name: str) -> str:
+    return _LAYER.sub("*", name)
+
+
+def _ranks(ranks: Mapping[str, int]) -> str:
+    return ", ".join(str(rank) if name == "lora" else f"{name} {rank}" for name, rank in ranks.items())
+
+
+def _known(value: float | None) -> str:
+    return "?" if value is None else f"{value:g}"
