@@ -91,17 +91,19 @@ def make_adapters(shape: LayerShape, ranks: list[int], device: torch.device | st
     E, D, F, S = shape.E, shape.D, shape.F, len(ranks)
     stored = [max(rank, pad_to) for rank in ranks]
     lens = {"A13": D, "B_GATE": F, "B_UP": F, "A2": F, "B2": D}
-    page_elems = choose_page_elems(
-        [F, D], target_elems=DEFAULT_PAGE_BYTES // DTYPE.itemsize, align_elems=ALIGN_BYTES // DTYPE.itemsize
-    )
+    page_elems = _page_elems(shape)
     rows = [[(2 if name == "A13" else 1) * r for name in lens] for r in stored]
-    pages = [[-(-E * n // (page_elems // length)) for n, length in zip(row, lens.values(), strict=True)] for row in rows]
+    pages = [
+        [-(-E * n // (page_elems // length)) for n, length in zip(row, lens.values(), strict=True)] for row in rows
+    ]
     num_pages = sum(map(sum, pages))
     pool = torch.empty(num_pages, page_elems, dtype=DTYPE, device=device)
     permutation = torch.randperm(num_pages, device=device, dtype=torch.int32) if pool.device.type != "meta" else None
     page_table = torch.zeros(S, -(-max(map(sum, pages)) // 16) * 16, dtype=torch.int32, device=device)
     descriptors = torch.zeros(S, len(lens), NUM_FIELDS, dtype=torch.int32)
-    factors = [torch.zeros(S, E, max(r[i] for r in rows), n, dtype=DTYPE, device=device) for i, n in enumerate(lens.values())]
+    factors = [
+        torch.zeros(S, E, max(r[i] for r in rows), n, dtype=DTYPE, device=device) for i, n in enumerate(lens.values())
+    ]
     taken = 0
     for slot, rank in enumerate(ranks):
         first = 0
@@ -129,6 +131,30 @@ def make_adapters(shape: LayerShape, ranks: list[int], device: torch.device | st
         page_elems=page_elems,
     )
     return Adapters(factors=tuple(factors), tables=tables)
+
+
+def empty_adapters(shape: LayerShape, cell: Cell, device: torch.device | str) -> Adapters:
+    """Tables of a cell in which no adapter touches anything; the factors have shapes only."""
+    D, F, E, S, r = shape.D, shape.F, shape.E, cell.slots, cell.rank
+    sizes = ((2 * r, D), (r, F), (r, F), (r, F), (r, D))
+    tables = ExpertsTables(
+        pool=torch.empty(16, dtype=DTYPE, device=device),
+        page_table=torch.zeros(S, 16, dtype=torch.int32, device=device),
+        factors=torch.zeros(S, len(sizes), NUM_FIELDS, dtype=torch.int32, device=device),
+        expert_index=torch.zeros(S, E, dtype=torch.int32, device=device),
+        page_elems=_page_elems(shape),
+    )
+    return Adapters(
+        factors=tuple(torch.empty(S, E, *size, dtype=DTYPE, device="meta") for size in sizes), tables=tables
+    )
+
+
+def _page_elems(shape: LayerShape) -> int:
+    return choose_page_elems(
+        [shape.F, shape.D],
+        target_elems=DEFAULT_PAGE_BYTES // DTYPE.itemsize,
+        align_elems=ALIGN_BYTES // DTYPE.itemsize,
+    )
 
 
 def make_batch(shape: LayerShape, num_tokens: int, active: int, device: torch.device | str, *, seed: int = 0) -> Batch:
@@ -188,7 +214,9 @@ def oracle(weights: MoEWeights, adapters: Adapters | None, batch: Batch, tokens_
             v = low_rank(x, ExpertsFactor.A13, slots_C[c], e)
             lane = adapters.tables.factors[slots_C[c], ExpertsFactor.B_UP, Field.LANE].long()
             up = torch.stack([row.roll(-int(shift)) for row, shift in zip(v, lane.tolist(), strict=True)])
-            u = u + torch.cat([expand(v, ExpertsFactor.B_GATE, slots_C[c], e), expand(up, ExpertsFactor.B_UP, slots_C[c], e)], 1)
+            u = u + torch.cat(
+                [expand(v, ExpertsFactor.B_GATE, slots_C[c], e), expand(up, ExpertsFactor.B_UP, slots_C[c], e)], 1
+            )
         gate, up = u.chunk(2, dim=1)
         h = torch.nn.functional.silu(gate) * up
         y = h @ weights.w2[e].float().T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.kernels import DEVICE, make_lora_batch, make_weights
 
 from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.kernels.records import LoRABatch, MoEWeights
@@ -11,7 +12,6 @@ from moegraft.testing.cases import MOE_CASES, MoECase, MoEInputs, make_inputs
 from moegraft.testing.errors import assert_close, assert_close_delta
 from moegraft.testing.moe_reference import moe_reference
 from moegraft.testing.poison import poison_allocations
-from support.kernels import DEVICE, make_lora_batch, make_weights
 
 
 def run(case: MoECase, inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch | None) -> torch.Tensor:

@@ -59,9 +59,9 @@ def load(bank: AdapterBank, name: str, factors: ExpertsFactors) -> int:
     return handle.residency.slot
 
 
-def make_lora_batch(case: MoECase, inputs: MoEInputs) -> LoRABatch:
+def make_lora_batch(case: MoECase, inputs: MoEInputs, **bank_options: int) -> LoRABatch:
     """The case's adapters in a bank. Slots are as the bank gives them, so that the batch's are mapped."""
-    bank = make_bank(case.config, max_slots=len(inputs.adapters) + 1)
+    bank = make_bank(case.config, max_slots=len(inputs.adapters) + 1, **bank_options)
     slots = [load(bank, f"adapter{i}", factors) for i, factors in enumerate(inputs.adapters)]
     slot_of = torch.tensor([*slots, -1], dtype=torch.int32, device=inputs.token_slots_T.device)
     ranks13 = [0 if f.a13 is None else f.a13.shape[1] for f in inputs.adapters]

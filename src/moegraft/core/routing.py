@@ -60,10 +60,11 @@ RECORD_INTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Lanes:
-    """The lanes of w13 or of w2, for the expand. L lanes, B factors (gate and up; one where there is no gate, or of w2).
+    """The lanes of w13 or of w2, for the expand: L lanes, B factors (gate and up; for w2 or without a gate, one).
 
     ``segment`` [L] int32: first position of the segment that a lane belongs to · ``granule`` [B, L] int32: which 16
-    columns of the low-rank rows it and its neighbours read · ``element`` [B, L] int64: where its row of B starts in the pool, -1 for none.
+    columns of the low-rank rows it and its neighbours read · ``element`` [B, L] int64: where its row of B starts in the
+    pool, -1 for none.
     """
 
     segment: torch.Tensor

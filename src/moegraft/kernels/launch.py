@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 
 
-@lru_cache(maxsize=None)
+@cache
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
 
@@ -29,8 +29,10 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def cdiv(a: int, b: int) -> int:
+    """Quotient, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n; 1 for n < 2."""
     return 1 << max(0, n - 1).bit_length()

@@ -7,13 +7,23 @@ G = 2 (gate and up) or 1 · S adapter slots · L lanes · W columns of the low-r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from moegraft.core.config import Activation
 from moegraft.core.routing import LANE_GRANULE
 from moegraft.core.tables import ExpertsTables
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """E, D, F of an experts layer, and whether it has a gate."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    gated: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +38,7 @@ class MoEWeights:
     w2: torch.Tensor
     b13: torch.Tensor | None = None
     b2: torch.Tensor | None = None
-    activation: Activation = Activation()
+    activation: Activation = field(default_factory=Activation)
     is_transposed: bool = False
     is_interleaved: bool = False
 
@@ -53,6 +63,15 @@ class MoEWeights:
     @property
     def intermediate_size(self) -> int:
         return self.w13_EGFD.shape[1] // self.activation.num_halves
+
+    @property
+    def sizes(self) -> LayerSizes:
+        return LayerSizes(
+            num_experts=self.num_experts,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            gated=self.activation.gated,
+        )
 
     def half_strides(self, stride_gf: int) -> tuple[int, int]:
         """(stride along F, offset of up behind gate) in elements, from the stride along G*F."""
@@ -85,7 +104,7 @@ class LoRABatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """``u_NW``: low-rank rows [N, W] in the compute dtype · ``partial_SNW``: float32 [splits, N, W], None for one split."""
+    """``u_NW``: low-rank rows in the compute dtype · ``partial_SNW``: float32 [splits, N, W], None for one split."""
 
     u_NW: torch.Tensor
     partial_SNW: torch.Tensor | None

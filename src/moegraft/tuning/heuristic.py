@@ -29,36 +29,64 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
 
 def _gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
     """Decode keeps many bytes of weights in flight; prefill has tiles that feed two warp groups."""
-    wide = 64 if shape.rank2 > 16 else 32
     if block_m == 16:
+        num_rows, block_l = shape.num_tokens * shape.top_k, 64 if shape.rank13 > 32 else 32
         return (
-            GemmTile(block_n=64, block_k=128, num_stages=4, block_l=wide),
-            GemmTile(block_n=128, block_k=128, num_stages=3, block_l=wide, tma=True),
+            _decode_tile(num_rows, shape.intermediate_size, wide=64, block_l=block_l),
+            _decode_tile(num_rows, shape.hidden_size, wide=128, block_l=block_l),
         )
     if block_m == 32:
         return (
-            GemmTile(block_n=64, block_k=128, num_stages=3, block_l=32, group=2),
-            GemmTile(block_n=128, block_k=128, num_stages=3, block_l=32, group=2),
+            GemmTile(block_n=64, block_k=128, num_stages=3, block_l=64, group=2),
+            GemmTile(block_n=128, block_k=128, num_stages=3, block_l=64, group=2),
         )
     if block_m == 64:
         return (
-            GemmTile(block_n=64, block_k=64, num_stages=4, block_l=32, group=4),
-            GemmTile(block_n=128, block_k=64, num_stages=4, block_l=32, group=4),
+            GemmTile(block_n=64, block_k=64, num_stages=4, block_l=64, group=4),
+            GemmTile(block_n=128, block_k=64, num_stages=4, block_l=64, group=4),
         )
     return (
-        GemmTile(block_n=128, block_k=64, num_stages=4, num_warps=8, block_l=32, group=8),
-        GemmTile(block_n=256, block_k=64, num_stages=4, num_warps=8, block_l=32, group=16, tma=True),
+        GemmTile(block_n=128, block_k=64, num_stages=4, num_warps=8, block_l=32, group=8, tma=True),
+        GemmTile(block_n=256, block_k=64, num_stages=4, num_warps=8, block_l=32, group=8, tma=True),
     )
 
 
+def _decode_tile(num_rows: int, columns: int, *, wide: int, block_l: int) -> GemmTile:
+    """A tile of ``wide`` columns; where those are too few programs for the device, half of it in longer steps."""
+    programs_per_sm = wide // 64
+    if num_rows * columns < programs_per_sm * NUM_SMS * wide:
+        return GemmTile(block_n=wide // 2, block_k=256, num_stages=3, block_l=block_l)
+    if wide == 128:
+        return GemmTile(block_n=128, block_k=128, num_stages=3, block_l=block_l, tma=True)
+    return GemmTile(block_n=wide, block_k=128, num_stages=4, block_l=block_l)
+
+
 def _shrink_tile(shape: TuningShape, tile_m: int, length: int, rank: int) -> ShrinkTile:
-    """Enough splits to fill the device twice over where there are few rows."""
+    """Splits where there are few tiles, as long as each split has eight steps."""
     block_r = 16
     while block_r < min(rank, 64):
         block_r *= 2
-    block_k = 128
-    tiles = max(1, shape.num_tokens * shape.top_k) * -(-rank // block_r) // max(1, tile_m // 16)
+    block_k, num_rows = 128, shape.num_tokens * shape.top_k
+    tiles = num_rows // tile_m + min(num_rows, shape.num_experts * shape.num_slots)
     splits = 1
-    while splits < 16 and splits * tiles < 2 * NUM_SMS and length >= 4 * splits * block_k:
+    while splits < 8 and splits * tiles < 4 * NUM_SMS and length >= 2 * splits * 8 * block_k:
         splits *= 2
     return ShrinkTile(block_r=block_r, block_k=block_k, splits=splits, num_warps=4, num_stages=4)
+
+
+def batch_invariant_tiles() -> MoETiles:
+    """The same tiles for every call: a row's bits then do not depend on how many and which rows are with it.
+
+    A row is a row of its tile wherever it stands, its sum over K is cut at the same places, and its own lanes come in
+    whole matrix instructions, in order; those of its neighbours add exact zeros. The price: decode reads weights with
+    the tile of a middling batch.
+    """
+    shrink = ShrinkTile(block_r=64, block_k=128, splits=1, num_stages=4)
+    return MoETiles(
+        block_m=64,
+        tile_m=16,
+        gemm13=GemmTile(block_n=64, block_k=64, num_stages=4, block_l=32, group=4),
+        gemm2=GemmTile(block_n=128, block_k=64, num_stages=4, block_l=32, group=4),
+        shrink13=shrink,
+        shrink2=shrink,
+    )

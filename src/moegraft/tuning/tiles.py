@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class GemmTile:
     """One grouped GEMM: block_n columns and block_k inputs a step, ``group`` blocks sharing a column of weights.
 
-    ``block_l``: lanes a step of the expand. ``tma``: read the weights through TMA descriptors where their layout allows.
+    ``block_l``: lanes a step of the expand. ``tma``: weights through TMA descriptors where their layout allows it.
     """
 
     block_n: int = 64
@@ -44,15 +43,6 @@ class MoETiles:
     shrink13: ShrinkTile = ShrinkTile()
     shrink2: ShrinkTile = ShrinkTile()
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> MoETiles:
-        """Raises TypeError for an unknown field."""
-        nested = {"gemm13": GemmTile, "gemm2": GemmTile, "shrink13": ShrinkTile, "shrink2": ShrinkTile}
-        return cls(**{key: nested[key](**value) if key in nested else value for key, value in data.items()})
-
 
 @dataclass(frozen=True, kw_only=True)
 class TuningShape:
@@ -66,4 +56,3 @@ class TuningShape:
     num_slots: int = 0
     rank13: int = 0
     rank2: int = 0
-    element_bytes: int = 2

@@ -28,8 +28,8 @@ def shrink_kernel(u_ptr, partial_ptr, x_ptr, order_ptr, tile_ptr, count_ptr, poo
 
     Lanes of the gate stand in the columns from 0, those of an up factor with an A of its own behind them from the next
     granule on; what pads a granule becomes zero. ``K`` > 0: x lies in the order of tokens, else of positions. With
-    ``SPLITS`` > 1, programs share LENGTH and leave partial sums in float32; the last one to arrive at the tile adds them
-    up in the order of splits.
+    ``SPLITS`` > 1, programs share LENGTH and leave partial sums in float32; the last one to arrive at the tile adds
+    them up in the order of splits.
     """
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
@@ -68,7 +68,7 @@ def shrink_kernel(u_ptr, partial_ptr, x_ptr, order_ptr, tile_ptr, count_ptr, poo
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_x
     steps: tl.constexpr = (LENGTH + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
     acc = tl.zeros([TILE_M, BLOCK_R], tl.float32)
-    for step in range(0, steps):
+    for step in range(steps):
         k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         k_live = k < LENGTH
         x = tl.load(x_ptrs + k[None, :], mask=live[:, None] & k_live[None, :], other=0.0)
@@ -86,7 +86,7 @@ def shrink_kernel(u_ptr, partial_ptr, x_ptr, order_ptr, tile_ptr, count_ptr, poo
         tl.debug_barrier()  # every thread's part is written before the ticket is drawn
         arrived = tl.atomic_add(tile_ptr + tile * 8 + TICKET, 1)
         if arrived == SPLITS * tl.cdiv(num_columns, BLOCK_R) - 1:
-            for block in range(0, tl.cdiv(num_columns, BLOCK_R)):
+            for block in range(tl.cdiv(num_columns, BLOCK_R)):
                 column = block * BLOCK_R + tl.arange(0, BLOCK_R)
                 u_offsets = positions.to(tl.int64)[:, None] * U_WIDTH + column[None, :]
                 u_live = live[:, None] & (column < num_columns)[None, :]

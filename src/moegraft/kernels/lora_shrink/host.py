@@ -22,17 +22,27 @@ def lora_shrink13(
         u[p, column(j)] = A13[a, e][j] . x[t]      0 <= j < R13
 
     summed in float32, rounded once to the compute dtype. column(j) = j for the lanes that the gate reads; lanes of an
-    up factor with an A of its own follow from the next multiple of 16. Columns that pad to a multiple of 16 become zero.
+    up factor with an A of its own follow from the next multiple of 16. Columns that pad to one become zero.
     """
     which = {"A": ExpertsFactor.A13, "B_LAST": ExpertsFactor.B_UP, "K": routing.top_k, "TICKET": Tile.TICKET13}
     _launch(low_rank, x_TD, routing, lora, tile, which)
 
 
 def lora_shrink2(
-    low_rank: LowRank, h_NF: torch.Tensor, routing: MoERouting, lora: LoRABatch, *, tile: ShrinkTile
+    low_rank: LowRank,
+    h_NF: torch.Tensor,
+    routing: MoERouting,
+    lora: LoRABatch,
+    *,
+    tile: ShrinkTile,
+    in_row_order: bool = False,
 ) -> None:
-    """Semantics: u[p, j] = A2[a, e][j] . h[p] for every position p; ``h`` lies in the order of positions."""
-    which = {"A": ExpertsFactor.A2, "B_LAST": ExpertsFactor.B2, "K": 0, "TICKET": Tile.TICKET2}
+    """Semantics: u[p, j] = A2[a, e][j] . h[p] for every position p.
+
+    ``h`` lies in the order of positions, or ``in_row_order`` (where K = 1): then h[order[p]] takes the place of h[p].
+    """
+    K = routing.top_k if in_row_order else 0
+    which = {"A": ExpertsFactor.A2, "B_LAST": ExpertsFactor.B2, "K": K, "TICKET": Tile.TICKET2}
     _launch(low_rank, h_NF, routing, lora, tile, which)
 
 

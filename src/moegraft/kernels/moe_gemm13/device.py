@@ -17,13 +17,12 @@ from moegraft.kernels.device_lib import (
 
 @triton.jit
 def gemm13_kernel(h_ptr, x_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, segment_ptr, block_ptr, count_ptr,
-                  u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr, stride_x, stride_we, stride_wf, stride_wd,
-                  up_offset, stride_be, stride_bf, bias_up_offset, lane_capacity, alpha, limit,
+                  u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr, stride_x, stride_we, stride_wf,
+                  stride_wd, up_offset, stride_be, stride_bf, bias_up_offset, lane_capacity, alpha, limit,
                   D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
                   HAS_BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, HAS_LORA: tl.constexpr,
-                  U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, GROUP: tl.constexpr,
-                  USE_TMA: tl.constexpr,
+                  U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, GROUP: tl.constexpr, USE_TMA: tl.constexpr,
                   PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """h[position] = act(W13[e] x + b13[e] + B13 u) for BLOCK_M positions of one expert and BLOCK_N columns of F.
 
@@ -66,7 +65,7 @@ def gemm13_kernel(h_ptr, x_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, s
             _, up_granule, up_element = load_lanes(lane_segment_ptr, granule_up_ptr, element_up_ptr, lanes, lane_end)
     acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_gate = acc_up
-    for step in range(0, tl.cdiv(D, BLOCK_K)):
+    for step in range(tl.cdiv(D, BLOCK_K)):
         k_live = k < D - step * BLOCK_K
         x = tl.load(x_ptrs + step * BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
         if USE_TMA:

@@ -46,9 +46,11 @@ def moe_gemm13(
     w_operand, use_tma = weight_operand(w, tile, is_plain=not weights.is_interleaved)
     gemm13_kernel[(routing.max_blocks * cdiv(F, tile.block_n),)](
         h_NF, x_TD, w_operand, weights.b13, input_weights_TK, routing.order, routing.segment, routing.blocks,
-        routing.counts, *lora_operands(lora, u_NW, routing.lanes13), x_TD.stride(0), w.stride(0), stride_wf, w.stride(2), up_offset,
+        routing.counts, *lora_operands(lora, u_NW, routing.lanes13), x_TD.stride(0), w.stride(0), stride_wf,
+        w.stride(2), up_offset,
         0 if weights.b13 is None else weights.b13.stride(0), stride_bf, bias_up_offset,
-        0 if routing.lanes13 is None else routing.lanes13.segment.shape[0], weights.activation.alpha, weights.activation.limit,
+        0 if routing.lanes13 is None else routing.lanes13.segment.shape[0], weights.activation.alpha,
+        weights.activation.limit,
         D=D, F=F, K=routing.top_k, GATED=weights.activation.gated, KIND=KIND_CODES[weights.activation.kind],
         HAS_BIAS=weights.b13 is not None, WEIGHT_ON_INPUT=input_weights_TK is not None, USE_TMA=use_tma,
         BLOCK_M=routing.block_m, **lora_sizes(lora, u_NW, F), **tile_options(tile, x_TD),

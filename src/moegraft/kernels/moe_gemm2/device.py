@@ -16,11 +16,11 @@ from moegraft.kernels.device_lib import (
 
 @triton.jit
 def gemm2_kernel(y_ptr, h_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, segment_ptr, block_ptr, count_ptr,
-                 u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr, stride_we, stride_wd, stride_wf, stride_be,
-                 stride_bd, D: tl.constexpr, F: tl.constexpr, HAS_BIAS: tl.constexpr,
-                 HAS_WEIGHT: tl.constexpr, HAS_LORA: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 BLOCK_L: tl.constexpr, GROUP: tl.constexpr,
-                 USE_TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr, stride_we, stride_wd, stride_wf,
+                 stride_be, stride_bd, D: tl.constexpr, F: tl.constexpr, HAS_BIAS: tl.constexpr,
+                 HAS_WEIGHT: tl.constexpr, HAS_LORA: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
+                 GROUP: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y[row of position] = router weight * (W2[e] h[position] + b2[e] + B2 u). Waits as GEMM 13 does."""
     if not HAS_LORA:
         await_prior_kernel(PDL)
@@ -52,7 +52,7 @@ def gemm2_kernel(y_ptr, h_ptr, w_ptr, bias_ptr, router_weight_ptr, order_ptr, se
         lanes = lane_first + tl.arange(0, BLOCK_L)
         segment, granule, element = load_lanes(lane_segment_ptr, lane_granule_ptr, element_ptr, lanes, lane_end)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, tl.cdiv(F, BLOCK_K)):
+    for step in range(tl.cdiv(F, BLOCK_K)):
         k_live = k < F - step * BLOCK_K
         h = tl.load(h_ptrs + step * BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
         if USE_TMA:

@@ -40,7 +40,8 @@ def moe_gemm2(
     stride_be, stride_bd = (0, 0) if weights.b2 is None else weights.b2.stride()
     gemm2_kernel[(routing.max_blocks * cdiv(D, tile.block_n),)](
         y_ND, h_NF, w_operand, weights.b2, output_weights_TK, routing.order, routing.segment, routing.blocks,
-        routing.counts, *lora_operands(lora, u_NW, routing.lanes2), w.stride(0), w.stride(1), w.stride(2), stride_be, stride_bd,
+        routing.counts, *lora_operands(lora, u_NW, routing.lanes2), w.stride(0), w.stride(1), w.stride(2),
+        stride_be, stride_bd,
         D=D, F=F, HAS_BIAS=weights.b2 is not None, HAS_WEIGHT=output_weights_TK is not None,
         USE_TMA=use_tma, BLOCK_M=routing.block_m, **lora_sizes(lora, u_NW, D), **tile_options(tile, h_NF),
     )  # fmt: skip

@@ -36,7 +36,7 @@ def _expert_extent(me, ids_ptr, num_rows, E: tl.constexpr, S: tl.constexpr, BLOC
 
     Every program finds its share of the lists by itself. ``DENSE``: the lists have no holes for experts without rows,
     which takes a histogram of all experts. Else the shares are bounds that hold for any expert sizes:
-    floor((p + n) / m) - floor(p / m) + 1 >= ceil(n / m), and min(p + n, (e + 1) S) - min(p, e S) >= min(n, S).
+    floor((p + n) / m) - floor(p / m) + min(n, 1) >= ceil(n / m), min(p + n, (e + 1) S) - min(p, e S) >= min(n, S).
     """
     if DENSE:
         bins = tl.arange(0, E_BINS)
@@ -65,8 +65,8 @@ def _expert_extent(me, ids_ptr, num_rows, E: tl.constexpr, S: tl.constexpr, BLOC
         first = tl.sum(before, 0)
         num_mine = tl.sum(mine, 0)
         end = first + num_mine
-        first_block = first // BLOCK_M + me
-        end_block = end // BLOCK_M + me + 1
+        first_block = first // BLOCK_M + tl.minimum(first, me)
+        end_block = end // BLOCK_M + tl.minimum(end, me + 1)
         first_segment = tl.minimum(first, me * S)
         end_segment = tl.minimum(end, (me + 1) * S)
         first_tile = first // TILE_M + first_segment
@@ -75,37 +75,30 @@ def _expert_extent(me, ids_ptr, num_rows, E: tl.constexpr, S: tl.constexpr, BLOC
 
 
 @triton.jit
-def _slot_counts(rows, is_mine, slots_ptr, K: tl.constexpr, S_BINS: tl.constexpr):
-    """Rows of each slot, base rows in bin 0."""
+def _slot_one_hot(rows, is_mine, slots_ptr, K: tl.constexpr, S_BINS: tl.constexpr):
+    """[rows, S_BINS] int32: 1 in the bin of the row's slot, bin 0 for base rows; nothing for rows of other experts."""
     bin = tl.load(slots_ptr + rows // K, mask=is_mine, other=-1) + 1
-    return tl.histogram(bin, S_BINS, mask=is_mine)
+    return ((bin[:, None] == tl.arange(0, S_BINS)[None, :]) & is_mine[:, None]).to(tl.int32)
 
 
 @triton.jit
-def _collect_rows(me, first, ids_ptr, slots_ptr, rows_ptr, num_rows, E: tl.constexpr, K: tl.constexpr,
-                  S: tl.constexpr, S_BINS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Writes the expert's rows, ascending, from position ``first`` on; gives how many each slot has, base rows first."""
-    slot_rows = tl.zeros([S_BINS], tl.int32)
+def _collect_rows(me, first, ids_ptr, rows_ptr, num_rows, E: tl.constexpr, CHUNK: tl.constexpr):
+    """Writes the expert's rows, ascending, from position ``first`` on."""
     for start in range(0, num_rows, CHUNK):
         rows = start + tl.arange(0, CHUNK)
         is_mine = _load_experts(rows, ids_ptr, num_rows, E) == me
-        if S > 0:
-            slot_rows += _slot_counts(rows, is_mine, slots_ptr, K, S_BINS)
         position = first + tl.cumsum(is_mine.to(tl.int32), 0) - 1
         tl.store(rows_ptr + position, rows, mask=is_mine)
         first += tl.sum(is_mine.to(tl.int32), 0)
-    return slot_rows
 
 
 @triton.jit
-def _sort_by_slot(rows, is_mine, slot_first, order_ptr, segment_ptr, segment_first, slots_ptr, K: tl.constexpr):
-    """Places one chunk of the expert's rows; ``slot_first`` [S_BINS]: where the next row of each slot goes."""
-    bin = tl.load(slots_ptr + rows // K, mask=is_mine, other=-1) + 1
-    is_earlier = (bin[None, :] == bin[:, None]) & (rows[None, :] < rows[:, None]) & is_mine[None, :]
-    rank = tl.sum(is_earlier.to(tl.int32), axis=1)
-    position = tl.gather(slot_first, bin, 0) + rank
+def _place_rows(rows, is_mine, one_hot, next_position, slot_first, order_ptr, segment_ptr):
+    """Writes rows at their positions; ``next_position``, ``slot_first`` [S_BINS]: where a slot goes on, and starts."""
+    earlier = tl.cumsum(one_hot, 0) - one_hot
+    position = tl.sum(one_hot * (next_position[None, :] + earlier), axis=1)
     tl.store(order_ptr + position, rows, mask=is_mine)
-    tl.store(segment_ptr + position, tl.gather(segment_first, bin, 0), mask=is_mine)
+    tl.store(segment_ptr + position, tl.sum(one_hot * slot_first[None, :], axis=1), mask=is_mine)
 
 
 @triton.jit
@@ -145,7 +138,7 @@ def _write_tiles(tile_ptr, me, first_tile, end_tile, slot_rows, slot_first, has_
     """Records of the tiles of the expert's segments that have LoRA work; the rest of its share is empty."""
     num_tiles = tl.where(has_work, (slot_rows + TILE_M - 1) // TILE_M, 0)
     record = tile_ptr + (first_tile + _exclusive_sum(num_tiles)) * 8
-    for i in range(0, tl.max(num_tiles, 0)):
+    for i in range(tl.max(num_tiles, 0)):
         live = i < num_tiles
         tl.store(record + i * 8 + 0, tl.zeros_like(slot_rows) + me, mask=live)
         tl.store(record + i * 8 + 1, tl.arange(0, S_BINS) - 1, mask=live)
@@ -164,7 +157,7 @@ def _write_lanes(lane_segment_ptr, granule_ptr, element_ptr, lane_capacity, firs
                  page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_FIRST: tl.constexpr,
                  NUM_B: tl.constexpr, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr, S_BINS: tl.constexpr,
                  LANES: tl.constexpr):  # fmt: skip
-    """For every lane that the expert's slots bring to a B factor: its segment, its granule of u, where its row of B lies."""
+    """Every lane that the expert's slots bring to a B factor: its segment, its granule of u, where its row of B is."""
     rows_per_page: tl.constexpr = PAGE_ELEMS // COLUMNS
     slot = tl.arange(0, S_BINS) - 1
     for start in range(0, tl.max(granules, 0) * GRANULE, LANES):
@@ -208,6 +201,14 @@ def route_kernel(order_ptr, rows_ptr, segment_ptr, block_ptr, tile_ptr, lane_seg
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
     me = tl.program_id(0)
+    if S > 0:  # read for all slots, before it is known which have rows: one round trip to memory less
+        slot = tl.arange(0, S_BINS) - 1
+        is_slot = (slot >= 0) & (slot < S)
+        index = tl.load(expert_index_ptr + slot * stride_es + me, mask=is_slot, other=-1)
+        ranks_ptr = factors_ptr + slot * stride_fs + FIELD_RANK
+        rank_gate = tl.load(ranks_ptr + B_GATE * NUM_FIELDS, mask=is_slot, other=0)
+        rank_up = tl.load(ranks_ptr + B_UP * NUM_FIELDS, mask=is_slot, other=0)
+        rank_down = tl.load(ranks_ptr + B2 * NUM_FIELDS, mask=is_slot, other=0)
     first, num_mine, first_block, end_block, first_segment, first_tile, end_tile = _expert_extent(
         me, ids_ptr, num_rows, E, S, BLOCK_M, TILE_M, E_BINS, CHUNK, DENSE
     )
@@ -215,40 +216,41 @@ def route_kernel(order_ptr, rows_ptr, segment_ptr, block_ptr, tile_ptr, lane_seg
     if me == E - 1:
         tl.store(count_ptr, end_block)
         tl.store(count_ptr + 1, end_tile)
+    if DENSE and num_mine == 0:
+        return
     if S == 0:
         if num_mine > 0:
-            _collect_rows(me, first, ids_ptr, slots_ptr, order_ptr, num_rows, E, K, S, S_BINS, CHUNK)
+            _collect_rows(me, first, ids_ptr, order_ptr, num_rows, E, CHUNK)
         _write_blocks(block_ptr, me, first, end, first_block, end_block, 0, 0, 0, 0, 0, 0, S, BLOCK_M)
     else:
-        slot_rows = tl.zeros([S_BINS], tl.int32)
         rows = tl.arange(0, ROWS)
-        is_mine = rows < 0
         if ONE_CHUNK:
             is_mine = _load_experts(rows, ids_ptr, num_rows, E) == me
-            slot_rows = _slot_counts(rows, is_mine, slots_ptr, K, S_BINS)
-        elif num_mine > 0:
-            slot_rows = _collect_rows(me, first, ids_ptr, slots_ptr, rows_ptr, num_rows, E, K, S, S_BINS, CHUNK)
-            tl.debug_barrier()  # the rows come back through memory
-        slot_first = first + _exclusive_sum(slot_rows)
-        if ONE_CHUNK:
-            _sort_by_slot(rows, is_mine, slot_first, order_ptr, segment_ptr, slot_first, slots_ptr, K)
+            one_hot = _slot_one_hot(rows, is_mine, slots_ptr, K, S_BINS)
+            slot_rows = tl.sum(one_hot, 0)
+            slot_first = first + _exclusive_sum(slot_rows)
+            _place_rows(rows, is_mine, one_hot, slot_first, slot_first, order_ptr, segment_ptr)
         else:
-            next_row = slot_first
+            slot_rows = tl.zeros([S_BINS], tl.int32)
+            if num_mine > 0:
+                _collect_rows(me, first, ids_ptr, rows_ptr, num_rows, E, CHUNK)
+                tl.debug_barrier()  # the rows come back through memory
             for start in range(first, end, ROWS):
                 live = start + rows < end
                 chunk = tl.load(rows_ptr + start + rows, mask=live, other=0)
-                _sort_by_slot(chunk, live, next_row, order_ptr, segment_ptr, slot_first, slots_ptr, K)
-                next_row += _slot_counts(chunk, live, slots_ptr, K, S_BINS)
+                slot_rows += tl.sum(_slot_one_hot(chunk, live, slots_ptr, K, S_BINS), 0)
+            slot_first = first + _exclusive_sum(slot_rows)
+            next_position = slot_first
+            for start in range(first, end, ROWS):
+                live = start + rows < end
+                chunk = tl.load(rows_ptr + start + rows, mask=live, other=0)
+                one_hot = _slot_one_hot(chunk, live, slots_ptr, K, S_BINS)
+                _place_rows(chunk, live, one_hot, next_position, slot_first, order_ptr, segment_ptr)
+                next_position += tl.sum(one_hot, 0)
 
-        slot = tl.arange(0, S_BINS) - 1
-        has_rows = (slot_rows > 0) & (slot >= 0)
-        index = tl.load(expert_index_ptr + slot * stride_es + me, mask=has_rows, other=-1)
-        has_work = index >= 0
-        ranks_ptr = factors_ptr + slot * stride_fs + FIELD_RANK
-        rank_gate = tl.load(ranks_ptr + B_GATE * NUM_FIELDS, mask=has_work, other=0)
-        rank_up = tl.load(ranks_ptr + B_UP * NUM_FIELDS, mask=has_work, other=0)
-        granules13 = (tl.maximum(rank_gate, rank_up) + GRANULE - 1) // GRANULE
-        granules2 = (tl.load(ranks_ptr + B2 * NUM_FIELDS, mask=has_work, other=0) + GRANULE - 1) // GRANULE
+        has_work = (slot_rows > 0) & (index >= 0)
+        granules13 = tl.where(has_work, (tl.maximum(rank_gate, rank_up) + GRANULE - 1) // GRANULE, 0)
+        granules2 = tl.where(has_work, (rank_down + GRANULE - 1) // GRANULE, 0)
         has_work = granules13 + granules2 > 0
         lane13 = first_segment * (GRANULES13 * GRANULE) + _exclusive_sum(granules13) * GRANULE
         lane2 = first_segment * (GRANULES2 * GRANULE) + _exclusive_sum(granules2) * GRANULE

@@ -10,12 +10,12 @@ import torch
 from moegraft.core.routing import LANE_GRANULE, Lanes, MoERouting
 from moegraft.kernels.launch import cdiv, next_power_of_2, pdl_options
 from moegraft.kernels.moe_routing.device import route_kernel
-from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.records import LayerSizes, LoRABatch
 
 DENSE_ROWS = 4096
 """Up to here the lists have no holes for experts without rows; a histogram of all rows is cheap."""
-ONE_CHUNK_ROWS = 128
-"""Up to here the rows are sorted as they come."""
+SORT_CELLS = 16384
+"""Rows times slots that a program sorts at a time."""
 LANE_CELLS = 2048
 """Slots times lanes that a program resolves at a time."""
 
@@ -36,7 +36,7 @@ class RoutingBuffers:
 
 def route_rows(
     topk_ids_TK: torch.Tensor,
-    weights: MoEWeights,
+    sizes: LayerSizes,
     lora: LoRABatch | None,
     buffers: RoutingBuffers,
     *,
@@ -65,25 +65,27 @@ def route_rows(
         tile_m=tile_m,
     )
     if T > 0:
-        _launch(topk_ids_TK, weights, lora, buffers, routing)
+        _launch(topk_ids_TK, sizes, lora, buffers, routing)
     return routing
 
 
 def _launch(
     topk_ids_TK: torch.Tensor,
-    weights: MoEWeights,
+    sizes: LayerSizes,
     lora: LoRABatch | None,
     buffers: RoutingBuffers,
     routing: MoERouting,
 ) -> None:
-    num_rows, E = routing.num_rows, weights.num_experts
-    one_chunk = num_rows <= ONE_CHUNK_ROWS
+    num_rows, E = routing.num_rows, sizes.num_experts
+    bins = 1 if lora is None else next_power_of_2(lora.num_slots + 1)
+    sort_rows = max(32, min(1024, SORT_CELLS // bins))
+    one_chunk = num_rows <= sort_rows
     route_kernel[(E,)](
         buffers.order, buffers.rows, buffers.segment, buffers.blocks, buffers.tiles, *_lane_operands(buffers),
         buffers.counts, topk_ids_TK, *_lora_operands(lora, buffers, num_rows), E=E, K=routing.top_k,
-        D=weights.hidden_size, F=weights.intermediate_size, GATED=weights.activation.gated, BLOCK_M=routing.block_m,
+        D=sizes.hidden_size, F=sizes.intermediate_size, GATED=sizes.gated, BLOCK_M=routing.block_m,
         TILE_M=routing.tile_m, E_BINS=next_power_of_2(E + 1), CHUNK=max(32, min(4096, next_power_of_2(num_rows))),
-        ROWS=max(32, next_power_of_2(num_rows)) if one_chunk else ONE_CHUNK_ROWS, DENSE=num_rows <= DENSE_ROWS,
+        ROWS=max(32, next_power_of_2(num_rows)) if one_chunk else sort_rows, DENSE=num_rows <= DENSE_ROWS,
         ONE_CHUNK=one_chunk, num_warps=4 if num_rows <= 64 else 8, **_lora_sizes(lora),
         **pdl_options(topk_ids_TK.device),
     )  # fmt: skip
@@ -91,7 +93,9 @@ def _launch(
 
 def _lane_operands(buffers: RoutingBuffers) -> tuple[torch.Tensor | None, ...]:
     lists = (buffers.lanes13, buffers.lanes2)
-    return tuple(t for lanes in lists for t in ((lanes.segment, lanes.granule, lanes.element) if lanes else (None,) * 3))
+    return tuple(
+        t for lanes in lists for t in ((lanes.segment, lanes.granule, lanes.element) if lanes else (None,) * 3)
+    )
 
 
 def _lora_operands(lora: LoRABatch | None, buffers: RoutingBuffers, num_rows: int) -> tuple[Any, ...]:

@@ -1,0 +1,252 @@
+"""A whole MoE layer with LoRA, own sorting included, over the grid of shapes, tokens and adapters.
+
+    python benchmarks/moe_lora_grid.py [--shapes qwen3-30b,...] [--tokens 1,8,...] [--cells 8:16:8,...] [--plot x.png]
+
+Correctness first: a cell whose delta is off by more than 1e-2 of the float32 oracle's is not timed, and the run fails.
+Times are medians of CUDA-graph replays. Prints a table, one JSON line a cell, and last a summary line against the peer.
+Kernels are compiled beforehand by parallel processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from grid_problem import (
+    CELLS,
+    DTYPE,
+    SHAPES,
+    TOKENS,
+    Adapters,
+    Batch,
+    Cell,
+    LayerShape,
+    empty_adapters,
+    floor_us,
+    lora_batch,
+    make_adapters,
+    make_batch,
+    make_layer,
+    oracle,
+)
+
+from moegraft.kernels.moe_forward.host import fused_moe_lora
+from moegraft.kernels.records import MoEWeights
+
+PEER = Path(__file__).parent / "peers" / "vllm-0.24-h200.jsonl"
+MAX_REL_ERR = 1e-2
+CHECKED_TOKENS = 32
+Row = dict[str, float | int | str]
+
+
+def main() -> None:
+    args = _parse()
+    if args.compile_part is not None:
+        _compile_part(args)
+        return
+    _compile(args)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rows, failed = [], 0
+    for shape in args.shapes:
+        weights = make_layer(shape, "cuda")
+        base_us: dict[int, float] = {}
+        for cell in args.cells:
+            adapters = make_adapters(shape, [cell.rank] * cell.slots, "cuda")
+            for num_tokens in args.tokens:
+                row = _measure(shape, cell, weights, adapters, num_tokens, base_us)
+                rows.append(row)
+                failed += "lora_us" not in row
+                _print_row(row)
+            del adapters
+            torch.cuda.empty_cache()
+        del weights
+    for row in rows:
+        print(json.dumps(row))
+    summary = _summary(rows, _read_peer())
+    print(json.dumps(summary))
+    if args.plot:
+        _plot(rows, _read_peer(), args.plot)
+    if failed:
+        sys.exit(f"{failed} cells are wrong and were not timed")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--shapes", type=lambda s: [SHAPES[name] for name in s.split(",")], default=list(SHAPES.values())
+    )
+    parser.add_argument("--tokens", type=lambda s: list(map(int, s.split(","))), default=list(TOKENS))
+    parser.add_argument("--cells", type=lambda s: list(map(Cell.parse, s.split(","))), default=list(CELLS))
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--compile-part", type=lambda s: tuple(map(int, s.split("/"))), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _measure(
+    shape: LayerShape,
+    cell: Cell,
+    weights: MoEWeights,
+    adapters: Adapters,
+    num_tokens: int,
+    base_us: dict[int, float],
+) -> Row:
+    batch = make_batch(shape, num_tokens, cell.active, "cuda")
+    lora = lora_batch(adapters, batch)
+    args = (batch.x_TD, weights, batch.topk_ids_TK, batch.topk_weights_TK)
+
+    def with_lora() -> torch.Tensor:
+        return fused_moe_lora(*args, lora=lora)
+
+    def without() -> torch.Tensor:
+        return fused_moe_lora(*args)
+
+    row: Row = {"shape": shape.name, "tokens": num_tokens, "slots": cell.slots, "active_adapters": cell.active}
+    row |= {"rank": cell.rank, "rel_err": _delta_error(with_lora(), without(), weights, adapters, batch)}
+    if not row["rel_err"] <= MAX_REL_ERR:
+        return row
+    if num_tokens not in base_us:
+        base_us[num_tokens] = graph_us(without)
+    row |= {
+        "base_us": base_us[num_tokens],
+        "lora_us": graph_us(with_lora),
+        "floor_us": floor_us(shape, batch, cell.rank),
+    }
+    return row
+
+
+def _delta_error(
+    out_TD: torch.Tensor, base_TD: torch.Tensor, weights: MoEWeights, adapters: Adapters, batch: Batch
+) -> float:
+    tokens_C = torch.randperm(out_TD.shape[0], device=out_TD.device)[:CHECKED_TOKENS]
+    reference = oracle(weights, adapters, batch, tokens_C) - oracle(weights, None, batch, tokens_C)
+    delta = out_TD[tokens_C].float() - base_TD[tokens_C].float()
+    return ((delta - reference).norm() / reference.norm()).item()
+
+
+def graph_us(call: Callable[[], object], *, batches: int = 7) -> float:
+    """Median microseconds of one call: batches of back-to-back replays of a graph that holds one call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def replay(times: int) -> float:
+        start.record()
+        for _ in range(times):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end) / times
+
+    replays = max(3, min(30, int(2e4 / max(replay(3), 1.0))))
+    return statistics.median(replay(replays) for _ in range(batches))
+
+
+def _compile(args: argparse.Namespace) -> None:
+    """Fills Triton's cache: processes on the same GPU run their share of the cells once."""
+    parts = max(1, min(15, (os.cpu_count() or 2) - 1))
+    command = [sys.executable, __file__, *sys.argv[1:], "--compile-part"]
+    processes = [subprocess.Popen([*command, f"{part}/{parts}"]) for part in range(parts)]
+    if sum(process.wait() for process in processes):
+        sys.exit("compiling the kernels failed")
+
+
+def _compile_part(args: argparse.Namespace) -> None:
+    """Weights hold anything and the adapters nothing: which kernels there are depends on neither."""
+    part, parts = args.compile_part
+    for shape in args.shapes:
+        weights = MoEWeights(
+            w13=torch.empty(shape.E, 2 * shape.F, shape.D, dtype=DTYPE, device="cuda"),
+            w2=torch.empty(shape.E, shape.D, shape.F, dtype=DTYPE, device="cuda"),
+        )
+        cases = [(num_tokens, cell) for num_tokens in args.tokens for cell in args.cells]
+        for num_tokens, cell in cases[part::parts]:
+            batch = make_batch(shape, num_tokens, cell.active, "cuda")
+            lora = lora_batch(empty_adapters(shape, cell, "cuda"), batch)
+            for adapters in (lora, None):
+                fused_moe_lora(batch.x_TD, weights, batch.topk_ids_TK, batch.topk_weights_TK, lora=adapters)
+        torch.cuda.synchronize()
+
+
+def _print_row(row: Row) -> None:
+    cell = f"{row['slots']}:{row['rank']}:{row['active_adapters']}"
+    head = f"{row['shape']:10s} {row['tokens']:5d} {cell:8s} delta err {row['rel_err']:.4f}"
+    if "lora_us" not in row:
+        print(head, "WRONG", flush=True)
+        return
+    base, lora, floor = float(row["base_us"]), float(row["lora_us"]), float(row["floor_us"])
+    print(
+        f"{head}  off {base:8.1f} us  on {lora:8.1f} us  on/off {lora / base:5.2f}  on/floor {lora / floor:5.2f}",
+        flush=True,
+    )
+
+
+def _key(row: Row) -> tuple[float | int | str, ...]:
+    return row["shape"], row["tokens"], row["slots"], row["rank"], row["active_adapters"]
+
+
+def _read_peer() -> dict[tuple[float | int | str, ...], Row]:
+    return {_key(row): row for row in map(json.loads, PEER.read_text().splitlines())}
+
+
+def _geomean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def _summary(rows: Sequence[Row], peer: dict[tuple[float | int | str, ...], Row]) -> dict[str, object]:
+    """Geometric means over the cells that were timed; ``speedup_*``: the peer's time over ours."""
+    timed = [row for row in rows if "lora_us" in row]
+    on = [float(peer[_key(row)]["lora_us"]) / float(row["lora_us"]) for row in timed]
+    off = [float(peer[_key(row)]["base_us"]) / float(row["base_us"]) for row in timed]
+
+    def by_tokens(value: Callable[[Row], float]) -> dict[str, float]:
+        tokens = sorted({int(row["tokens"]) for row in timed})
+        return {str(t): round(_geomean([value(row) for row in timed if row["tokens"] == t]), 3) for t in tokens}
+
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cells": len(timed),
+        "wrong_cells": len(rows) - len(timed),
+        "speedup_on": round(_geomean(on), 3),
+        "speedup_on_worst": round(min(on, default=math.nan), 3),
+        "speedup_off": round(_geomean(off), 3),
+        "speedup_off_worst": round(min(off, default=math.nan), 3),
+        "on_over_floor": by_tokens(lambda row: float(row["lora_us"]) / float(row["floor_us"])),
+        "on_over_off": by_tokens(lambda row: float(row["lora_us"]) / float(row["base_us"])),
+    }
+
+
+def _plot(rows: Sequence[Row], peer: dict[tuple[float | int | str, ...], Row], path: Path) -> None:
+    """Multiples of the floor over tokens, geometric mean over shapes and cells: ours and the peer's."""
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in rows if "lora_us" in row]
+    tokens = sorted({int(row["tokens"]) for row in timed})
+    fig, axes = plt.subplots(figsize=(6, 4))
+    for label, source in (("moegraft", {_key(row): row for row in timed}), ("vLLM 0.24", peer)):
+        multiples = [
+            _geomean([float(source[_key(r)]["lora_us"]) / float(r["floor_us"]) for r in timed if r["tokens"] == t])
+            for t in tokens
+        ]
+        axes.plot(tokens, multiples, marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time with LoRA / floor")
+    axes.set_xticks(tokens, [str(t) for t in tokens])
+    axes.legend()
+    fig.savefig(path, dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Device side of the expand that stands alone: adds the low-rank rows' delta to someone else's GEMM output."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moegraft.kernels.device_lib import (
+    await_prior_kernel,
+    grouped_order,
+    load_lanes,
+    load_low_rank,
+    release_next_kernel,
+)
+
+
+@triton.jit
+def expand_kernel(y_ptr, u_ptr, pool_ptr, order_ptr, segment_ptr, block_ptr, count_ptr, lane_segment_ptr,
+                  lane_granule_ptr, element_ptr, stride_yn, stride_yc, COLUMNS: tl.constexpr,
+                  LANE_FIELD: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """y[row of position] += B u[position]: one read and one write of y, of the rows that have an adapter."""
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
+    num_blocks = tl.load(count_ptr)
+    num_n: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    if pid >= num_blocks * num_n:
+        return
+    block, n = grouped_order(pid, num_blocks, num_n, 1)
+    lane_first = tl.load(block_ptr + block * 8 + LANE_FIELD)
+    lane_end = tl.load(block_ptr + block * 8 + LANE_FIELD + 1)
+    first = tl.load(block_ptr + block * 8 + 1)
+    end = tl.load(block_ptr + block * 8 + 2)
+    if (first >= end) | (lane_first >= lane_end):
+        return
+    positions = first + tl.arange(0, BLOCK_M)
+    live = positions < end
+    row = tl.load(order_ptr + positions, mask=live, other=0)
+    row_segments = tl.load(segment_ptr + positions, mask=live, other=-2)
+    columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns_live = columns < COLUMNS
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    has_adapter = tl.zeros([BLOCK_M], tl.int32)
+    for start in range(lane_first, lane_end, BLOCK_L):
+        lanes = start + tl.arange(0, BLOCK_L)
+        segment, granule, element = load_lanes(lane_segment_ptr, lane_granule_ptr, element_ptr, lanes, lane_end)
+        u, b = load_low_rank(
+            u_ptr, pool_ptr, segment, granule, element, positions, row_segments, columns, columns_live, BLOCK_L,
+            U_WIDTH, ALIGN,
+        )  # fmt: skip
+        hit = (row_segments[:, None] == segment[None, :]) & (element >= 0)[None, :]
+        has_adapter = tl.maximum(has_adapter, tl.max(hit.to(tl.int32), axis=1))
+        acc = tl.dot(u, b, acc, input_precision=PRECISION)
+    y_ptrs = y_ptr + row.to(tl.int64)[:, None] * stride_yn + columns[None, :] * stride_yc
+    y_live = (has_adapter > 0)[:, None] & columns_live[None, :]
+    y = tl.load(y_ptrs, mask=y_live, other=0.0).to(tl.float32) + acc
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=y_live)

@@ -1,0 +1,111 @@
+"""Deciding, allocating and launching one experts layer."""
+
+from __future__ import annotations
+
+import torch
+
+from moegraft.kernels.lora_shrink.host import lora_shrink2, lora_shrink13
+from moegraft.kernels.moe_gemm2.host import moe_gemm2
+from moegraft.kernels.moe_gemm13.host import moe_gemm13
+from moegraft.kernels.moe_routing.host import route_rows
+from moegraft.kernels.moe_sum.host import moe_sum
+from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.workspace import LayerBuffers, Workspace
+from moegraft.tuning.table import choose_tiles
+from moegraft.tuning.tiles import MoETiles, TuningShape
+
+
+def run_layer(
+    x_TD: torch.Tensor,
+    weights: MoEWeights,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    lora: LoRABatch | None,
+    *,
+    weight_on_input: bool,
+    workspace: Workspace | None = None,
+    tiles: MoETiles | None = None,
+) -> torch.Tensor:
+    """See ``host.fused_moe_lora``."""
+    _check(x_TD, weights, topk_ids_TK, topk_weights_TK, lora)
+    shape = tuning_shape(x_TD, weights, topk_ids_TK, lora)
+    tiles = tiles or choose_tiles(shape)
+    num_halves = weights.activation.num_halves
+    workspace = workspace or Workspace.for_layer(shape, tiles, x_TD.dtype, x_TD.device, num_halves=num_halves)
+    buffers = workspace.carve(shape, tiles, x_TD.dtype, num_halves=num_halves)
+    out_TD = torch.empty_like(x_TD)
+    _launch(out_TD, x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input, tiles, buffers)
+    return out_TD
+
+
+def tuning_shape(
+    x_TD: torch.Tensor, weights: MoEWeights, topk_ids_TK: torch.Tensor, lora: LoRABatch | None
+) -> TuningShape:
+    """What tile choice and workspace depend on."""
+    return TuningShape(
+        num_tokens=x_TD.shape[0],
+        num_experts=weights.num_experts,
+        top_k=topk_ids_TK.shape[1],
+        hidden_size=weights.hidden_size,
+        intermediate_size=weights.intermediate_size,
+        num_slots=0 if lora is None else lora.num_slots,
+        rank13=0 if lora is None else lora.rank13,
+        rank2=0 if lora is None else lora.rank2,
+    )
+
+
+def _check(
+    x_TD: torch.Tensor,
+    weights: MoEWeights,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    lora: LoRABatch | None,
+) -> None:
+    T, D = x_TD.shape
+    if weights.hidden_size != D:
+        raise ValueError(f"fused_moe_lora: x has {D} columns, the layer's hidden size is {weights.hidden_size}")
+    if topk_ids_TK.shape[0] != T or topk_weights_TK.shape != topk_ids_TK.shape:
+        raise ValueError(
+            f"fused_moe_lora: topk ids {list(topk_ids_TK.shape)} and weights {list(topk_weights_TK.shape)}, expected "
+            f"both [{T}, K], as x has {T} rows"
+        )
+    if not (topk_ids_TK.is_contiguous() and topk_weights_TK.is_contiguous()) or (T and x_TD.stride(1) != 1):
+        raise ValueError("fused_moe_lora: topk ids, topk weights and the rows of x must be contiguous")
+    if weights.w13.dtype != x_TD.dtype or weights.w2.dtype != x_TD.dtype:
+        raise ValueError(f"fused_moe_lora: x is {x_TD.dtype}, the weights {weights.w13.dtype} and {weights.w2.dtype}")
+    if lora is None:
+        return
+    if lora.token_slots_T.shape != (T,) or lora.token_slots_T.dtype != torch.int32:
+        raise ValueError(
+            f"fused_moe_lora: token_slots {list(lora.token_slots_T.shape)} {lora.token_slots_T.dtype}, expected [{T}] "
+            "torch.int32"
+        )
+    if lora.tables.pool.dtype != x_TD.dtype:
+        raise ValueError(f"fused_moe_lora: x is {x_TD.dtype}, the adapters are {lora.tables.pool.dtype}")
+
+
+def _launch(
+    out_TD: torch.Tensor,
+    x_TD: torch.Tensor,
+    weights: MoEWeights,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    lora: LoRABatch | None,
+    weight_on_input: bool,
+    tiles: MoETiles,
+    buffers: LayerBuffers,
+) -> None:
+    h_NF, y_ND, low_rank13, low_rank2 = buffers.h_NF, buffers.y_ND, buffers.low_rank13, buffers.low_rank2
+    u13_NW = u2_NW = None
+    routing = route_rows(topk_ids_TK, weights.sizes, lora, buffers.routing, block_m=tiles.block_m, tile_m=tiles.tile_m)
+    if lora is not None and low_rank13 is not None:
+        lora_shrink13(low_rank13, x_TD, routing, lora, tile=tiles.shrink13)
+        u13_NW = low_rank13.u_NW
+    input_weights = topk_weights_TK if weight_on_input else None
+    moe_gemm13(h_NF, x_TD, weights, routing, lora=lora, u_NW=u13_NW, input_weights_TK=input_weights, tile=tiles.gemm13)
+    if lora is not None and low_rank2 is not None:
+        lora_shrink2(low_rank2, h_NF, routing, lora, tile=tiles.shrink2)
+        u2_NW = low_rank2.u_NW
+    output_weights = None if weight_on_input else topk_weights_TK
+    moe_gemm2(y_ND, h_NF, weights, routing, lora=lora, u_NW=u2_NW, output_weights_TK=output_weights, tile=tiles.gemm2)
+    moe_sum(out_TD, y_ND, topk_ids_TK, num_experts=weights.num_experts)

@@ -1,0 +1,112 @@
+"""The routing build against its reference: order, segments, blocks, tiles, lanes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.kernels import DEVICE, make_lora_batch
+
+from moegraft.core.config import MoEConfig
+from moegraft.core.routing import Block, Count, MoERouting, Tile
+from moegraft.core.tables import ExpertsFactor
+from moegraft.kernels.moe_routing import host
+from moegraft.kernels.moe_routing.host import route_rows
+from moegraft.kernels.moe_routing.reference import ReferenceRouting, route_rows_reference
+from moegraft.kernels.records import LayerSizes, LoRABatch
+from moegraft.kernels.reference_lib import read_factor
+from moegraft.kernels.workspace import Workspace
+from moegraft.testing.cases import LoRASpec, MoECase, MoEInputs, Routing, make_inputs
+from moegraft.testing.poison import poison_allocations
+from moegraft.testing.workloads import Popularity
+from moegraft.tuning.tiles import MoETiles, TuningShape
+
+CONFIG = MoEConfig(num_experts=6, top_k=2, hidden_size=32, intermediate_size=16)
+SIZES = LayerSizes(num_experts=6, hidden_size=32, intermediate_size=16)
+ADAPTERS = (LoRASpec(), LoRASpec(r_gate=20, r_up=3, r2=17), LoRASpec(expert_ids=(1, 4)), LoRASpec(r_gate=0, r_up=0))
+CASES = (
+    MoECase(name="one_token", config=CONFIG, adapters=ADAPTERS, num_tokens=1, base_share=0.0),
+    MoECase(name="mixed", config=CONFIG, adapters=ADAPTERS, num_tokens=40),
+    MoECase(name="only_base_rows", config=CONFIG, adapters=ADAPTERS, num_tokens=9, base_share=1.0),
+    MoECase(name="hot", config=CONFIG, adapters=ADAPTERS, num_tokens=50, routing=Routing.HOT),
+    MoECase(name="sentinels", config=CONFIG, adapters=ADAPTERS, num_tokens=21, routing=Routing.SENTINELS),
+    MoECase(name="one_adapter", config=CONFIG, adapters=ADAPTERS, num_tokens=64, popularity=Popularity.IDENTICAL),
+)
+
+
+def route(inputs: MoEInputs, lora: LoRABatch | None, *, block_m: int = 16, tile_m: int = 16) -> MoERouting:
+    T, K = inputs.topk_ids_TK.shape
+    shape = TuningShape(
+        num_tokens=T,
+        num_experts=6,
+        top_k=K,
+        hidden_size=32,
+        intermediate_size=16,
+        num_slots=0 if lora is None else lora.num_slots,
+        rank13=0 if lora is None else lora.rank13,
+        rank2=0 if lora is None else lora.rank2,
+    )
+    tiles = MoETiles(block_m=block_m, tile_m=tile_m)
+    with poison_allocations():
+        workspace = Workspace.for_layer(shape, tiles, torch.float32, DEVICE)
+        buffers = workspace.carve(shape, tiles, torch.float32, num_halves=2)
+        return route_rows(inputs.topk_ids_TK, SIZES, lora, buffers.routing, block_m=block_m, tile_m=tile_m)
+
+
+def blocks_of(routing: MoERouting) -> list[list[int]]:
+    rows = routing.blocks[: int(routing.counts[Count.BLOCKS])].tolist()
+    return sorted((row for row in rows if row[Block.FIRST] < row[Block.END]), key=lambda row: row[Block.FIRST])
+
+
+def check(routing: MoERouting, reference: ReferenceRouting, lora: LoRABatch | None) -> None:
+    assert routing.order.tolist()[: len(reference.order)] == reference.order
+    blocks = blocks_of(routing)
+    assert [tuple(block[: Block.END + 1]) for block in blocks] == reference.blocks
+    if lora is None:
+        return
+    assert routing.segment.tolist()[: len(reference.order)] == reference.segment
+    tiles = routing.tiles[: int(routing.counts[Count.TILES])].tolist()
+    live = sorted((tuple(t[: Tile.END + 1]) for t in tiles if t[Tile.FIRST] < t[Tile.END]), key=lambda t: t[Tile.FIRST])
+    assert live == reference.tiles
+    lanes13 = [block[Block.LANE13_END] - block[Block.LANE13_FIRST] for block in blocks]
+    lanes2 = [block[Block.LANE2_END] - block[Block.LANE2_FIRST] for block in blocks]
+    assert list(zip(lanes13, lanes2, strict=True)) == reference.block_lanes
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("with_lora", [True, False])
+@pytest.mark.parametrize("path", ["one_chunk", "collected", "bounds"])
+def test_routing_matches_reference(case: MoECase, with_lora: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path != "one_chunk":
+        monkeypatch.setattr(host, "SORT_CELLS", 1)
+    if path == "bounds":
+        monkeypatch.setattr(host, "DENSE_ROWS", 0)
+    inputs = make_inputs(case, device=DEVICE)
+    lora = make_lora_batch(case, inputs) if with_lora else None
+    routing = route(inputs, lora)
+    check(routing, route_rows_reference(inputs.topk_ids_TK, lora, num_experts=6, block_m=16, tile_m=16), lora)
+
+
+def test_lanes_point_at_the_rows_of_b() -> None:
+    case = CASES[1]
+    inputs = make_inputs(case, device=DEVICE)
+    lora = make_lora_batch(case, inputs)
+    routing = route(inputs, lora)
+    assert routing.lanes13 is not None and routing.lanes2 is not None
+    row_slots = [lora.token_slots_T.tolist()[n // 2] for n in routing.order.tolist()]
+    checked = 0
+    for block in blocks_of(routing):
+        for lanes, factors, first, row_len in (
+            (routing.lanes13, (ExpertsFactor.B_GATE, ExpertsFactor.B_UP), Block.LANE13_FIRST, 16),
+            (routing.lanes2, (ExpertsFactor.B2,), Block.LANE2_FIRST, 32),
+        ):
+            span = slice(block[first], block[first + 1])
+            for f, factor in enumerate(factors):
+                elements = lanes.element[f, span].tolist()
+                segments = lanes.segment[span].tolist()
+                found = [lora.tables.pool[e : e + row_len] for e in elements if e >= 0]
+                slots = sorted({row_slots[s] for s in segments})
+                rows = [row for s in slots for row in read_factor(lora.tables, s, block[Block.EXPERT], factor, row_len)]
+                assert len(found) == len(rows)
+                assert all(torch.equal(a, b) for a, b in zip(found, rows, strict=True))
+                checked += len(found)
+    assert checked > 0
