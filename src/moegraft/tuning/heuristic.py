@@ -16,7 +16,7 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
     while block_m < 128 and block_m < rows_per_expert * 1.25:
         block_m *= 2
     tile_m = 16 if rows_per_expert < 64 else 32
-    gemm13, gemm2 = _gemm_tiles(block_m, shape)
+    gemm13, gemm2 = gemm_tiles(block_m, shape)
     return MoETiles(
         block_m=block_m,
         tile_m=tile_m,
@@ -27,8 +27,8 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
     )
 
 
-def _gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
-    """Decode keeps many bytes of weights in flight; prefill has tiles that feed two warp groups."""
+def gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
+    """(GEMM 13, GEMM 2). Decode keeps many bytes of weights in flight; prefill has tiles that feed two warp groups."""
     if block_m == 16:
         num_rows, block_l = shape.num_tokens * shape.top_k, 64 if shape.rank13 > 32 else 32
         return (

@@ -21,24 +21,33 @@ from moegraft.tuning.heuristic import heuristic_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
 
 TABLES = Path(__file__).parent / "tables"
+USER_TABLES = Path.home() / ".config" / "moegraft" / "tiles"
+"""Where ``moegraft tune`` writes; what lies here goes before what is shipped."""
 MAX_OCTAVES = 0.75
 """A measured entry speaks for calls with up to 1.7 times more or fewer tokens."""
 
 
 @lru_cache(maxsize=4096)
-def choose_tiles(shape: TuningShape, folder: Path = TABLES) -> MoETiles:
+def choose_tiles(shape: TuningShape, folders: tuple[Path, ...] = (USER_TABLES, TABLES)) -> MoETiles:
     """Tiles of a call, the same for the same shape. Cached: a call pays for a dictionary lookup."""
     tiles = heuristic_tiles(shape)
-    entries = [entry for table in _tables(folder) if _is_for(table, shape) for entry in table["entries"]]
-    nearest = min(entries, key=lambda entry: _octaves(entry, shape), default=None)
-    if nearest is None or _octaves(nearest, shape) > MAX_OCTAVES:
-        return tiles
-    return replace(
-        tiles,
-        block_m=nearest["block_m"],
-        gemm13=GemmTile(**nearest["gemm13"], block_l=tiles.gemm13.block_l),
-        gemm2=GemmTile(**nearest["gemm2"], block_l=tiles.gemm2.block_l),
-    )
+    for folder in folders:
+        entries = [entry for table in _tables(folder) if _is_for(table, shape) for entry in table["entries"]]
+        nearest = min(entries, key=lambda entry: _octaves(entry, shape), default=None)
+        if nearest is not None and _octaves(nearest, shape) <= MAX_OCTAVES:
+            return replace(
+                tiles,
+                block_m=nearest["block_m"],
+                gemm13=GemmTile(**nearest["gemm13"], block_l=tiles.gemm13.block_l),
+                gemm2=GemmTile(**nearest["gemm2"], block_l=tiles.gemm2.block_l),
+            )
+    return tiles
+
+
+def forget_tables() -> None:
+    """Reads the table files again at the next call; graphs captured before keep their tiles."""
+    _tables.cache_clear()
+    choose_tiles.cache_clear()
 
 
 @lru_cache(maxsize=8)
