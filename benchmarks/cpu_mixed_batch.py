@@ -9,7 +9,8 @@ made and saved by PEFT, on attention and experts. Every way generates the same t
   set_adapter PEFT, a request at a time: set_adapter, generate
   merge       PEFT, a request at a time: merge_adapter, generate, unmerge_adapter
 
-Nothing is reported unless the mixed batch agrees with PEFT for every request.
+Nothing is reported unless the mixed batch agrees with PEFT in float32 for every request, in float32 to 1e-3 of the
+adapters' effect, in bfloat16 at least as well as PEFT in bfloat16 does.
 
     python benchmarks/cpu_mixed_batch.py [--dtype bfloat16] [--new-tokens 32] [--rounds 3]
 """
@@ -35,8 +36,8 @@ import moegraft
 ADAPTERS = 8
 RANK = 8
 PROMPT_TOKENS = 32
-# Logits of one forward pass, mixed batch against PEFT. bfloat16 keeps 8 bits and the two sum in a different order.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+TOLERANCE = 1e-3  # float32: two ways to sum the same products, through four layers
+SLACK = 1.1  # bfloat16: errors of two runs of the same precision, each with its own few flipped expert choices
 
 
 def make_model(folder: Path, dtype: torch.dtype) -> Path:
@@ -105,16 +106,23 @@ def one_by_one(model: PeftModel, ids: torch.Tensor, new_tokens: int, *, merge: b
             model.unmerge_adapter()
 
 
-def check(mixed_logits: torch.Tensor, model: PeftModel, ids: torch.Tensor, base_logits: torch.Tensor) -> float:
-    """Largest difference between the mixed batch and PEFT, over the largest effect of an adapter; exits if too large."""
-    worst = 0.0
-    with torch.no_grad():
-        for number in range(ADAPTERS):
-            model.set_adapter(f"a{number}")
-            alone = model(input_ids=ids[number : number + 1]).logits[0].float()
-            effect = (alone - base_logits[number]).abs().max()
-            worst = max(worst, ((mixed_logits[number] - alone).abs().max() / effect).item())
-    return worst
+@torch.no_grad()
+def peft_logits(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of every request with its own adapter, a request at a time, in float32."""
+    rows = []
+    for number in range(ADAPTERS):
+        model.set_adapter(f"a{number}")
+        rows.append(model(input_ids=ids[number : number + 1]).logits[0].float())
+    return torch.stack(rows)
+
+
+def check(mixed: torch.Tensor, peft: torch.Tensor, truth: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
+    """Errors of the mixed batch and of PEFT against PEFT in float32, over the adapters' effect; exits if too large."""
+    effect = (truth - base).norm()
+    errors = {"mixed": ((mixed - truth).norm() / effect).item(), "peft": ((peft - truth).norm() / effect).item()}
+    if not errors["mixed"] <= max(TOLERANCE, SLACK * errors["peft"]):
+        sys.exit(f"the mixed batch is wrong by {errors} of the adapters' effect; nothing is reported")
+    return errors
 
 
 def main() -> None:
@@ -128,7 +136,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as temporary:
-        rows, error = measure(Path(temporary), dtype, args.new_tokens, args.rounds)
+        rows, errors = measure(Path(temporary), dtype, args.new_tokens, args.rounds)
     print(f"{args.dtype}, {args.threads} threads, {ADAPTERS} requests of {PROMPT_TOKENS} + {args.new_tokens} tokens")
     for name, rate in rows.items():
         print(f"{name:12s} {rate:8.1f} tokens/s {rate / rows['base']:7.3f} x base")
@@ -140,14 +148,16 @@ def main() -> None:
         "attached_over_base": round(rows["attached"] / rows["base"], 3),
         "mixed_over_base": round(rows["mixed"] / rows["base"], 3),
         "mixed_over_best_peft": round(rows["mixed"] / best_peft, 2),
-        "error_over_effect": error,
+        "error_over_effect": errors,
         "torch": torch.__version__,
     }
     print(json.dumps(summary))
 
 
-def measure(folder: Path, dtype: torch.dtype, new_tokens: int, rounds: int) -> tuple[dict[str, float], float]:
-    """Tokens a second of each way, and the error of the mixed batch against PEFT."""
+def measure(
+    folder: Path, dtype: torch.dtype, new_tokens: int, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Tokens a second of each way, and the errors of ``check``."""
     base = make_model(folder, dtype)
     paths = make_adapters(base, folder, dtype)
     ids = torch.randint(1, 2048, (ADAPTERS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
@@ -157,11 +167,12 @@ def measure(folder: Path, dtype: torch.dtype, new_tokens: int, rounds: int) -> t
     graft = moegraft.attach(grafted, adapter_memory="512MiB")
     for name, path in zip(names, paths, strict=True):
         graft.load_adapter(path, name=name)
-    with torch.no_grad():
-        base_logits = plain(input_ids=ids).logits.float()
-    error = check(graft(input_ids=ids, adapters=names).logits.float(), peft, ids, base_logits)
-    if not error <= TOLERANCE[dtype]:
-        sys.exit(f"the mixed batch differs from PEFT by {error:.2e} of an adapter's effect; nothing is reported")
+    exact = peft_model(base, paths, torch.float32)
+    with torch.no_grad(), exact.disable_adapter():
+        base_logits = exact(input_ids=ids).logits
+    mixed_logits = graft(input_ids=ids, adapters=names).logits.float()
+    errors = check(mixed_logits, peft_logits(peft, ids), peft_logits(exact, ids), base_logits)
+    del exact
 
     def merged() -> None:
         one_by_one(peft, ids, new_tokens, merge=True)
@@ -183,7 +194,7 @@ def measure(folder: Path, dtype: torch.dtype, new_tokens: int, rounds: int) -> t
     for _ in range(rounds):  # the ways take turns, so that all see the same machine; the least disturbed run counts
         for name, run in ways.items():
             best[name] = min(best[name], seconds(run))
-    return {name: ADAPTERS * new_tokens / time_ for name, time_ in best.items()}, error
+    return {name: ADAPTERS * new_tokens / time_ for name, time_ in best.items()}, errors
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.adapters import FIXTURES
+from support.families import build
+from support.family_adapters import save_replacements
 from typer.testing import CliRunner, Result
 
 import moegraft
@@ -21,9 +24,6 @@ from moegraft.cli.demo import run_demo
 from moegraft.cli.loading import encode_prompts, load_model, load_tokenizer
 from moegraft.cli.structure import hollow_model
 from moegraft.integrations.transformers.targets import discover_targets
-from support.adapters import FIXTURES
-from support.families import build
-from support.family_adapters import save_replacements
 
 QUESTION = "what does the owl say?"
 # Enough for the base to know its facts and for the adapters to leave it; the demo itself trains them to the end.

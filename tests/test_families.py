@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.families import FAMILIES, VOCAB_SIZE, build
+from support.family_adapters import FamilyAdapter, save_everything, save_experts, save_part, save_replacements
+from support.oracle import merge, merged_logits
 
 import moegraft
 from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.lora.targets import ModelTargets
-from support.families import FAMILIES, VOCAB_SIZE, build
-from support.family_adapters import FamilyAdapter, save_everything, save_experts, save_part, save_replacements
-from support.oracle import merge, merged_logits
 
 LENGTHS = (9, 7, 5, 8, 6)
 NAMES = (None, "everything", "experts", "part", "replacements")

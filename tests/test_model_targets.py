@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.families import FAMILIES, build
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +28,6 @@ import moegraft
 from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers.targets import discover_targets, experts_activation, find_unsupported
-from support.families import FAMILIES, build
 
 TINY = {
     "vocab_size": 96,

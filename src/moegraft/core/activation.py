@@ -33,8 +33,7 @@ def apply_activation(u_NGF: torch.Tensor, activation: Activation, *, is_interlea
     Semantics: h = kind(gate) * up; ungated h = kind(u); SWIGLU_OAI (gpt-oss): gate' = min(gate, limit),
     up' = clamp(up, -limit, limit), h = (up' + 1) * gate' * sigmoid(alpha * gate').
     """
-    gate_NF, up_NF = split_halves(u_NGF, num_halves=activation.num_halves, is_interleaved=is_interleaved)
-    gate_NF, up_NF = gate_NF.float(), up_NF.float()
+    gate_NF, up_NF = split_halves(u_NGF.float(), num_halves=activation.num_halves, is_interleaved=is_interleaved)
     if activation.kind is ActivationKind.SWIGLU_OAI:
         gate_NF = gate_NF.clamp(max=activation.limit)
         up_NF = up_NF.clamp(-activation.limit, activation.limit)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
 from moegraft.core.activation import apply_activation
 from moegraft.core.config import BackendRequest
 from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.mapping import LoRASegments
+from moegraft.lora.mapping import BASE_SLOT, LoRASegments
 from moegraft.lora.mixin import LoRAExpertsMixin
 from moegraft.lora.punica.paged import fits_torch_grouped_mm
 from moegraft.moe.experts.base import FusedMoEExpertsModular
@@ -25,16 +25,17 @@ SMALL_BLOCK = 8
 
 @dataclass(frozen=True)
 class _RowPlan:
-    """Local rows sorted by expert and padded to P positions; an expert's rows start at a multiple of the row granule.
+    """Local rows sorted by expert, tokens in order inside one, each expert's rows padded to the row granule.
 
-    source_P: routed row n = t*K + j behind a position (padding repeats some row) · local_N: the routed rows whose
-    expert is here, by expert · position_N: where each of them stands · expert_P: expert of every position ·
+    token_P: token behind a position (padding repeats a row) · padding: positions that are padding · position_N: where
+    routed row n = t*K + j stands, P where its expert is elsewhere · expert_P: expert of every position ·
     ends_E: int32, where each expert's positions end · blocks: (expert, start, end), one GEMM each.
     """
 
-    source_P: torch.Tensor
-    local_N: torch.Tensor
+    token_P: torch.Tensor
+    padding: list[int]
     position_N: torch.Tensor
+    is_all_local: bool
     expert_P: torch.Tensor
     ends_E: torch.Tensor
     blocks: tuple[tuple[int, int, int], ...]
@@ -59,20 +60,19 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
         context = self.active_context(lora_context)
         M, K = rows.topk_ids_MK.shape
         plan = _plan_rows(rows.topk_ids_MK, self.weights.num_experts, rows.x_MD.dtype)
-        token_P = plan.source_P // K
-        x_PD = rows.x_MD.index_select(0, token_P)
+        x_PD = rows.x_MD.index_select(0, plan.token_P)
         segments = None
         if context is not None:
             slots_M = context.mapping.token_slots if rows.slots_M is None else rows.slots_M
-            slot_P = torch.full_like(plan.source_P, -1)
-            slot_P[plan.position_N] = slots_M.index_select(0, plan.local_N // K).long()
+            slot_P = slots_M.index_select(0, plan.token_P).long()
+            slot_P[plan.padding] = BASE_SLOT
             segments = self.lora_segments(context, plan.expert_P, slot_P)
 
         w = self.weights
         u_PGF = _seed(x_PD, w.b13, plan.expert_P, w.num_halves * w.intermediate_size, segments)
         if context is not None and segments is not None and u_PGF is not None:
             is_quantised = rows.unquantised_MD is not rows.x_MD
-            plain_PD = rows.unquantised_MD.index_select(0, token_P) if is_quantised else x_PD
+            plain_PD = rows.unquantised_MD.index_select(0, plan.token_P) if is_quantised else x_PD
             self.apply_w13_lora(context, u_PGF, plain_PD, segments)
         u_PGF = _grouped_gemm(u_PGF, x_PD, w.w13_in_out, plan)
         h_PF = apply_activation(u_PGF, self.config.activation, is_interleaved=self.is_interleaved)
@@ -81,37 +81,46 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
             self.apply_w2_lora(context, y_PD, h_PF, segments)
         y_PD = _grouped_gemm(y_PD, h_PF, w.w2_in_out, plan)
 
-        out_ND = y_PD.new_zeros(M * K, w.hidden_size)
-        out_ND[plan.local_N] = y_PD.index_select(0, plan.position_N)
-        return ExpertsOutput(y=out_ND.view(M, K, w.hidden_size), is_reduced=False)
+        if not plan.is_all_local:
+            y_PD = torch.cat([y_PD, y_PD.new_zeros(1, w.hidden_size)])
+        return ExpertsOutput(y=y_PD.index_select(0, plan.position_N).view(M, K, w.hidden_size), is_reduced=False)
 
 
 def _plan_rows(topk_ids_MK: torch.Tensor, num_experts: int, dtype: torch.dtype) -> _RowPlan:
-    expert_N = topk_ids_MK.flatten()
-    expert_N = torch.where((expert_N >= 0) & (expert_N < num_experts), expert_N, num_experts)
+    """In plain Python: for the few rows of a decode step that costs less than a dozen tensor operations."""
+    K, device = topk_ids_MK.shape[1], topk_ids_MK.device
+    rows_of: dict[int, list[int]] = defaultdict(list)
+    expert_N = topk_ids_MK.flatten().tolist()
+    for row, expert in enumerate(expert_N):
+        rows_of[expert].append(row)
     # The choice looks at the size of the batch only: with the routing it would change the bits of a base row.
-    is_small = dtype == torch.float32 and expert_N.shape[0] < SMALL_BLOCK * num_experts
-    expert_N, order_N = torch.sort(expert_N, stable=True)
-    counts_E = torch.bincount(expert_N, minlength=num_experts + 1)[:num_experts].tolist()
+    is_small = dtype == torch.float32 and len(expert_N) < SMALL_BLOCK * num_experts
     granule = ROW_GRANULE.get(dtype, ROW_GRANULE_LOW_PRECISION)
-    padded_E = [-(-count // granule) * granule for count in counts_E]
-    starts_E = list(accumulate(padded_E, initial=0))
-    local = sum(counts_E)
-    expert_N, local_N = expert_N[:local], order_N[:local]
-
-    shift_E = torch.tensor([s - c for s, c in zip(starts_E, accumulate(counts_E, initial=0), strict=True)])
-    position_N = torch.arange(local, device=local_N.device) + shift_E.to(local_N.device)[expert_N]
-    source_P = local_N.new_zeros(starts_E[-1])
-    source_P[position_N] = local_N
-    sizes_E = torch.tensor(padded_E, device=local_N.device)
-    expert_P = torch.arange(num_experts, device=local_N.device).repeat_interleave(sizes_E, output_size=starts_E[-1])
+    sources: list[int] = []
+    padding: list[int] = []
+    ends_E: list[int] = []
     blocks = []
-    for e, size in enumerate(padded_E):
-        step = SMALL_BLOCK if is_small else max(size, 1)
-        for start in range(starts_E[e], starts_E[e] + size, step):
-            blocks.append((e, start, min(start + step, starts_E[e] + size)))
-    ends_E = torch.tensor(starts_E[1:], dtype=torch.int32, device=local_N.device)
-    return _RowPlan(source_P, local_N, position_N, expert_P, ends_E, tuple(blocks), is_small)
+    for expert in range(num_experts):
+        rows, start = rows_of.get(expert, ()), len(sources)
+        sources += rows
+        padding += range(len(sources), len(sources) + -len(rows) % granule)
+        sources += [rows[0]] * (-len(rows) % granule) if rows else []
+        step = SMALL_BLOCK if is_small else max(len(sources) - start, 1)
+        blocks += [(expert, s, min(s + step, len(sources))) for s in range(start, len(sources), step)]
+        ends_E.append(len(sources))
+    position_N = [len(sources)] * len(expert_N)
+    for position in range(len(sources) - 1, -1, -1):  # backwards: padding stands behind the row that it repeats
+        position_N[sources[position]] = position
+    return _RowPlan(
+        token_P=torch.tensor([row // K for row in sources], dtype=torch.long, device=device),
+        padding=padding,
+        position_N=torch.tensor(position_N, dtype=torch.long, device=device),
+        is_all_local=len(sources) - len(padding) == len(expert_N),
+        expert_P=torch.tensor([expert_N[row] for row in sources], dtype=torch.long, device=device),
+        ends_E=torch.tensor(ends_E, dtype=torch.int32, device=device),
+        blocks=tuple(blocks),
+        is_small=is_small,
+    )
 
 
 def _seed(
