@@ -1,6 +1,6 @@
 """What mixed ranks save over padded ones, and what batch-invariant results cost: Qwen3-30B-A3B's layer, JSON lines.
 
-    python benchmarks/moe_lora_options.py
+python benchmarks/moe_lora_options.py
 """
 
 from __future__ import annotations
