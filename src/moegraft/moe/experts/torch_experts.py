@@ -45,9 +45,9 @@ class _RowPlan:
 class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     """Rows sorted by expert, one GEMM a block of rows.
 
-    Every GEMM accumulates onto a buffer that already holds bias and delta (C += X W): so a delta meets the float32
-    accumulator before the result is rounded, in bfloat16 too, and a base row runs the same instructions whether or
-    not its neighbours have adapters, which makes it equal bit for bit.
+    A GEMM accumulates onto a buffer that already holds bias and delta (C += X W), so that a delta meets the float32
+    accumulator before the result is rounded, in bfloat16 too. The sizes of the blocks see to it that a base row has
+    the same bits whatever its neighbours do.
     """
 
     @classmethod
