@@ -13,7 +13,6 @@ from moegraft.kernels.workspace import Workspace, layer_buffers
 from moegraft.testing.poison import poison_allocations
 from moegraft.tuning import table
 from moegraft.tuning.heuristic import heuristic_tiles
-from moegraft.tuning.search import candidates, search, table_document
 from moegraft.tuning.table import TABLES, choose_tiles, forget_tables
 from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
 
@@ -83,42 +82,3 @@ def test_workspace_is_exact_poisonable_and_refuses_what_does_not_fit() -> None:
     assert names > set(layer_buffers(SHAPE, tiles, torch.bfloat16, num_halves=2))
     with pytest.raises(ValueError, match="needs"):
         workspace.carve(replace(shape, num_tokens=64), tiles, torch.bfloat16, num_halves=2)
-
-
-def fake_measure(shape: TuningShape, tiles: MoETiles) -> float:
-    """Best: block_m 32, GEMM 13 with 32 columns, GEMM 2 through pointers. Wide tiles do not fit."""
-    if tiles.gemm13.block_n > 64:
-        raise RuntimeError("out of resources")
-    return 100.0 + 10 * (tiles.block_m != 32) + 5 * (tiles.gemm13.block_n != 32) + 2 * tiles.gemm2.tma
-
-
-def test_search_finds_the_best_tiles_and_its_table_is_picked_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entries = search([SHAPE], fake_measure, journal=tmp_path / "journal.jsonl")
-    text = table_document("GPU", "2026-11-24", {"torch": "2.11"}, SHAPE, entries)
-    (tmp_path / "gpu.json").write_text(text)
-    monkeypatch.setattr(table, "_device_name", lambda: "GPU")
-    forget_tables()
-    tiles = choose_tiles(SHAPE, (tmp_path,))
-    assert (tiles.block_m, tiles.gemm13.block_n, tiles.gemm2.tma) == (32, 32, False)
-
-
-def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    journal, calls = tmp_path / "journal.jsonl", 0
-
-    def measure(shape: TuningShape, tiles: MoETiles) -> float:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise KeyboardInterrupt
-        return fake_measure(shape, tiles)
-
-    with pytest.raises(KeyboardInterrupt):
-        search([SHAPE], measure, journal=journal)
-    journal.write_text(journal.read_text() + '{"trial": "cut off')
-    progress: list[tuple[int, int]] = []
-    search([SHAPE], measure, journal=journal, on_trial=lambda count, total, *_: progress.append((count, total)))
-    total = len(list(candidates(SHAPE)))
-    assert progress[-1] == (total, total)
-    assert calls <= total + 1

@@ -128,6 +128,50 @@ def explain(model: ModelFolder, dtype: Dtype = "auto", device: Device = None, as
     print_json(explanation) if as_json else show_explanation(explanation)
 
 
+@app.command()
+@reported
+def tune(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="E,D,F,K", help="Experts, hidden size, their width, experts a token; several times."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", exists=True, file_okay=False, help="A checkpoint, for the shapes of its layers."),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="T,...", help="Tokens of a call; default: the powers of two up to 4096.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters in the calls that are measured.")] = 16,
+    adapters: Annotated[int, typer.Option(min=0, help="How many of them; 0: the base alone.")] = 8,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="The table; default: in the folder that is always read."),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this long; start again to go on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search the kernels' tile sizes for layers on this GPU, and keep them as a table. Ctrl-C keeps what is done."""
+    from moegraft.cli.tables import show_tuning
+    from moegraft.cli.tune import make_request, run_tune
+
+    request = make_request(
+        shapes=shape or [],
+        model=model,
+        tokens=tokens,
+        rank=rank,
+        num_adapters=adapters,
+        output=output,
+        seconds=seconds,
+    )
+    results = run_tune(request)
+    print_json(results) if as_json else show_tuning(results)
+    if any(result.is_interrupted for result in results):
+        raise typer.Exit(130)
+    if any(result.table is None for result in results):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """The entry point of the ``moegraft`` command."""
     app()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moegraft.cli.compare import Agreement
     from moegraft.cli.demo import DemoResult
     from moegraft.cli.generate import Answers
+    from moegraft.cli.tune import TuneResult
     from moegraft.integrations.transformers import Explanation
     from moegraft.lora.peft import AdapterInspection, ModuleSummary
 
@@ -158,6 +159,26 @@ def show_explanation(explanation: Explanation) -> None:
     for (name, backend, weights, refused), layers in groups.items():
         table.add_row(name, str(len(layers)), Text(backend, style="green"), weights, Text(refused or "none"))
     stdout.print(table)
+
+
+def show_tuning(results: Sequence[TuneResult]) -> None:
+    """Microseconds of a layer by tokens, with the heuristic's tiles and with those that were found."""
+    for result in results:
+        table = _table(f"Layer {result.layer}: a call without adapters and one with", "tokens", "heuristic us", "us")
+        for entry in result.entries:
+            heuristic = "does not run" if entry.heuristic_us is None else f"{entry.heuristic_us:.1f}"
+            table.add_row(str(entry.num_tokens), heuristic, f"{entry.us:.1f}")
+        stdout.print(table)
+        stdout.print(
+            f"{result.measured} tile choices measured, {result.failed} did not run, {result.wrong} gave wrong results; "
+            f"each is a line of {result.state}.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if result.table is not None:
+            stdout.print(Text(f"Table: {result.table}", style="green"), soft_wrap=True)
+        if not result.is_complete:
+            stdout.print(Text("Not finished: the same command goes on.", style="yellow"), soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:

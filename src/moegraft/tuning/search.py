@@ -2,75 +2,227 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from moegraft.core.errors import MoegraftError
 from moegraft.tuning.heuristic import gemm_tiles, heuristic_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
 
 Measure = Callable[[TuningShape, MoETiles], float]
-"""Microseconds of one layer call of that shape with those tiles. May raise: such tiles do not fit the device."""
-OnTrial = Callable[[int, int, TuningShape, float], None]
-"""Told after every trial: trials done, trials in all, the shape, microseconds."""
+"""Microseconds of one layer call of that shape with those tiles, after its result was found right.
+
+Raises WrongResultError where it was not, DeviceLostError where no later trial can run, and anything else where the
+tiles do not fit the device.
+"""
 
 BLOCK_MS = (16, 32, 64, 128)
+MIN_GAIN = 0.01
+"""Tiles replace the heuristic's where they are faster by this share: less is noise."""
 
 
-def search(
-    shapes: Sequence[TuningShape], measure: Measure, *, journal: Path, on_trial: OnTrial | None = None
-) -> list[dict[str, Any]]:
-    """Entries of a table, one a shape (which differ in ``num_tokens``).
+class WrongResultError(Exception):
+    """The tiles ran, and their result is not that of the reference."""
 
-    For the heuristic's ``block_m`` and its neighbours, either GEMM's tile is varied alone: the two run one after the
-    other, so their best choices are independent. Every trial is a line of ``journal``; a search that was interrupted
-    takes the trials that are there as done.
+
+class DeviceLostError(MoegraftError):
+    """A trial left the device in a state in which nothing runs any more; a new process has to go on."""
+
+
+class Verdict(enum.StrEnum):
+    """What became of a trial."""
+
+    MEASURED = "measured"
+    WRONG = "wrong"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """``us``: microseconds of a call; infinite unless measured. ``reason``: of any other verdict, one line."""
+
+    shape: TuningShape
+    tiles: MoETiles
+    verdict: Verdict
+    us: float = math.inf
+    reason: str = ""
+
+
+class Journal:
+    """Finished trials, one JSON line each, so that a search that was interrupted goes on where it stopped.
+
+    ``context`` says what else decides a time (device, versions, dtype): lines of another one are left alone.
     """
-    done = _read_journal(journal)
-    trials = [(shape, tiles) for shape in shapes for tiles in candidates(shape)]
-    us: list[float] = []
-    with journal.open("a") as lines:
-        for count, (shape, tiles) in enumerate(trials, 1):
-            key = _key(shape, tiles)
-            if key not in done:
-                done[key] = _try(measure, shape, tiles)
-                lines.write(json.dumps({"trial": key, "us": done[key]}) + "\n")
-                lines.flush()
-            us.append(done[key])
-            if on_trial is not None:
-                on_trial(count, len(trials), shape, done[key])
-    timed = list(zip(trials, us, strict=True))
-    return [_best_entry(shape, [(tiles, t) for (other, tiles), t in timed if other == shape]) for shape in shapes]
+
+    def __init__(self, path: Path, context: str = "") -> None:
+        self.path = path
+        self._context = context
+        self._done: dict[str, dict[str, Any]] = {}
+        text = path.read_text() if path.exists() else ""
+        self._needs_newline = text != "" and not text.endswith("\n")
+        for line in text.splitlines():
+            try:
+                trial = json.loads(line)
+                self._done[trial["trial"]] = trial
+            except (ValueError, TypeError, KeyError):  # the last line of a search that was killed
+                continue
+
+    def find(self, shape: TuningShape, tiles: MoETiles) -> Trial | None:
+        done = self._done.get(self._key(shape, tiles))
+        if done is None:
+            return None
+        us = math.inf if done["us"] is None else done["us"]
+        return Trial(shape=shape, tiles=tiles, verdict=Verdict(done["verdict"]), us=us, reason=done["reason"])
+
+    def append(self, trial: Trial) -> None:
+        """On disk when it returns, as far as this process can tell."""
+        key = self._key(trial.shape, trial.tiles)
+        us = trial.us if math.isfinite(trial.us) else None
+        done = {"trial": key, "verdict": trial.verdict, "us": us, "reason": trial.reason}
+        with self.path.open("a") as file:
+            file.write("\n" * self._needs_newline + json.dumps(done) + "\n")
+        self._needs_newline = False
+        self._done[key] = done
+
+    def _key(self, shape: TuningShape, tiles: MoETiles) -> str:
+        base = [self._context, asdict(shape), tiles.block_m, asdict(tiles.gemm13), asdict(tiles.gemm2)]
+        return json.dumps(base, sort_keys=True)
 
 
-def candidates(shape: TuningShape) -> Iterator[MoETiles]:
-    """The heuristic's choice first; then, for each ``block_m``, its default and one GEMM's tile changed at a time."""
-    start = heuristic_tiles(shape)
-    yield start
-    for block_m in BLOCK_MS:
-        if not start.block_m // 2 <= block_m <= start.block_m * 2:
-            continue
-        gemm13, gemm2 = gemm_tiles(block_m, shape)
-        default = replace(start, block_m=block_m, gemm13=gemm13, gemm2=gemm2)
-        yield default
-        for tile in _neighbours(gemm13, block_m):
-            yield replace(default, gemm13=tile)
-        for tile in _neighbours(gemm2, block_m):
-            yield replace(default, gemm2=tile)
+class TileSearch:
+    """Tries ``candidates`` of every shape (which differ in ``num_tokens``), then joins the best of either GEMM.
+
+    Shapes take turns, so that a search that is stopped early has spent as much on each.
+    """
+
+    def __init__(self, shapes: Sequence[TuningShape], measure: Measure, journal: Journal) -> None:
+        self._measure = measure
+        self._journal = journal
+        self.trials: dict[TuningShape, dict[MoETiles, Trial]] = {shape: {} for shape in shapes}
+
+    @property
+    def max_trials(self) -> int:
+        """Trials of a search that comes to its end; fewer where no tile of some ``block_m`` runs."""
+        return sum(len(candidates(shape)) + len(block_ms(shape)) for shape in self.trials)
+
+    @property
+    def counts(self) -> Counter[Verdict]:
+        return Counter(trial.verdict for trials in self.trials.values() for trial in trials.values())
+
+    def run(
+        self, *, on_trial: Callable[[Trial], None] = lambda trial: None, is_over: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Whether the search came to its end before ``is_over``. Raises DeviceLostError; what was tried is kept."""
+        for shape, tiles in self._plan():
+            trial = self._journal.find(shape, tiles)
+            if trial is None:
+                if is_over():
+                    return False
+                trial = self._try(shape, tiles)
+            self.trials[shape][tiles] = trial
+            on_trial(trial)
+        return True
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Table entries from what has been tried: one for each shape with tiles that run."""
+        best = (best_trial(shape, list(trials.values())) for shape, trials in self.trials.items())
+        return [_entry(trial, self.trials[trial.shape]) for trial in best if trial is not None]
+
+    def _plan(self) -> Iterator[tuple[TuningShape, MoETiles]]:
+        for round_ in zip_longest(*map(candidates, self.trials)):
+            for shape, tiles in zip(self.trials, round_, strict=True):
+                if tiles is not None:
+                    yield shape, tiles
+        for shape, trials in self.trials.items():
+            for block_m in block_ms(shape):
+                joined = join_best(shape, block_m, list(trials.values()))
+                if joined is not None:
+                    yield shape, joined
+
+    def _try(self, shape: TuningShape, tiles: MoETiles) -> Trial:
+        lost: DeviceLostError | None = None
+        try:
+            trial = Trial(shape=shape, tiles=tiles, verdict=Verdict.MEASURED, us=self._measure(shape, tiles))
+        except Exception as error:  # whatever the compiler or the driver says: these tiles cannot be used
+            verdict = Verdict.WRONG if isinstance(error, WrongResultError) else Verdict.FAILED
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            trial = Trial(shape=shape, tiles=tiles, verdict=verdict, reason=reason)
+            lost = error if isinstance(error, DeviceLostError) else None
+        self._journal.append(trial)
+        if lost is not None:
+            raise lost
+        return trial
 
 
-def table_document(
-    device: str, date: str, versions: dict[str, str], shape: TuningShape, entries: list[dict[str, Any]]
-) -> str:
-    """The text of a table file, see ``table.py``; one line an entry."""
-    sizes = {name: getattr(shape, name) for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")}
-    head = {"device": device, "date": date, "versions": versions, "shape": sizes}
-    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-    body = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
-    return "\n".join(["{", *lines, '  "entries": [', body, "  ]", "}", ""])
+def block_ms(shape: TuningShape) -> tuple[int, ...]:
+    """The heuristic's ``block_m``, then its neighbours."""
+    start = heuristic_tiles(shape).block_m
+    return (start, *(block_m for block_m in (start // 2, start * 2) if block_m in BLOCK_MS))
+
+
+def default_at(shape: TuningShape, block_m: int) -> MoETiles:
+    """The heuristic's tiles, had it chosen this ``block_m``."""
+    gemm13, gemm2 = gemm_tiles(block_m, shape)
+    return replace(heuristic_tiles(shape), block_m=block_m, gemm13=gemm13, gemm2=gemm2)
+
+
+def candidates(shape: TuningShape) -> list[MoETiles]:
+    """For each ``block_m`` its default, then with one GEMM's tile changed: the two run one after the other, so their
+    best tiles are independent. The heuristic's choice is the first."""
+    found: list[MoETiles] = []
+    for block_m in block_ms(shape):
+        default = default_at(shape, block_m)
+        found.append(default)
+        found += [replace(default, gemm13=tile) for tile in _neighbours(default.gemm13, block_m)]
+        found += [replace(default, gemm2=tile) for tile in _neighbours(default.gemm2, block_m)]
+    return list(dict.fromkeys(found))
+
+
+def join_best(shape: TuningShape, block_m: int, trials: Sequence[Trial]) -> MoETiles | None:
+    """The best tile of each GEMM together; None where neither was measured."""
+    default = default_at(shape, block_m)
+    measured = [t for t in trials if t.tiles.block_m == block_m and t.verdict is Verdict.MEASURED]
+    best13 = min((t for t in measured if t.tiles.gemm2 == default.gemm2), key=_us, default=None)
+    best2 = min((t for t in measured if t.tiles.gemm13 == default.gemm13), key=_us, default=None)
+    if best13 is None and best2 is None:
+        return None
+    return replace(
+        default,
+        gemm13=default.gemm13 if best13 is None else best13.tiles.gemm13,
+        gemm2=default.gemm2 if best2 is None else best2.tiles.gemm2,
+    )
+
+
+def best_trial(shape: TuningShape, trials: Sequence[Trial]) -> Trial | None:
+    """The fastest trial, if it beats the heuristic's by MIN_GAIN; else the heuristic's; None where nothing runs."""
+    measured = [trial for trial in trials if trial.verdict is Verdict.MEASURED]
+    best = min(measured, key=_us, default=None)
+    default = next((trial for trial in measured if trial.tiles == heuristic_tiles(shape)), best)
+    if best is None or default is None:
+        return None
+    return best if best.us <= (1 - MIN_GAIN) * default.us else default
+
+
+def _us(trial: Trial) -> float:
+    return trial.us
+
+
+def _entry(best: Trial, trials: dict[MoETiles, Trial]) -> dict[str, Any]:
+    fields = {"gemm13": asdict(best.tiles.gemm13), "gemm2": asdict(best.tiles.gemm2)}
+    for tile in fields.values():
+        del tile["block_l"]  # read by LoRA only, so the heuristic's: see table.py
+    entry = {"num_tokens": best.shape.num_tokens, "block_m": best.tiles.block_m, **fields, "us": round(best.us, 2)}
+    default = trials.get(heuristic_tiles(best.shape))
+    if default is not None and math.isfinite(default.us):
+        entry["heuristic_us"] = round(default.us, 2)
+    return entry
 
 
 def _neighbours(tile: GemmTile, block_m: int) -> Iterator[GemmTile]:
@@ -84,46 +236,3 @@ def _neighbours(tile: GemmTile, block_m: int) -> Iterator[GemmTile]:
     else:
         yield replace(tile, group=tile.group * 2)
         yield replace(tile, num_warps=12 - tile.num_warps)
-
-
-def _try(measure: Measure, shape: TuningShape, tiles: MoETiles) -> float:
-    try:
-        return measure(shape, tiles)
-    except Exception:  # whatever the compiler or the driver says: these tiles cannot be used
-        return math.inf
-
-
-def _best_entry(shape: TuningShape, trials: Sequence[tuple[MoETiles, float]]) -> dict[str, Any]:
-    """The best tile of each GEMM, at the ``block_m`` where the two together gain most."""
-    best: tuple[float, MoETiles] | None = None
-    for block_m in {tiles.block_m for tiles, _ in trials}:
-        mine = [(tiles, us) for tiles, us in trials if tiles.block_m == block_m]
-        gemm13, gemm2 = gemm_tiles(block_m, shape)
-        default_us = min((us for t, us in mine if (t.gemm13, t.gemm2) == (gemm13, gemm2)), default=math.inf)
-        best13, us13 = min(((t, us) for t, us in mine if t.gemm2 == gemm2), key=lambda trial: trial[1])
-        best2, us2 = min(((t, us) for t, us in mine if t.gemm13 == gemm13), key=lambda trial: trial[1])
-        expected = us13 + us2 - default_us if math.isfinite(default_us) else min(us13, us2)
-        if best is None or expected < best[0]:
-            best = expected, replace(best13, gemm2=best2.gemm2)
-    assert best is not None
-    fields = {name: asdict(getattr(best[1], name)) for name in ("gemm13", "gemm2")}
-    for tile in fields.values():
-        del tile["block_l"]
-    return {"num_tokens": shape.num_tokens, "block_m": best[1].block_m, **fields}
-
-
-def _key(shape: TuningShape, tiles: MoETiles) -> str:
-    return json.dumps([asdict(shape), tiles.block_m, asdict(tiles.gemm13), asdict(tiles.gemm2)], sort_keys=True)
-
-
-def _read_journal(journal: Path) -> dict[str, float]:
-    if not journal.exists():
-        return {}
-    done = {}
-    for line in journal.read_text().splitlines():
-        try:
-            trial = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a search that was killed
-            continue
-        done[trial["trial"]] = trial["us"]
-    return done
