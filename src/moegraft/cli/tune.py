@@ -108,7 +108,7 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
 def model_layers(folder: Path, *, rank: int, num_adapters: int) -> tuple[TunedLayer, ...]:
     """The distinct experts layers of a checkpoint, which is not loaded. Raises CommandError, UnsupportedModelError."""
     from moegraft.cli.structure import hollow_model
-    from moegraft.integrations.transformers.graft import _top_k
+    from moegraft.integrations.transformers.targets import experts_per_token
     from moegraft.integrations.transformers.targets import discover_targets, experts_activation
 
     model = hollow_model(folder)
@@ -118,7 +118,7 @@ def model_layers(folder: Path, *, rank: int, num_adapters: int) -> tuple[TunedLa
         dtype = getattr(module, target.w13_param).dtype
         config = MoEConfig(
             num_experts=target.num_experts,
-            top_k=_top_k(model),
+            top_k=experts_per_token(model),
             hidden_size=target.hidden_size,
             intermediate_size=target.intermediate_size,
             activation=experts_activation(module),

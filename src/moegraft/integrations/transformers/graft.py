@@ -25,7 +25,7 @@ from moegraft.integrations.transformers.experts import (
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
 from moegraft.integrations.transformers.generation import batch_rows, check_generation
 from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, SavedSeam, Seam
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.peft import LoadReport, load_peft_adapter
 from moegraft.lora.targets import ModelTargets
@@ -71,7 +71,12 @@ class GraftedModel:
         self.bank = AdapterBank(layout, capacity_bytes=capacity_bytes, device=device, max_slots=max_adapters)
         self._sites = {
             name: build_site(
-                model.get_submodule(name), target, self.bank, self._state, top_k=_top_k(model), backend=backend
+                model.get_submodule(name),
+                target,
+                self.bank,
+                self._state,
+                top_k=experts_per_token(model),
+                backend=backend,
             )
             for name, target in self._targets.experts.items()
         }
@@ -238,15 +243,6 @@ def _placement(model: PreTrainedModel, targets: ModelTargets) -> tuple[torch.dev
             f"{type(model).__name__}: the experts lie on several devices or have several dtypes ({kinds}); expected one"
         )
     return next(iter(found))
-
-
-def _top_k(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    for key in ("num_experts_per_tok", "moe_topk", "top_k", "moe_k", "num_experts_per_token", "top_k_experts"):
-        value = getattr(config, key, None)
-        if isinstance(value, int):
-            return value
-    return 1
 
 
 def _check_rows(

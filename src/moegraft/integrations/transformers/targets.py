@@ -88,6 +88,19 @@ def find_unsupported(model: nn.Module) -> str | None:
     return None
 
 
+def experts_per_token(model: PreTrainedModel) -> int:
+    """K of the model's configuration, for descriptions and tuning; 1 under a name that no known family uses.
+
+    The layers themselves read K off the routing that each call brings.
+    """
+    config = model.config.get_text_config()
+    for key in ("num_experts_per_tok", "moe_topk", "top_k", "moe_k", "num_experts_per_token", "top_k_experts"):
+        value = getattr(config, key, None)
+        if isinstance(value, int):
+            return value
+    return 1
+
+
 def hooked_experts(model: nn.Module) -> dict[str, HookedExperts]:
     """Experts modules that dispatch through transformers' experts interface, by name, in the order of the model."""
     return {
