@@ -108,8 +108,7 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
 def model_layers(folder: Path, *, rank: int, num_adapters: int) -> tuple[TunedLayer, ...]:
     """The distinct experts layers of a checkpoint, which is not loaded. Raises CommandError, UnsupportedModelError."""
     from moegraft.cli.structure import hollow_model
-    from moegraft.integrations.transformers.targets import experts_per_token
-    from moegraft.integrations.transformers.targets import discover_targets, experts_activation
+    from moegraft.integrations.transformers.targets import discover_targets, experts_activation, experts_per_token
 
     model = hollow_model(folder)
     layers: dict[TuningShape, TunedLayer] = {}

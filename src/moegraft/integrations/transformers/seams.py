@@ -56,12 +56,20 @@ class _HookSeam(Seam):
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self.state.current()
         if call is not None:
-            with torch.no_grad():
-                self.apply(call, args, kwargs, output)
+            _without_grad(self.apply, call, args, kwargs, output)
 
     @abstractmethod
     def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Change ``output`` in place in the rows that have an adapter."""
+
+
+def _without_grad(run: Callable[..., None], *args: Any) -> None:
+    """A batch with adapters is inference. GraftedModel has switched gradients off already; an engine may not have."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            run(*args)
+    else:
+        run(*args)
 
 
 class LinearDelta:
@@ -76,7 +84,6 @@ class LinearDelta:
         self.punica = punica_for(self.tables.pool.device)
         self.state = state
 
-    @torch.no_grad()
     def __call__(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         call = self.state.current()
         if call is None or not call.touches(self.target.name):
@@ -215,7 +222,7 @@ class _SeamTensor(torch.Tensor):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             if isinstance(weight, _SeamTensor):
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                weight._delta(result, args[0] if args else kwargs["input"], bias)
+                _without_grad(weight._delta, result, args[0] if args else kwargs["input"], bias)
         elif func in _CASTS and isinstance(args[0], _SeamTensor) and isinstance(result, torch.Tensor):
             # Routers cast their weight to float32 first: the cast weight is the same seam.
             seam = result.as_subclass(_SeamTensor)

@@ -80,7 +80,7 @@ class PagedFactors:
         self, tables: ExpertsTables, index: FactorIndex, adapter_G: torch.Tensor, position_G: torch.Tensor, row_len: int
     ) -> torch.Tensor:
         """The factor of G (adapter, expert position) pairs, copied: [G, max_rank, row_len]."""
-        return _read(tables, index, index.unit_SHR[adapter_G, position_G], row_len, index.rank_S[adapter_G])
+        return _read(tables, index, index.unit_SHR[adapter_G, position_G], row_len, adapter_G)
 
     def whole(self, tables: LinearTables, factor: int, row_len: int) -> torch.Tensor | None:
         """The factor of every adapter of the batch in float32: [S, max_rank, row_len], copied once a batch.
@@ -92,7 +92,7 @@ class PagedFactors:
             index = self.index(tables, factor, row_len)
             if index is None:
                 return None
-            self._copies[key] = _read(tables, index, index.unit_SHR[:, 0], row_len, index.rank_S).float()
+            self._copies[key] = _read(tables, index, index.unit_SHR[:, 0], row_len, slice(None)).float()
         return self._copies[key]
 
 
@@ -101,7 +101,7 @@ def _read(
     index: FactorIndex,
     unit_GR: torch.Tensor,
     row_len: int,
-    rank_G: torch.Tensor,
+    adapter_G: torch.Tensor | slice,
 ) -> torch.Tensor:
     units = unit_GR
     if index.unit != row_len:
@@ -111,7 +111,7 @@ def _read(
     if index.is_uniform:
         return rows_GRI
     # Where an adapter lacks the factor its descriptor points at something else's memory, and 0 * NaN is NaN.
-    return rows_GRI.masked_fill_((rank_G == 0)[:, None, None], 0)
+    return rows_GRI.masked_fill_((index.rank_S[adapter_G] == 0)[:, None, None], 0)
 
 
 def grouped_mm(x_LI: torch.Tensor, w_GIO: torch.Tensor, offsets: Sequence[int]) -> torch.Tensor:
