@@ -98,8 +98,13 @@ class LoRABatch:
         return self.tables.page_table.shape[0]
 
     def row_alignment(self, row_len: int) -> int:
-        """Elements, at most 16, that divide the address of every rank row of this length."""
-        return math.gcd(row_len, self.tables.page_elems, 16)
+        """Elements, at most 16, that divide the address of every rank row of this length.
+
+        A factor whose rows do not divide a page may begin at any multiple of 16 bytes in it, not of its row.
+        """
+        pool, page_elems = self.tables.pool, self.tables.page_elems
+        limit = 16 if page_elems % row_len == 0 else 16 // pool.element_size()
+        return math.gcd(row_len, page_elems, limit)
 
 
 @dataclass(frozen=True, kw_only=True)
