@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from support.mixed import MixedBatch
 
 import moegraft
 from moegraft import GraftedModel
-from moegraft.core.errors import AdapterInUseError
+from moegraft.core.errors import AdapterInUseError, AdapterMemoryError
 
 REPEATS = 300
 
@@ -237,3 +238,40 @@ class TestAllThreads:
             _ = 1 / 0
         assert torch.equal(self.in_thread(lambda: graft(input_ids=ids).logits), expected[3])
         assert not graft.adapters["dora"].in_use
+
+
+class TestLoading:
+    """An adapter that others can name works in full, and one that does not fit leaves nothing behind."""
+
+    def test_seams_stand_before_the_adapter_can_be_named(
+        self, mixed: MixedBatch, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with moegraft.attach(mixed.model, adapter_memory="4MiB") as graft:
+            seen = {}
+            load = graft.bank.load
+
+            def load_and_call(name: str, *args: Any, **kwargs: Any) -> Any:
+                handle = load(name, *args, **kwargs)
+                # What a second thread would get at this moment, before load_adapter has returned.
+                seen[name] = graft(input_ids=mixed.input_ids[:1], adapters=[name]).logits
+                return handle
+
+            monkeypatch.setattr(graft.bank, "load", load_and_call)
+            for name, path in mixed.adapters.items():
+                graft.load_adapter(path, name=name)
+                later = graft(input_ids=mixed.input_ids[:1], adapters=[name]).logits
+                assert torch.equal(seen[name], later), name
+                graft.unload_adapter(name)
+
+    def test_a_load_that_fails_leaves_no_seam(self, mixed: MixedBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+        with moegraft.attach(mixed.model, adapter_memory="4MiB") as graft:
+
+            def refuse(*args: Any, **kwargs: Any) -> Any:
+                raise AdapterMemoryError("planted")
+
+            monkeypatch.setattr(graft.bank, "load", refuse)
+            for path in mixed.adapters.values():
+                with pytest.raises(AdapterMemoryError, match="planted"):
+                    graft.load_adapter(path)
+            assert not any(module._forward_hooks for module in mixed.model.modules())
+            assert all(type(param) is torch.nn.Parameter for param in mixed.model.parameters())

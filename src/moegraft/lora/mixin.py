@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from moegraft.lora.context import MoELoRAContext
@@ -20,8 +18,6 @@ class LoRAExpertsMixin:
     num_halves: int
     is_interleaved: bool
     _bound_context: MoELoRAContext | None = None
-
-    lora_is_fused: ClassVar[bool] = False  # True: the delta is extra K steps inside the class's own GEMM
 
     @staticmethod
     def supports_lora() -> bool:

@@ -28,7 +28,7 @@ from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, 
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.peft import LoadReport, load_peft_adapter
-from moegraft.lora.targets import ModelTargets
+from moegraft.lora.targets import AdapterWeights, ModelTargets
 
 _MARK = "_moegraft_graft"
 
@@ -103,8 +103,12 @@ class GraftedModel:
         name = name if name is not None else os.path.basename(os.path.normpath(path))
         weights, report = load_peft_adapter(path, self._targets, dtype=self.bank.layout.dtype, name=name)
         with self._lock:
-            self.bank.load(name, weights, source=os.fspath(path))
-            self._fit_seams()
+            # Seams first: another thread may name the adapter as soon as the bank knows it.
+            self._fit_seams(weights)
+            try:
+                self.bank.load(name, weights, source=os.fspath(path))
+            finally:
+                self._fit_seams()
         return report
 
     def unload_adapter(self, name: str) -> None:
@@ -201,9 +205,9 @@ class GraftedModel:
             last = self._last_batch = (key, {})
         return last[1]
 
-    def _fit_seams(self) -> None:
-        """Exactly the seams that the loaded adapters need are installed."""
-        wanted = self._wanted_seams()
+    def _fit_seams(self, coming: AdapterWeights | None = None) -> None:
+        """Exactly the seams are installed that the loaded adapters need, and one that is about to be loaded."""
+        wanted = self._wanted_seams(coming)
         for key in [key for key in self._seams if key not in wanted]:
             self._seams.pop(key).remove()
         for key in [key for key in wanted if key not in self._seams]:
@@ -211,17 +215,20 @@ class GraftedModel:
             seam.install()
             self._seams[key] = seam
 
-    def _wanted_seams(self) -> list[tuple[str, type[Seam]]]:
+    def _wanted_seams(self, coming: AdapterWeights | None) -> list[tuple[str, type[Seam]]]:
+        handles = [self.bank.get(name) for name in self.bank.names()]
+        modules = [module for handle in handles for module in handle.ranks]
+        saved = [module for handle in handles for module, _ in sorted(handle.saved)]
+        if coming is not None:
+            modules += [*coming.linears, *coming.embeddings]
+            saved += coming.saved
         wanted: dict[tuple[str, type[Seam]], None] = {}
-        for handle in map(self.bank.get, self.bank.names()):
-            for module in handle.ranks:
-                if module in self._targets.linears:
-                    wanted[module, RouterSeam if self._targets.linears[module].router else LinearSeam] = None
-                elif module in self._targets.embeddings:
-                    wanted[module, EmbeddingSeam] = None
-            for module, _ in sorted(handle.saved):
-                wanted[module, SavedSeam] = None
-        return list(wanted)
+        for module in modules:
+            if module in self._targets.linears:
+                wanted[module, RouterSeam if self._targets.linears[module].router else LinearSeam] = None
+            elif module in self._targets.embeddings:
+                wanted[module, EmbeddingSeam] = None
+        return [*wanted, *((module, SavedSeam) for module in dict.fromkeys(saved))]
 
     def _make_seam(self, name: str, kind: type[Seam]) -> Seam:
         module = self.model.get_submodule(name)

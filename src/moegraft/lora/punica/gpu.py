@@ -13,7 +13,7 @@ class PunicaWrapperGPU(PunicaWrapperCPU):
     """Linear maps run on kernels that read the bank's pages in place, without a sort and without a host sync.
 
     The separate form of the experts' LoRA (``add_lora_w13``, ``add_lora_w2``) is the inherited torch code, which is
-    right on every device; experts classes of a GPU add their delta inside their own GEMMs (``lora_is_fused``).
+    right on every device; experts classes of a GPU add their delta inside their own GEMMs.
     """
 
     def add_lora_linear(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from moegraft.core.config import BackendRequest, MoEConfig
@@ -25,8 +23,6 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     in one piece: streams and threads do not share them, and a captured CUDA graph keeps its own. A call without
     adapters launches the base kernels only. Needs Triton when it is called, not when it is imported.
     """
-
-    lora_is_fused: ClassVar[bool] = True
 
     def __init__(self, config: MoEConfig, weights: DenseExperts) -> None:
         super().__init__(config, weights)
