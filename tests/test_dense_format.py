@@ -28,7 +28,7 @@ def test_pack_and_dequantise_are_inverse(num_halves: int, is_transposed: bool, i
     assert packed.w13.shape == ((E, D, num_halves * F) if is_transposed else (E, num_halves * F, D))
     assert packed.w2.shape == ((E, F, D) if is_transposed else (E, D, F))
     assert (packed.num_experts, packed.hidden_size, packed.intermediate_size) == (E, D, F)
-    for found, expected in zip(packed.dequantise(), (w13_EGFD, w2_EDF), strict=True):
+    for found, expected in zip(packed.dequantise(torch.float32), (w13_EGFD, w2_EDF), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -50,6 +50,21 @@ def test_serving_copies_nothing(is_transposed: bool) -> None:
     assert packed.w2_in_out.shape == (E, F, D)
     assert torch.equal(packed.w13_in_out.mT, w13_EGFD)
     assert torch.equal(packed.w2_in_out.mT, w2_EDF)
+
+
+@pytest.mark.parametrize(("num_halves", "is_transposed", "is_interleaved"), LAYOUTS)
+def test_a_cut_of_the_intermediate_axis_is_the_cut_of_both_halves(
+    num_halves: int, is_transposed: bool, is_interleaved: bool
+) -> None:
+    w13_EGFD, w2_EDF = canonical(num_halves)
+    packed = DenseExperts.pack(
+        w13_EGFD, w2_EDF, num_halves=num_halves, is_transposed=is_transposed, is_interleaved=is_interleaved
+    )
+    w13, w2 = packed.take_experts([2, 0]).take_intermediate(1, 4, padded_to=5).dequantise(torch.float32)
+    expected = torch.zeros(2, num_halves, 5, D)
+    expected[:, :, :3] = w13_EGFD[[2, 0]].unflatten(1, (num_halves, F))[:, :, 1:4]
+    assert torch.equal(w13, expected.flatten(1, 2))
+    assert torch.equal(w2[:, :, :3], w2_EDF[[2, 0], :, 1:4]) and not w2[:, :, 3:].any()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.tables import ExpertsTables
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.punica import PunicaWrapperBase, PunicaWrapperCPU, PunicaWrapperGPU
 from moegraft.moe.experts.triton_experts import MIN_CAPABILITY
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
@@ -25,7 +25,7 @@ def punica_for(device: torch.device) -> PunicaWrapperBase:
 
 def build_fused_moe(
     config: MoEConfig,
-    weights: DenseExperts,
+    weights: ExpertsWeights,
     *,
     router: RouterConfig | None = None,
     correction_bias_E: torch.Tensor | None = None,
@@ -36,7 +36,9 @@ def build_fused_moe(
 
     ``lora``: only backends that take LoRA are considered. ``backend``: a class by name. Raises NoBackendError.
     """
-    request = BackendRequest(config=config, device=DeviceTarget.of(weights.w13.device), lora=lora)
+    request = BackendRequest(
+        config=config, device=DeviceTarget.of(weights.device), format_name=weights.format_name, lora=lora
+    )
     decision = select_experts(request, backend=backend)
     method = FusedMoEModularMethod(config, weights, decision.experts_cls, NoDispatchPrepareAndFinalize(config))
     return FusedMoE(config, method, router, correction_bias_E), decision

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+from torch.nn.functional import pad
+
+from moegraft.formats.base import ExpertsWeights
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseExperts:
+class DenseExperts(ExpertsWeights):
     """w13 and w2 of one experts layer as the checkpoint stores them.
 
     w13 [E, G*F, D] and w2 [E, D, F], or transposed [E, D, G*F] and [E, F, D]. ``is_interleaved``: gate and up
     alternate along the G*F axis. Biases b13 [E, G*F] (in the order of w13's axis) and b2 [E, D].
     """
+
+    format_name: ClassVar[str] = "dense"
 
     w13: torch.Tensor
     w2: torch.Tensor
@@ -56,12 +63,43 @@ class DenseExperts:
         """[E, F, D], a view."""
         return self.w2 if self.is_transposed else self.w2.transpose(1, 2)
 
-    def dequantise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Canonical w13 [E, G*F, D] (gate rows, then up rows) and w2 [E, D, F]."""
-        w13, w2 = self.w13_in_out.transpose(1, 2), self.w2_in_out.transpose(1, 2)
-        if self.is_interleaved and self.num_halves == 2:
-            w13 = torch.cat([w13[:, ::2], w13[:, 1::2]], dim=1)
-        return w13, w2
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor for tensor in (self.w13, self.w2, self.b13, self.b2) if tensor is not None)
+
+    def w13_in_out_of(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.w13_in_out[expert].to(dtype)
+
+    def w2_in_out_of(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.w2_in_out[expert].to(dtype)
+
+    def take_experts(self, experts: Sequence[int]) -> DenseExperts:
+        index = torch.tensor(list(experts), dtype=torch.long, device=self.device)
+        return replace(
+            self,
+            w13=self.w13.index_select(0, index),
+            w2=self.w2.index_select(0, index),
+            b13=None if self.b13 is None else self.b13.index_select(0, index),
+            b2=None if self.b2 is None else self.b2.index_select(0, index),
+        )
+
+    def take_intermediate(self, start: int, stop: int, *, padded_to: int | None = None) -> DenseExperts:
+        extra = 0 if padded_to is None else padded_to - (stop - start)
+        half_axis, f_axis = (2, 1) if self.is_transposed else (1, 2)
+        return replace(
+            self,
+            w13=self._cut_halves(self.w13, half_axis, start, stop, extra),
+            w2=_cut(self.w2, f_axis, start, stop, extra),
+            b13=None if self.b13 is None else self._cut_halves(self.b13, 1, start, stop, extra),
+            b2=None if self.b2 is None else self.b2.clone(),
+        )
+
+    def _cut_halves(self, tensor: torch.Tensor, axis: int, start: int, stop: int, extra: int) -> torch.Tensor:
+        """The cut of each half of a G*F axis."""
+        F, G = self.intermediate_size, self.num_halves
+        by_half = (F, G) if self.is_interleaved else (G, F)
+        f_axis = axis if self.is_interleaved else axis + 1
+        return _cut(tensor.unflatten(axis, by_half), f_axis, start, stop, extra).flatten(axis, axis + 1)
 
     @classmethod
     def pack(
@@ -77,3 +115,11 @@ class DenseExperts:
         return cls(
             w13=w13, w2=w2_EDF, num_halves=num_halves, is_transposed=is_transposed, is_interleaved=is_interleaved
         )
+
+
+def _cut(tensor: torch.Tensor, axis: int, start: int, stop: int, extra: int) -> torch.Tensor:
+    """A copy of [start, stop) along an axis, with ``extra`` zeros behind it."""
+    behind_last_axis = [0, 0] * (tensor.dim() - 1 - axis)
+    return pad(tensor.narrow(axis, start, stop - start), [*behind_last_axis, 0, extra]).clone(
+        memory_format=torch.contiguous_format
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moegraft.core.config import MoEConfig
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.context import MoELoRAContext
 from moegraft.moe.experts.base import FusedMoEExpertsModular
 from moegraft.moe.kernel import FusedMoEKernel
@@ -18,7 +18,7 @@ class FusedMoEModularMethod:
     def __init__(
         self,
         config: MoEConfig,
-        weights: DenseExperts,
+        weights: ExpertsWeights,
         experts_cls: type[FusedMoEExpertsModular],
         prepare_finalize: FusedMoEPrepareAndFinalize,
     ) -> None:

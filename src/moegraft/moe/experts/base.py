@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from moegraft.core.config import BackendRequest, MoEConfig
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.context import MoELoRAContext
 from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows
 
@@ -20,7 +20,7 @@ class FusedMoEExpertsModular(ABC):
 
     is_monolithic: ClassVar[bool] = False
 
-    def __init__(self, config: MoEConfig, weights: DenseExperts) -> None:
+    def __init__(self, config: MoEConfig, weights: ExpertsWeights) -> None:
         self.config = config
         self.weights = weights
         self.num_halves = weights.num_halves

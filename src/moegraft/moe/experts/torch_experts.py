@@ -9,6 +9,7 @@ import torch
 
 from moegraft.core.activation import apply_activation
 from moegraft.core.config import BackendRequest
+from moegraft.formats.dense import DenseExperts
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.mapping import BASE_SLOT, LoRASegments
 from moegraft.lora.mixin import LoRAExpertsMixin
@@ -49,6 +50,8 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     accumulator before the result is rounded, in bfloat16 too. The sizes of the blocks see to it that a base row has
     the same bits whatever its neighbours do.
     """
+
+    weights: DenseExperts
 
     @classmethod
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
