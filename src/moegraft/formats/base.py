@@ -64,8 +64,8 @@ class ExpertsWeights(ABC):
         """F may be cut at multiples of this."""
         return 1
 
-    def quantise_input(self, x_MI: torch.Tensor) -> torch.Tensor:
-        """The activations as the GEMM reads them, in the dtype of x: x itself unless the format quantises them."""
+    def quantise_input(self, x_MI: torch.Tensor, *, of_w2: bool = False) -> torch.Tensor:
+        """The activations as GEMM 13 (or ``of_w2``) reads them, in the dtype of x: x itself unless quantised."""
         return x_MI
 
     @property

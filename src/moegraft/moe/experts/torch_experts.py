@@ -1,14 +1,18 @@
-"""TorchExperts: grouped GEMMs in plain torch. The backend of the CPU, and of any device without a better one."""
+"""TorchExperts: grouped GEMMs in plain torch. Serves every format, on any device."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
 from moegraft.core.activation import apply_activation
 from moegraft.core.config import BackendRequest
+from moegraft.formats import FORMAT_NAMES
+from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.mapping import BASE_SLOT, LoRASegments
@@ -43,27 +47,48 @@ class _RowPlan:
     is_small: bool
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """w13 or w2 of a layer: a view of all experts where nothing has to be computed, else one at a time."""
+
+    dense_EIO: torch.Tensor | None
+    in_out_of: Callable[[int, torch.dtype], torch.Tensor]
+    width: int
+
+    def of_blocks(self, plan: _RowPlan, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """[in, out] of each block's expert; of what is computed, one expert is alive at a time."""
+        if self.dense_EIO is not None:
+            w_E = self.dense_EIO.unbind()
+            yield from (w_E[expert] for expert, _, _ in plan.blocks)
+            return
+        for expert, blocks in groupby(plan.blocks, key=lambda block: block[0]):
+            w_IO = self.in_out_of(expert, dtype)
+            yield from (w_IO for _ in blocks)
+
+
 class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     """Rows sorted by expert, one GEMM a block of rows.
 
+    Weights of any format: dense ones are read where they lie, others are dequantised to the dtype of the rows, expert
+    by expert, those that were chosen only; the GEMMs read activations as the format quantises them, LoRA as they are.
     A GEMM accumulates onto a buffer that already holds bias and delta (C += X W), so that a delta meets the float32
     accumulator before the result is rounded, in bfloat16 too. The sizes of the blocks see to it that a base row has
     the same bits whatever its neighbours do.
     """
 
-    weights: DenseExperts
-
     @classmethod
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
-        if request.format_name != "dense":
-            return False, f"weights are {request.format_name}, TorchExperts reads dense weights only"
+        if request.format_name not in FORMAT_NAMES:
+            return False, f"weights are {request.format_name}, it reads {', '.join(FORMAT_NAMES)}"
         return True, ""
 
     def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
         context = self.active_context(lora_context)
         M, K = rows.topk_ids_MK.shape
         plan = _plan_rows(rows.topk_ids_MK, self.weights.num_experts, rows.x_MD.dtype)
-        x_PD = rows.x_MD.index_select(0, plan.token_P)
+        is_quantised = rows.unquantised_MD is not rows.x_MD
+        x_MD = rows.x_MD if is_quantised else self.weights.quantise_input(rows.x_MD)
+        x_PD = x_MD.index_select(0, plan.token_P)
         segments = None
         if context is not None:
             slots_M = context.mapping.token_slots if rows.slots_M is None else rows.slots_M
@@ -74,19 +99,28 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
         w = self.weights
         u_PGF = _seed(x_PD, w.b13, plan.expert_P, w.num_halves * w.intermediate_size, segments)
         if context is not None and segments is not None and u_PGF is not None:
-            is_quantised = rows.unquantised_MD is not rows.x_MD
-            plain_PD = rows.unquantised_MD.index_select(0, plan.token_P) if is_quantised else x_PD
+            plain_PD = x_PD if x_MD is rows.unquantised_MD else rows.unquantised_MD.index_select(0, plan.token_P)
             self.apply_w13_lora(context, u_PGF, plain_PD, segments)
-        u_PGF = _grouped_gemm(u_PGF, x_PD, w.w13_in_out, plan)
+        u_PGF = _grouped_gemm(u_PGF, x_PD, _w13(w), plan)
         h_PF = apply_activation(u_PGF, self.config.activation, is_interleaved=self.is_interleaved)
         y_PD = _seed(x_PD, w.b2, plan.expert_P, w.hidden_size, segments)
         if context is not None and segments is not None and y_PD is not None:
             self.apply_w2_lora(context, y_PD, h_PF, segments)
-        y_PD = _grouped_gemm(y_PD, h_PF, w.w2_in_out, plan)
+        y_PD = _grouped_gemm(y_PD, w.quantise_input(h_PF, of_w2=True), _w2(w), plan)
 
         if not plan.is_all_local:
             y_PD = torch.cat([y_PD, y_PD.new_zeros(1, w.hidden_size)])
         return ExpertsOutput(y=y_PD.index_select(0, plan.position_N).view(M, K, w.hidden_size), is_reduced=False)
+
+
+def _w13(weights: ExpertsWeights) -> _Matrix:
+    dense_EIO = weights.w13_in_out if isinstance(weights, DenseExperts) else None
+    return _Matrix(dense_EIO, weights.w13_in_out_of, weights.num_halves * weights.intermediate_size)
+
+
+def _w2(weights: ExpertsWeights) -> _Matrix:
+    dense_EIO = weights.w2_in_out if isinstance(weights, DenseExperts) else None
+    return _Matrix(dense_EIO, weights.w2_in_out_of, weights.hidden_size)
 
 
 def _plan_rows(topk_ids_MK: torch.Tensor, num_experts: int, dtype: torch.dtype) -> _RowPlan:
@@ -139,22 +173,21 @@ def _seed(
     return None if segments is None else like_PD.new_zeros(expert_P.shape[0], width)
 
 
-def _grouped_gemm(c_PO: torch.Tensor | None, x_PI: torch.Tensor, w_EIO: torch.Tensor, plan: _RowPlan) -> torch.Tensor:
+def _grouped_gemm(c_PO: torch.Tensor | None, x_PI: torch.Tensor, w: _Matrix, plan: _RowPlan) -> torch.Tensor:
     """c[p] + x[p] @ w[expert of p]; may change c."""
-    if c_PO is None and not plan.is_small and fits_torch_grouped_mm(x_PI, w_EIO):
+    if c_PO is None and not plan.is_small and w.dense_EIO is not None and fits_torch_grouped_mm(x_PI, w.dense_EIO):
         # The same GEMMs without a Python loop; onto a zero, addmm gives their very bits.
-        return torch.nn.functional.grouped_mm(x_PI, w_EIO, offs=plan.ends_E)
+        return torch.nn.functional.grouped_mm(x_PI, w.dense_EIO, offs=plan.ends_E)
     if c_PO is None:
-        c_PO = x_PI.new_zeros(x_PI.shape[0], w_EIO.shape[2])
+        c_PO = x_PI.new_zeros(x_PI.shape[0], w.width)
     sizes = [end - start for _, start, end in plan.blocks]
+    matrices = w.of_blocks(plan, x_PI.dtype)
     if plan.is_small:
         # Few rows a block: with the weight as the left operand a float32 GEMM reads it about three times as fast.
-        c_OP, w_E = c_PO.t().contiguous(), w_EIO.transpose(1, 2).unbind()
-        columns = zip(plan.blocks, c_OP.split(sizes, 1), x_PI.t().split(sizes, 1), strict=True)
-        for (e, _, _), out, x in columns:
-            torch.addmm(out, w_E[e], x, out=out)
+        c_OP = c_PO.t().contiguous()
+        for w_IO, out, x in zip(matrices, c_OP.split(sizes, 1), x_PI.t().split(sizes, 1), strict=True):
+            torch.addmm(out, w_IO.t(), x, out=out)
         return c_OP.t().contiguous()
-    w_E = w_EIO.unbind()
-    for (e, _, _), out, x in zip(plan.blocks, c_PO.split(sizes), x_PI.split(sizes), strict=True):
-        torch.addmm(out, x, w_E[e], out=out)
+    for w_IO, out, x in zip(matrices, c_PO.split(sizes), x_PI.split(sizes), strict=True):
+        torch.addmm(out, x, w_IO, out=out)
     return c_PO
