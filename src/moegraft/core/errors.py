@@ -11,6 +11,10 @@ class UnsupportedModelError(MoegraftError):
     """The model has no mixture-of-experts layer that moegraft can serve; the message names the class."""
 
 
+class CheckpointError(MoegraftError):
+    """A file, field or tensor of a model's checkpoint that cannot be read or served; no model was built."""
+
+
 class NoBackendError(MoegraftError):
     """No backend (or not the requested one) can serve the layer; the message holds every reason."""
 
@@ -56,3 +60,10 @@ class AdapterInUseError(AdapterError):
 
 class BatchError(MoegraftError, ValueError):
     """The ``adapters=`` argument does not fit the batch, or a generation option cannot keep the mapping right."""
+
+
+class ParallelError(MoegraftError, RuntimeError):
+    """The ranks do not fit their configuration, or a collective failed: a peer is dead, late, or does something else.
+
+    After a failed collective its groups are of no use: the processes have to be started again.
+    """

@@ -33,6 +33,11 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite. One pass and no mask: many times faster than ``isfinite().all()``."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.dtype.itemsize == 1:  # torch compares no 8-bit floats; e4m3fn and e8m0fnu have NaN and no infinity
+        bits = tensor.view(torch.uint8)
+        return not bool((bits == 255).any() if tensor.dtype is torch.float8_e8m0fnu else (bits & 127 == 127).any())
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # a NaN comes out of both
 
 
@@ -58,13 +63,16 @@ class SafetensorsFile:
 
     Plain reads instead of a memory map: a file that shrinks under a map kills the process, a short read raises.
 
+    ``dtypes``: the dtypes that are taken, by safetensors' names.
+
     Raises:
         AdapterFileError: unreadable, truncated, or a header that lies about the file.
-        AdapterTensorError: a tensor that is not F64, F32, F16 or BF16.
+        AdapterTensorError: a tensor of another dtype.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
         self.path = path
+        self._dtypes = dtypes
         try:
             self._file: FileIO = path.open("rb", buffering=0)
         except OSError as error:
@@ -139,14 +147,14 @@ class SafetensorsFile:
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise AdapterFileError(f"{where}: header entry {shorten(entry)}, expected dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise AdapterTensorError(f"{where}: dtype {shorten(dtype)}, expected one of {', '.join(DTYPES)}")
+        if not isinstance(dtype, str) or dtype not in self._dtypes:
+            raise AdapterTensorError(f"{where}: dtype {shorten(dtype)}, expected one of {', '.join(self._dtypes)}")
         if not _is_sizes(shape) or len(shape) > MAX_DIMS or max(shape, default=0) > MAX_DIM:
             raise AdapterFileError(f"{where}: shape {shorten(shape)}, expected at most {MAX_DIMS} sizes >= 0")
         if not _is_sizes(offsets) or len(offsets) != 2:
             raise AdapterFileError(f"{where}: data_offsets {shorten(offsets)}, expected two integers >= 0")
         begin, end = offsets
-        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        nbytes = math.prod(shape) * self._dtypes[dtype].itemsize
         if end - begin != nbytes:
             raise AdapterFileError(
                 f"{where}: data_offsets {offsets} are {end - begin} bytes, but {dtype} {shape} is {nbytes}"
@@ -156,7 +164,7 @@ class SafetensorsFile:
         return TensorInfo(
             name=name,
             file=self.path,
-            dtype=DTYPES[dtype],
+            dtype=self._dtypes[dtype],
             shape=tuple(shape),
             offset=data_start + begin,
             nbytes=nbytes,
