@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import pad
 
-from moegraft.formats.base import ExpertsWeights
+from moegraft.formats.base import ExpertsWeights, cut_axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ class DenseExperts(ExpertsWeights):
         return replace(
             self,
             w13=self._cut_halves(self.w13, half_axis, start, stop, extra),
-            w2=_cut(self.w2, f_axis, start, stop, extra),
+            w2=cut_axis(self.w2, f_axis, start, stop, extra),
             b13=None if self.b13 is None else self._cut_halves(self.b13, 1, start, stop, extra),
             b2=None if self.b2 is None else self.b2.clone(),
         )
@@ -99,7 +98,7 @@ class DenseExperts(ExpertsWeights):
         F, G = self.intermediate_size, self.num_halves
         by_half = (F, G) if self.is_interleaved else (G, F)
         f_axis = axis if self.is_interleaved else axis + 1
-        return _cut(tensor.unflatten(axis, by_half), f_axis, start, stop, extra).flatten(axis, axis + 1)
+        return cut_axis(tensor.unflatten(axis, by_half), f_axis, start, stop, extra).flatten(axis, axis + 1)
 
     @classmethod
     def pack(
@@ -115,11 +114,3 @@ class DenseExperts(ExpertsWeights):
         return cls(
             w13=w13, w2=w2_EDF, num_halves=num_halves, is_transposed=is_transposed, is_interleaved=is_interleaved
         )
-
-
-def _cut(tensor: torch.Tensor, axis: int, start: int, stop: int, extra: int) -> torch.Tensor:
-    """A copy of [start, stop) along an axis, with ``extra`` zeros behind it."""
-    behind_last_axis = [0, 0] * (tensor.dim() - 1 - axis)
-    return pad(tensor.narrow(axis, start, stop - start), [*behind_last_axis, 0, extra]).clone(
-        memory_format=torch.contiguous_format
-    )
