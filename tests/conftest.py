@@ -9,6 +9,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from support.distributed import WorldPool
     from support.mixed import MixedBatch
 
     from moegraft import GraftedModel
@@ -59,3 +60,21 @@ def graft(mixed: MixedBatch) -> Iterator[GraftedModel]:
         for name, path in mixed.adapters.items():
             graft.load_adapter(path, name=name)
         yield graft
+
+
+@pytest.fixture(scope="session")
+def world2() -> Iterator[WorldPool]:
+    """Two ranks over gloo."""
+    from support.distributed import WorldPool
+
+    with WorldPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def world4() -> Iterator[WorldPool]:
+    """Four ranks over gloo."""
+    from support.distributed import WorldPool
+
+    with WorldPool(4) as pool:
+        yield pool

@@ -1,0 +1,115 @@
+"""From an initialised torch.distributed world to the groups of a ParallelConfig."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moegraft.core.errors import ParallelError
+from moegraft.parallel.collectives import Communicator, GroupHealth
+from moegraft.parallel.config import ParallelConfig
+
+
+class ParallelGroups:
+    """This rank's place in the world and the groups that it talks to: ``world``, ``tp`` and ``ep``.
+
+    ``tp``: the ranks that hold the same experts. ``ep``: the ranks that hold the same share of F.
+    """
+
+    def __init__(self, config: ParallelConfig, *, world: Communicator, tp: Communicator, ep: Communicator) -> None:
+        self.config = config
+        self.world = world
+        self.tp = tp
+        self.ep = ep
+        self._made: list[dist.ProcessGroup] = []
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp.rank
+
+    @property
+    def ep_rank(self) -> int:
+        return self.ep.rank
+
+    @classmethod
+    def alone(cls) -> ParallelGroups:
+        """One process: every group has one rank, nothing is ever sent."""
+        return cls(
+            ParallelConfig(),
+            world=Communicator.alone("world"),
+            tp=Communicator.alone("tensor-parallel"),
+            ep=Communicator.alone("expert-parallel"),
+        )
+
+    @classmethod
+    def create(cls, config: ParallelConfig, device: torch.device | str = "cpu") -> ParallelGroups:
+        """Collective: every rank of the initialised world calls it with the same config.
+
+        Tensors on the CPU travel over gloo; with a CUDA ``device``, those on it over NCCL. Raises ParallelError where
+        torch.distributed is not initialised, its world has another size, or the ranks' configs differ.
+        """
+        if config.world_size == 1 and not (dist.is_available() and dist.is_initialized()):
+            return cls.alone()
+        _check_world(config)
+        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+        rank, health = dist.get_rank(), GroupHealth()
+        made: list[dist.ProcessGroup] = []
+
+        def communicator(name: str, groups: list[tuple[int, ...]]) -> Communicator:
+            """Every rank makes every group, in the same order, as torch.distributed wants it."""
+            mine = Communicator.alone(name, rank)
+            for ranks in groups:
+                if len(ranks) == 1:
+                    continue
+                group = dist.new_group(list(ranks), timeout=timedelta(seconds=config.timeout_seconds), backend=backend)
+                if rank in ranks:
+                    made.append(group)
+                    mine = Communicator(
+                        name,
+                        ranks,
+                        ranks.index(rank),
+                        group=group,
+                        timeout_seconds=config.timeout_seconds,
+                        health=health,
+                    )
+            return mine
+
+        parallel = cls(
+            config,
+            world=communicator("world", [tuple(range(config.world_size))]),
+            tp=communicator("tensor-parallel", [config.tp_ranks(ep_rank) for ep_rank in range(config.ep)]),
+            ep=communicator("expert-parallel", [config.ep_ranks(tp_rank) for tp_rank in range(config.tp)]),
+        )
+        parallel._made = made
+        _check_agreement(parallel)
+        return parallel
+
+    def close(self) -> None:
+        """Gives the groups back; the world of torch.distributed stays."""
+        for group in self._made:
+            dist.destroy_process_group(group)
+        self._made = []
+
+
+def _check_world(config: ParallelConfig) -> None:
+    wanted = f"tp = {config.tp} and ep = {config.ep} need {config.world_size} processes"
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ParallelError(
+            f"{wanted}, but torch.distributed is not initialised; start them with torchrun --nproc-per-node "
+            f"{config.world_size} and call torch.distributed.init_process_group()"
+        )
+    if dist.get_world_size() != config.world_size:
+        raise ParallelError(f"{wanted}, but the world of torch.distributed has {dist.get_world_size()}")
+
+
+def _check_agreement(groups: ParallelGroups) -> None:
+    configs = groups.world.all_gather_object(groups.config)
+    for rank, config in enumerate(configs):
+        if config != groups.config:
+            raise ParallelError(f"rank {rank} was started with {config}, rank {groups.rank} with {groups.config}")

@@ -1,0 +1,164 @@
+"""Real processes over gloo for tests: a pool of N ranks runs one module-level function in all of them at once.
+
+Processes come from a fork server that has torch imported already, so that a pool costs tenths of a second, and a test
+that kills ranks can have a pool of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+START_SECONDS = 60.0
+CASE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank made of a case: its result, the exception it raised, or neither where it died."""
+
+    result: Any = None
+    error: BaseException | None = None
+    trace: str = ""
+    died: bool = False
+    seconds: float = 0.0
+
+
+class RankError(AssertionError):
+    """A case failed on some ranks."""
+
+
+class WorldPool:
+    """``size`` processes in one gloo world, kept for many cases; a context manager.
+
+    A case is ``function(*args)``, module-level, run by every rank at once; arguments and results travel as pickles.
+    After a case that failed on any rank the processes are started anew: their groups may be out of step.
+    """
+
+    def __init__(self, size: int, *, timeout_seconds: float = CASE_SECONDS) -> None:
+        self.size = size
+        self.timeout_seconds = timeout_seconds
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The results by rank. Raises RankError with every rank's trace where one failed."""
+        outcomes = self.outcomes(function, *args)
+        failed = [rank for rank, outcome in enumerate(outcomes) if outcome.died or outcome.error is not None]
+        if failed:
+            reports = [f"rank {rank}: {'died' if outcomes[rank].died else outcomes[rank].trace}" for rank in failed]
+            raise RankError("\n".join(reports))
+        return [outcome.result for outcome in outcomes]
+
+    def outcomes(
+        self, function: Callable[..., Any], *args: Any, per_rank: Sequence[tuple[Any, ...]] | None = None
+    ) -> list[Outcome]:
+        """What became of every rank. ``per_rank``: more arguments, of each rank. A rank that hangs counts as died."""
+        if not self._ranks:
+            self._start()
+        for rank, (_, connection) in enumerate(self._ranks):
+            mine = (*args, *(per_rank[rank] if per_rank else ()))
+            connection.send_bytes(_dump((function, mine)))
+        deadline = time.monotonic() + self.timeout_seconds
+        outcomes = [self._receive(connection, deadline) for _, connection in self._ranks]
+        if any(outcome.died or outcome.error is not None for outcome in outcomes):
+            self.close()
+        return outcomes
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are doing."""
+        for process, connection in self._ranks:
+            connection.close()
+            process.kill()
+        for process, _ in self._ranks:
+            process.join()
+        self._ranks = []
+
+    def __enter__(self) -> WorldPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "moegraft.build", "moegraft.testing"])
+        # A file is the meeting point: no port that another test run might take.
+        meeting = Path(tempfile.mkdtemp()) / "meeting"
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, str(meeting)), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+        deadline = time.monotonic() + START_SECONDS
+        for _, connection in self._ranks:
+            started = self._receive(connection, deadline)
+            if started.error is not None or started.died:
+                self.close()
+                raise RankError(f"a rank did not start: {started.trace or 'died'}")
+
+    @staticmethod
+    def _receive(connection: Connection, deadline: float) -> Outcome:
+        with suppress(EOFError, ConnectionError):
+            if connection.poll(max(0.0, deadline - time.monotonic())):
+                outcome: Outcome = _load(connection.recv_bytes())
+                return outcome
+        return Outcome(died=True)
+
+
+def _serve(connection: Connection, rank: int, size: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    # Long: a case that fails is over when the pool's own deadline ends it; cases about timeouts make their own groups.
+    timeout = timedelta(seconds=CASE_SECONDS)
+    with suppress(KeyboardInterrupt, EOFError, ConnectionError):
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timeout)
+        connection.send_bytes(_dump(Outcome()))
+        while True:
+            function, args = _load(connection.recv_bytes())
+            connection.send_bytes(_dump(_attempt(function, args)))
+
+
+def _attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Outcome:
+    began = time.monotonic()
+    try:
+        result = function(*args)
+    except Exception as error:
+        error = _picklable(error)
+        return Outcome(error=error, trace=traceback.format_exc(), seconds=time.monotonic() - began)
+    return Outcome(result=result, seconds=time.monotonic() - began)
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _dump(value: Any) -> bytes:
+    """torch.save, not pickle: tensors of another process must not share memory with this one."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _load(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
