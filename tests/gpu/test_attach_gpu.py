@@ -127,6 +127,29 @@ def test_a_captured_forward_follows_its_inputs_and_adapters(graft: GraftedModel)
     assert torch.equal(logits, graft(**inputs, use_cache=False, adapters=adapters[::-1]).logits)
 
 
+def test_a_graph_with_a_rank_bound_serves_batches_of_other_adapters(
+    graft: GraftedModel, truths: dict[str, tuple[Path, torch.Tensor]]
+) -> None:
+    """Captured with one adapter; replayed with others, one of which was loaded over the unloaded one."""
+    inputs = {"input_ids": input_ids(), "attention_mask": torch.ones(1, 1, 7, 7, dtype=torch.bool).tril().cuda()}
+    with graft.batch(["experts"] * 5, 5, rank_bound=16) as call, torch.no_grad():
+        assert call is not None
+        slots_T = call.mapping(35).token_slots
+        graft.model(**inputs, use_cache=False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = graft.model(**inputs, use_cache=False).logits
+    graft.unload_adapter("experts")
+    graft.load_adapter(truths["everything"][0], "again")
+    for adapters in (["everything", None, "again", "attention", "again"], ["attention"] * 5, [None] * 4 + ["again"]):
+        with graft.batch(adapters, 5, rank_bound=16) as call, torch.no_grad():
+            assert call is not None
+            slots_T.copy_(call.mapping(35).token_slots)
+            graph.replay()
+            assert torch.equal(logits, graft.model(**inputs, use_cache=False).logits)
+        assert_close(logits, graft(**inputs, use_cache=False, adapters=adapters).logits, 5e-3)
+
+
 def test_threads_on_streams_of_their_own(graft: GraftedModel) -> None:
     ids = input_ids()
     batches = [["everything", None, "experts", "attention", "everything"], ["experts"] * 5]

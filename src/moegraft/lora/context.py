@@ -17,15 +17,22 @@ class MoELoRAContext:
     """Built by ``FusedMoEWithLoRA`` for one call and passed down unchanged; never stored on a module.
 
     tables: the bank's tables of this layer · mapping: slot of every token · punica: the primitives of the device ·
-    rank_bound: no adapter of the call has more low-rank lanes in this layer (A13 rows, A2 rows); sizes workspaces.
+    rank_bound: no adapter of the call has more low-rank lanes in this layer (A13 rows, A2 rows); sizes workspaces ·
+    rank2_bound: the same for A2 rows alone, which are half as many where gate and up have an A each; None: not known.
     """
 
     tables: ExpertsTables
     mapping: AdapterMapping
     punica: PunicaWrapperBase
     rank_bound: int
+    rank2_bound: int | None = None
 
     @property
     def is_active(self) -> bool:
         """False where the layer must run exactly its base path."""
         return self.mapping.has_adapters and self.rank_bound > 0
+
+    @property
+    def rank2(self) -> int:
+        """The bound of A2 rows."""
+        return self.rank_bound if self.rank2_bound is None else self.rank2_bound

@@ -70,9 +70,11 @@ class FusedMoEWithLoRA(nn.Module):
         self.tables = tables
         self.punica = punica
 
-    def lora_context(self, mapping: AdapterMapping, rank_bound: int) -> MoELoRAContext:
-        """The context of one call; ``rank_bound``: see MoELoRAContext."""
-        return MoELoRAContext(tables=self.tables, mapping=mapping, punica=self.punica, rank_bound=rank_bound)
+    def lora_context(self, mapping: AdapterMapping, rank_bound: int, rank2_bound: int | None = None) -> MoELoRAContext:
+        """The context of one call; for the bounds see MoELoRAContext."""
+        return MoELoRAContext(
+            tables=self.tables, mapping=mapping, punica=self.punica, rank_bound=rank_bound, rank2_bound=rank2_bound
+        )
 
     def forward(
         self, x_TD: torch.Tensor, router_logits_TE: torch.Tensor, mapping: AdapterMapping, rank_bound: int
@@ -86,5 +88,7 @@ class FusedMoEWithLoRA(nn.Module):
         topk_ids_TK: torch.Tensor,
         mapping: AdapterMapping,
         rank_bound: int,
+        rank2_bound: int | None = None,
     ) -> torch.Tensor:
-        return self.base_layer.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, self.lora_context(mapping, rank_bound))
+        context = self.lora_context(mapping, rank_bound, rank2_bound)
+        return self.base_layer.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, context)

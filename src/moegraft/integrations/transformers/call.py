@@ -9,16 +9,22 @@ from typing import Any
 
 import torch
 
-from moegraft.core.tables import ExpertsFactor
+from moegraft.core.tables import ExpertsFactor, LinearFactor
 from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.mapping import AdapterMapping
 
 
 class ActiveCall:
-    """One batch of adapters while the model runs on it; shared by all layers."""
+    """One batch of adapters while the model runs on it; shared by all layers.
 
-    def __init__(self, batch: AdapterBatch, device: torch.device, shared: dict[str, Any]) -> None:
+    ``fixed_rank``: what runs must also serve batches of other adapters, of ranks up to this, on any module.
+    """
+
+    def __init__(
+        self, batch: AdapterBatch, device: torch.device, shared: dict[str, Any], *, fixed_rank: int | None = None
+    ) -> None:
         self.batch = batch
+        self.fixed_rank = fixed_rank
         self.device = device
         self._mappings: dict[int, AdapterMapping] = {}
         self._shared = shared
@@ -32,13 +38,19 @@ class ActiveCall:
         return mapping
 
     def touches(self, module: str) -> bool:
-        """Whether some adapter of the batch has LoRA on the module."""
-        return bool(self.batch.max_ranks(module))
+        """Whether some adapter that the batch stands for has LoRA on the module."""
+        return self.fixed_rank is not None or bool(self.batch.max_ranks(module))
 
-    def rank_bound(self, module: str) -> int:
-        """See ``MoELoRAContext.rank_bound``."""
+    def experts_ranks(self, module: str, num_halves: int) -> tuple[int, int]:
+        """Bounds of the (A13, A2) rows of an experts module with ``num_halves`` halves; zeros where it has no LoRA."""
+        if self.fixed_rank is not None:
+            return num_halves * self.fixed_rank, self.fixed_rank
         ranks = self.batch.max_ranks(module)
-        return max(ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else 0
+        return (ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else (0, 0)
+
+    def linear_rank(self, module: str) -> int:
+        """Bound of the rank on a linear map that the batch touches."""
+        return self.batch.max_ranks(module)[LinearFactor.A] if self.fixed_rank is None else self.fixed_rank
 
 
 class CallState:

@@ -38,10 +38,11 @@ class ExpertsSite:
 
     def forward(self, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
         call = self.state.current()
-        if call is None or not (rank_bound := call.rank_bound(self.name)):
+        ranks = (0, 0) if call is None else call.experts_ranks(self.name, self.base.config.activation.num_halves)
+        if call is None or not any(ranks):
             return self.base.apply_experts(x_TD, topk_weights_TK, topk_ids_TK)
         mapping = call.mapping(x_TD.shape[0])
-        return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, mapping, rank_bound)
+        return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, mapping, max(ranks), ranks[1])
 
 
 def experts_forward(

@@ -141,22 +141,35 @@ class GraftedModel:
 
     @contextmanager
     def batch(
-        self, adapters: Sequence[str | None] | None, rows: int | None = None, *, all_threads: bool = False
-    ) -> Iterator[None]:
+        self,
+        adapters: Sequence[str | None] | None,
+        rows: int | None = None,
+        *,
+        all_threads: bool = False,
+        rank_bound: int | None = None,
+    ) -> Iterator[ActiveCall | None]:
         """Inside the block the model runs with these adapters, whoever calls it.
 
         For engines that call the model themselves. ``all_threads``: also in threads that the block did not start,
         one such block at a time; otherwise only in this thread or task. Raises BatchError or UnknownAdapterError.
+
+        ``rank_bound``: a CUDA graph that is captured inside serves later batches too, of any adapters of up to this
+        rank: LoRA is launched wherever an adapter that is loaded now has a place for it. Each later batch copies its
+        slots over those that the graph reads, ``call.mapping(num_rows).token_slots`` of the block's call, and
+        replays inside its own block. BatchError where an adapter of the batch has a larger rank.
         """
         self._check_attached()
         names = _check_rows(adapters, rows, self.bank.names())
+        call = None
         with ExitStack() as stack:
             if names is not None:
                 held = stack.enter_context(self.bank.acquire(names))
-                call = ActiveCall(held, self.bank.pool.data.device, self._shared_by(held))
+                if rank_bound is not None:
+                    _check_ranks(held, rank_bound, self._targets)
+                call = ActiveCall(held, self.bank.pool.data.device, self._shared_by(held), fixed_rank=rank_bound)
                 # Also where no row has an adapter: a batch around this one must not show through.
                 stack.enter_context(self._state.bound(call) if all_threads else self._state.running(call))
-            yield
+            yield call
 
     # Looking inside and leaving
 
@@ -265,3 +278,14 @@ def _check_rows(
     if rows is not None and len(names) != rows:
         raise BatchError(f"adapters= has {len(names)} entries for a batch of {rows} rows; loaded: {known}")
     return names
+
+
+def _check_ranks(held: AdapterBatch, rank_bound: int, targets: ModelTargets) -> None:
+    if rank_bound < 1:
+        raise BatchError(f"rank_bound={rank_bound}, expected at least 1")
+    for handle in held.handles:
+        for module, ranks in handle.ranks.items():
+            # The A of experts stacks gate and up; behind A and B of other modules stands a gain of one row.
+            rank = max(ranks[1:] if module in targets.experts else ranks[:2])
+            if rank > rank_bound:
+                raise BatchError(f"adapter {handle.name!r} has rank {rank} on {module!r}, rank_bound is {rank_bound}")

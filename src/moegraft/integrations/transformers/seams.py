@@ -97,7 +97,7 @@ class LinearDelta:
                 mapping,
                 self.tables,
                 bias_O=bias_O,
-                rank_bound=call.batch.max_ranks(self.target.name)[LinearFactor.A],
+                rank_bound=call.linear_rank(self.target.name),
             )
 
 

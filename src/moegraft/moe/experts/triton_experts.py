@@ -68,6 +68,4 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
         if context is None:
             return None
         slots_M = context.mapping.token_slots if rows.slots_M is None else rows.slots_M
-        return LoRABatch(
-            tables=context.tables, token_slots_T=slots_M, rank13=context.rank_bound, rank2=context.rank_bound
-        )
+        return LoRABatch(tables=context.tables, token_slots_T=slots_M, rank13=context.rank_bound, rank2=context.rank2)
