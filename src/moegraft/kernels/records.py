@@ -6,13 +6,14 @@ G = 2 (gate and up) or 1 · S adapter slots · L lanes · W columns of the low-r
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass, field
 
 import torch
 
 from moegraft.core.config import Activation
-from moegraft.core.routing import LANE_GRANULE
+from moegraft.core.routing import LANE_GRANULE, Lanes
 from moegraft.core.tables import ExpertsTables
 
 
@@ -26,12 +27,37 @@ class LayerSizes:
     gated: bool = True
 
 
+class WeightFormat(enum.StrEnum):
+    """How the numbers of w13 and w2 are stored; ``base_product/device.py`` numbers them in this order."""
+
+    DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """What the numbers of quantised w13 and w2 mean. Scales and zeros lie as the format's class in ``formats`` says.
+
+    ``scale_group``: inputs that share a scale, 0 where all of a column do. ``hidden_size``, ``intermediate_size``: D
+    and F, which packed tensors need not show.
+    """
+
+    format: WeightFormat
+    scales13: torch.Tensor
+    scales2: torch.Tensor
+    hidden_size: int
+    intermediate_size: int
+    zeros13: torch.Tensor | None = None
+    zeros2: torch.Tensor | None = None
+    scale_group: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEWeights:
     """Base weights of one experts layer, read in place in whichever layout the checkpoint has.
 
     ``w13`` [E, G*F, D] and ``w2`` [E, D, F]; transposed: [E, D, G*F] and [E, F, D]. ``b13`` [E, G*F], ``b2`` [E, D].
-    ``is_interleaved``: gate and up alternate along G*F instead of standing one after the other.
+    ``is_interleaved``: gate and up alternate along G*F instead of standing one after the other. With a
+    ``quantisation``, w13 and w2 are as its format stores them.
     """
 
     w13: torch.Tensor
@@ -41,6 +67,11 @@ class MoEWeights:
     activation: Activation = field(default_factory=Activation)
     is_transposed: bool = False
     is_interleaved: bool = False
+    quantisation: Quantisation | None = None
+
+    @property
+    def format(self) -> WeightFormat:
+        return WeightFormat.DENSE if self.quantisation is None else self.quantisation.format
 
     @property
     def w13_EGFD(self) -> torch.Tensor:
@@ -58,10 +89,12 @@ class MoEWeights:
 
     @property
     def hidden_size(self) -> int:
-        return self.w13_EGFD.shape[2]
+        return self.w13_EGFD.shape[2] if self.quantisation is None else self.quantisation.hidden_size
 
     @property
     def intermediate_size(self) -> int:
+        if self.quantisation is not None:
+            return self.quantisation.intermediate_size
         return self.w13_EGFD.shape[1] // self.activation.num_halves
 
     @property
@@ -105,6 +138,15 @@ class LoRABatch:
         pool, page_elems = self.tables.pool, self.tables.page_elems
         limit = 16 if page_elems % row_len == 0 else 16 // pool.element_size()
         return math.gcd(row_len, page_elems, limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expand:
+    """What a GEMM needs to add B u: the adapters, their low-rank rows [N, W] and the lanes of its factor."""
+
+    lora: LoRABatch
+    u_NW: torch.Tensor
+    lanes: Lanes
 
 
 @dataclass(frozen=True, kw_only=True)

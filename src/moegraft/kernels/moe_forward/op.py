@@ -7,7 +7,7 @@ import torch
 from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.tables import ExpertsTables
 from moegraft.kernels.moe_forward.run import run_layer
-from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
 
 
 def call_op(
@@ -22,6 +22,7 @@ def call_op(
     """The op on records."""
     activation = weights.activation
     tables = None if lora is None else lora.tables
+    quantisation = weights.quantisation
     return torch.ops.moegraft.fused_moe_lora(
         x_TD, topk_ids_TK, topk_weights_TK, weights.w13, weights.w2, weights.b13, weights.b2, activation.kind.value,
         activation.gated, activation.alpha, activation.limit, weights.is_transposed, weights.is_interleaved,
@@ -34,6 +35,10 @@ def call_op(
         0 if tables is None else tables.page_elems,
         0 if lora is None else lora.rank13,
         0 if lora is None else lora.rank2,
+        *(() if quantisation is None else (
+            quantisation.format.value, quantisation.scales13, quantisation.scales2, quantisation.zeros13,
+            quantisation.zeros2, quantisation.scale_group, quantisation.hidden_size, quantisation.intermediate_size,
+        )),
     )  # fmt: skip
 
 
@@ -42,12 +47,20 @@ def _run(
     b13: torch.Tensor | None, b2: torch.Tensor | None, kind: str, gated: bool, alpha: float, limit: float,
     is_transposed: bool, is_interleaved: bool, weight_on_input: bool, token_slots_T: torch.Tensor | None,
     pool: torch.Tensor | None, page_table: torch.Tensor | None, factors: torch.Tensor | None,
-    expert_index: torch.Tensor | None, page_elems: int, rank13: int, rank2: int,
+    expert_index: torch.Tensor | None, page_elems: int, rank13: int, rank2: int, format: str = "dense",
+    scales13: torch.Tensor | None = None, scales2: torch.Tensor | None = None, zeros13: torch.Tensor | None = None,
+    zeros2: torch.Tensor | None = None, scale_group: int = 0, hidden_size: int = 0, intermediate_size: int = 0,
 ) -> torch.Tensor:  # fmt: skip
+    quantisation = None
+    if scales13 is not None and scales2 is not None:
+        quantisation = Quantisation(
+            format=WeightFormat(format), scales13=scales13, scales2=scales2, zeros13=zeros13, zeros2=zeros2,
+            scale_group=scale_group, hidden_size=hidden_size, intermediate_size=intermediate_size,
+        )  # fmt: skip
     activation = Activation(kind=ActivationKind(kind), gated=gated, alpha=alpha, limit=limit)
     weights = MoEWeights(
         w13=w13, w2=w2, b13=b13, b2=b2, activation=activation, is_transposed=is_transposed,
-        is_interleaved=is_interleaved,
+        is_interleaved=is_interleaved, quantisation=quantisation,
     )  # fmt: skip
     lora = None
     if token_slots_T is not None and pool is not None:
@@ -65,7 +78,8 @@ torch.library.define(
     "(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w2, Tensor? b13, Tensor? b2, str kind, "
     "bool gated, float alpha, float limit, bool is_transposed, bool is_interleaved, bool weight_on_input, "
     "Tensor? token_slots, Tensor? pool, Tensor? page_table, Tensor? factors, Tensor? expert_index, int page_elems, "
-    "int rank13, int rank2) -> Tensor",
+    "int rank13, int rank2, str format='dense', Tensor? scales13=None, Tensor? scales2=None, Tensor? zeros13=None, "
+    "Tensor? zeros2=None, int scale_group=0, int hidden_size=0, int intermediate_size=0) -> Tensor",
 )
 torch.library.impl("moegraft::fused_moe_lora", "default", _run)
 torch.library.register_fake("moegraft::fused_moe_lora", lambda x, *tensors_and_sizes: torch.empty_like(x))

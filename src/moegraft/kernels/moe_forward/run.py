@@ -9,7 +9,7 @@ from moegraft.kernels.moe_gemm2.host import moe_gemm2
 from moegraft.kernels.moe_gemm13.host import moe_gemm13
 from moegraft.kernels.moe_routing.host import route_rows
 from moegraft.kernels.moe_sum.host import moe_sum
-from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.records import Expand, LoRABatch, MoEWeights
 from moegraft.kernels.workspace import LayerBuffers, Workspace
 from moegraft.tuning.table import choose_tiles
 from moegraft.tuning.tiles import MoETiles, TuningShape
@@ -71,7 +71,8 @@ def _check(
         )
     if not (topk_ids_TK.is_contiguous() and topk_weights_TK.is_contiguous()) or (T and x_TD.stride(1) != 1):
         raise ValueError("fused_moe_lora: topk ids, topk weights and the rows of x must be contiguous")
-    if weights.w13.dtype != x_TD.dtype or weights.w2.dtype != x_TD.dtype:
+    is_dense = weights.quantisation is None
+    if is_dense and (weights.w13.dtype != x_TD.dtype or weights.w2.dtype != x_TD.dtype):
         raise ValueError(f"fused_moe_lora: x is {x_TD.dtype}, the weights {weights.w13.dtype} and {weights.w2.dtype}")
     if lora is None:
         return
@@ -96,16 +97,16 @@ def _launch(
     buffers: LayerBuffers,
 ) -> None:
     h_NF, y_ND, low_rank13, low_rank2 = buffers.h_NF, buffers.y_ND, buffers.low_rank13, buffers.low_rank2
-    u13_NW = u2_NW = None
+    expand13 = expand2 = None
     routing = route_rows(topk_ids_TK, weights.sizes, lora, buffers.routing, block_m=tiles.block_m, tile_m=tiles.tile_m)
-    if lora is not None and low_rank13 is not None:
+    if lora is not None and low_rank13 is not None and routing.lanes13 is not None:
         lora_shrink13(low_rank13, x_TD, routing, lora, tile=tiles.shrink13)
-        u13_NW = low_rank13.u_NW
+        expand13 = Expand(lora=lora, u_NW=low_rank13.u_NW, lanes=routing.lanes13)
     input_weights = topk_weights_TK if weight_on_input else None
-    moe_gemm13(h_NF, x_TD, weights, routing, lora=lora, u_NW=u13_NW, input_weights_TK=input_weights, tile=tiles.gemm13)
-    if lora is not None and low_rank2 is not None:
+    moe_gemm13(h_NF, x_TD, weights, routing, expand=expand13, input_weights_TK=input_weights, tile=tiles.gemm13)
+    if lora is not None and low_rank2 is not None and routing.lanes2 is not None:
         lora_shrink2(low_rank2, h_NF, routing, lora, tile=tiles.shrink2)
-        u2_NW = low_rank2.u_NW
+        expand2 = Expand(lora=lora, u_NW=low_rank2.u_NW, lanes=routing.lanes2)
     output_weights = None if weight_on_input else topk_weights_TK
-    moe_gemm2(y_ND, h_NF, weights, routing, lora=lora, u_NW=u2_NW, output_weights_TK=output_weights, tile=tiles.gemm2)
+    moe_gemm2(y_ND, h_NF, weights, routing, expand=expand2, output_weights_TK=output_weights, tile=tiles.gemm2)
     moe_sum(out_TD, y_ND, topk_ids_TK, num_experts=weights.num_experts)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 
 from moegraft.core.config import ActivationKind
-from moegraft.core.routing import Lanes, MoERouting
+from moegraft.core.routing import MoERouting
 from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
 from moegraft.kernels.moe_gemm13.device import gemm13_kernel
-from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.records import Expand, MoEWeights, WeightFormat
 from moegraft.kernels.tma import weight_operand
 from moegraft.tuning.tiles import GemmTile
 
 KIND_CODES = {kind: code for code, kind in enumerate(ActivationKind)}
 """As device_lib.py numbers them."""
+FORMAT_CODES = {format: code for code, format in enumerate(WeightFormat)}
+"""As base_product/device.py numbers them."""
 
 
 def moe_gemm13(
@@ -22,8 +24,8 @@ def moe_gemm13(
     weights: MoEWeights,
     routing: MoERouting,
     *,
-    lora: LoRABatch | None = None,
-    u_NW: torch.Tensor | None = None,
+    x_scales: torch.Tensor | None = None,
+    expand: Expand | None = None,
     input_weights_TK: torch.Tensor | None = None,
     tile: GemmTile,
 ) -> None:
@@ -34,43 +36,49 @@ def moe_gemm13(
         (gate, up) = (W13[e] x[t] + B13[a, e] u[p]) * input_weight[n] + b13[e]
         h[p] = act(gate, up)
 
-    in float32, rounded once. ``lora`` and ``u_NW`` (of ``lora_shrink13``) come together, or are absent and the kernel
-    has no LoRA in it. ``input_weights_TK`` is for models that apply the router weight to the input.
+    in float32, rounded once. ``x_scales``: of formats whose GEMM reads quantised rows. ``expand`` has u, of
+    ``lora_shrink13``; without it the kernel has no LoRA in it. ``input_weights_TK`` is for models that apply the router
+    weight to the input.
     """
     if routing.num_rows == 0:
         return
     D, F = weights.hidden_size, weights.intermediate_size
-    w = weights.w13_EGFD
+    w, quantisation = weights.w13_EGFD, weights.quantisation
     stride_wf, up_offset = weights.half_strides(w.stride(1))
     stride_bf, bias_up_offset = weights.half_strides(1 if weights.b13 is None else weights.b13.stride(1))
-    w_operand, use_tma = weight_operand(w, tile, is_plain=not weights.is_interleaved)
+    w_operand, use_tma = weight_operand(w, tile, is_plain=quantisation is None and not weights.is_interleaved)
     gemm13_kernel[(routing.max_blocks * cdiv(F, tile.block_n),)](
-        h_NF, x_TD, w_operand, weights.b13, input_weights_TK, routing.order, routing.segment, routing.blocks,
-        routing.counts, *lora_operands(lora, u_NW, routing.lanes13), x_TD.stride(0), w.stride(0), stride_wf,
-        w.stride(2), up_offset,
-        0 if weights.b13 is None else weights.b13.stride(0), stride_bf, bias_up_offset,
-        0 if routing.lanes13 is None else routing.lanes13.segment.shape[0], weights.activation.alpha,
+        h_NF, x_TD, x_scales, w_operand, None if quantisation is None else quantisation.scales13,
+        None if quantisation is None else quantisation.zeros13, weights.b13, input_weights_TK, routing.order,
+        routing.segment, routing.blocks, routing.counts, *lora_operands(expand), x_TD.stride(0), w.stride(0),
+        stride_wf, w.stride(2), up_offset, 0 if weights.b13 is None else weights.b13.stride(0), stride_bf,
+        bias_up_offset, 0 if expand is None else expand.lanes.segment.shape[0], weights.activation.alpha,
         weights.activation.limit,
         D=D, F=F, K=routing.top_k, GATED=weights.activation.gated, KIND=KIND_CODES[weights.activation.kind],
         HAS_BIAS=weights.b13 is not None, WEIGHT_ON_INPUT=input_weights_TK is not None, USE_TMA=use_tma,
-        BLOCK_M=routing.block_m, **lora_sizes(lora, u_NW, F), **tile_options(tile, x_TD),
+        BLOCK_M=routing.block_m, **format_options(weights), **lora_sizes(expand, F), **tile_options(tile, x_TD),
     )  # fmt: skip
 
 
-def lora_operands(
-    lora: LoRABatch | None, u_NW: torch.Tensor | None, lanes: Lanes | None
-) -> tuple[torch.Tensor | None, ...]:
+def format_options(weights: MoEWeights) -> dict[str, int]:
+    """Constants of the base product."""
+    scale_group = 0 if weights.quantisation is None else weights.quantisation.scale_group
+    return {"FORMAT": FORMAT_CODES[weights.format], "SCALE_GROUP": scale_group, "SWAPPED": False}
+
+
+def lora_operands(expand: Expand | None) -> tuple[torch.Tensor | None, ...]:
     """Pointers of the expand, in the order in which the kernels take them."""
-    if lora is None or u_NW is None or lanes is None:
+    if expand is None:
         return (None,) * 5
-    return u_NW, lora.tables.pool, lanes.segment, lanes.granule, lanes.element
+    lanes = expand.lanes
+    return expand.u_NW, expand.lora.tables.pool, lanes.segment, lanes.granule, lanes.element
 
 
-def lora_sizes(lora: LoRABatch | None, u_NW: torch.Tensor | None, columns: int) -> dict[str, int]:
+def lora_sizes(expand: Expand | None, columns: int) -> dict[str, int]:
     """Constants of the expand."""
-    if lora is None or u_NW is None:
+    if expand is None:
         return {"HAS_LORA": False, "U_WIDTH": 0, "ALIGN": 1}
-    return {"HAS_LORA": True, "U_WIDTH": u_NW.shape[1], "ALIGN": lora.row_alignment(columns)}
+    return {"HAS_LORA": True, "U_WIDTH": expand.u_NW.shape[1], "ALIGN": expand.lora.row_alignment(columns)}
 
 
 def tile_options(tile: GemmTile, x: torch.Tensor) -> dict[str, object]:

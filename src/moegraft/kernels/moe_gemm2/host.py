@@ -7,8 +7,8 @@ import torch
 from moegraft.core.routing import MoERouting
 from moegraft.kernels.launch import cdiv
 from moegraft.kernels.moe_gemm2.device import gemm2_kernel
-from moegraft.kernels.moe_gemm13.host import lora_operands, lora_sizes, tile_options
-from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.moe_gemm13.host import format_options, lora_operands, lora_sizes, tile_options
+from moegraft.kernels.records import Expand, MoEWeights
 from moegraft.kernels.tma import weight_operand
 from moegraft.tuning.tiles import GemmTile
 
@@ -19,8 +19,8 @@ def moe_gemm2(
     weights: MoEWeights,
     routing: MoERouting,
     *,
-    lora: LoRABatch | None = None,
-    u_NW: torch.Tensor | None = None,
+    h_scales: torch.Tensor | None = None,
+    expand: Expand | None = None,
     output_weights_TK: torch.Tensor | None = None,
     tile: GemmTile,
 ) -> None:
@@ -30,18 +30,20 @@ def moe_gemm2(
 
         y[n] = output_weight[n] * (W2[e] h[p] + b2[e] + B2[a, e] u[p])
 
-    in float32, rounded once. ``lora`` and ``u_NW`` as in ``moe_gemm13``.
+    in float32, rounded once. ``h_scales`` and ``expand`` as in ``moe_gemm13``.
     """
     if routing.num_rows == 0:
         return
     D, F = weights.hidden_size, weights.intermediate_size
-    w = weights.w2_EDF
-    w_operand, use_tma = weight_operand(w, tile)
+    w, quantisation = weights.w2_EDF, weights.quantisation
+    w_operand, use_tma = weight_operand(w, tile, is_plain=quantisation is None)
     stride_be, stride_bd = (0, 0) if weights.b2 is None else weights.b2.stride()
     gemm2_kernel[(routing.max_blocks * cdiv(D, tile.block_n),)](
-        y_ND, h_NF, w_operand, weights.b2, output_weights_TK, routing.order, routing.segment, routing.blocks,
-        routing.counts, *lora_operands(lora, u_NW, routing.lanes2), w.stride(0), w.stride(1), w.stride(2),
-        stride_be, stride_bd,
+        y_ND, h_NF, h_scales, w_operand, None if quantisation is None else quantisation.scales2,
+        None if quantisation is None else quantisation.zeros2, weights.b2, output_weights_TK, routing.order,
+        routing.segment, routing.blocks, routing.counts, *lora_operands(expand), h_NF.stride(0), w.stride(0),
+        w.stride(1), w.stride(2), stride_be, stride_bd,
         D=D, F=F, HAS_BIAS=weights.b2 is not None, HAS_WEIGHT=output_weights_TK is not None,
-        USE_TMA=use_tma, BLOCK_M=routing.block_m, **lora_sizes(lora, u_NW, D), **tile_options(tile, h_NF),
+        USE_TMA=use_tma, BLOCK_M=routing.block_m, **format_options(weights), **lora_sizes(expand, D),
+        **tile_options(tile, h_NF),
     )  # fmt: skip
