@@ -3,15 +3,33 @@
 from moegraft.parallel.collectives import Communicator, Traffic
 from moegraft.parallel.config import ParallelConfig
 from moegraft.parallel.groups import ParallelGroups
+from moegraft.parallel.rank_slice import (
+    ExpertsSlice,
+    LinearSlice,
+    ParameterSlice,
+    RankSlice,
+    Share,
+    column_parallel,
+    experts_slice,
+    row_parallel,
+)
 from moegraft.parallel.slices import Shard, half_columns, shard, shards
 
 __all__ = [
     "Communicator",
+    "ExpertsSlice",
+    "LinearSlice",
     "ParallelConfig",
     "ParallelGroups",
+    "ParameterSlice",
+    "RankSlice",
     "Shard",
+    "Share",
     "Traffic",
+    "column_parallel",
+    "experts_slice",
     "half_columns",
+    "row_parallel",
     "shard",
     "shards",
 ]
