@@ -23,11 +23,15 @@ _Options = ParamSpec("_Options")
 
 
 class CommandError(MoegraftError):
-    """A command cannot do what its options ask for."""
+    """A command cannot do what its options ask for; ``exit_code``: what the command ends with."""
+
+    def __init__(self, message: str, *, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def reported(command: Callable[_Options, None]) -> Callable[_Options, None]:
-    """Errors raised on purpose become one line on stderr and exit code 2."""
+    """Errors raised on purpose become one line on stderr and exit code 2 (or their own)."""
 
     @functools.wraps(command)
     def wrapper(*args: _Options.args, **kwargs: _Options.kwargs) -> None:
@@ -36,7 +40,7 @@ def reported(command: Callable[_Options, None]) -> Callable[_Options, None]:
         except MoegraftError as error:
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             stderr.print(f"error: {error}{notes}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(getattr(error, "exit_code", 2)) from None
         except ModuleNotFoundError as error:
             if error.name not in ("transformers", "peft"):
                 raise
