@@ -1,4 +1,4 @@
-"""One command on several ranks of this machine: starts the processes, gives back what rank 0 made, ends all together."""
+"""One command on several ranks of this machine: starts the processes, gives back what rank 0 made, ends them all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moegraft.cli.console import CommandError, stderr
 from moegraft.core.errors import MoegraftError, ParallelError
