@@ -7,15 +7,13 @@ import torch
 from support.kernels import DEVICE, make_lora_batch
 
 from moegraft.core.config import MoEConfig
-from moegraft.kernels.lora_expand.host import add_lora_w2, add_lora_w13
+from moegraft.kernels.lora_expand.host import add_lora_w2, add_lora_w13, route_lora_rows
 from moegraft.kernels.lora_expand.reference import add_lora_w2_reference, add_lora_w13_reference
-from moegraft.kernels.moe_routing.host import route_rows
 from moegraft.kernels.records import LayerSizes
-from moegraft.kernels.workspace import Workspace
 from moegraft.testing.cases import LoRASpec, MoECase, make_inputs
 from moegraft.testing.errors import assert_close
 from moegraft.testing.poison import poison_allocations
-from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TuningShape
+from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile
 
 CONFIG = MoEConfig(num_experts=5, top_k=1, hidden_size=37, intermediate_size=19)
 CASE = MoECase(
@@ -32,38 +30,24 @@ def test_separate_form_adds_the_delta(is_interleaved: bool, splits: int) -> None
     inputs = make_inputs(CASE, device=DEVICE)
     lora = make_lora_batch(CASE, inputs)
     shrink, expand = ShrinkTile(block_r=16, block_k=16, splits=splits), GemmTile(block_n=16, block_l=16)
-    tiles = MoETiles(shrink13=shrink, shrink2=shrink)
-    shape = TuningShape(
-        num_tokens=29,
-        num_experts=5,
-        top_k=1,
-        hidden_size=37,
-        intermediate_size=19,
-        num_slots=lora.num_slots,
-        rank13=lora.rank13,
-        rank2=lora.rank2,
-    )
     sizes = LayerSizes(num_experts=5, hidden_size=37, intermediate_size=19)
+    expert_N = inputs.topk_ids_TK.flatten()
     generator = torch.Generator().manual_seed(1)
     u_NGF, h_NF, y_ND = (torch.randn(29, n, generator=generator).to(DEVICE) for n in (38, 19, 37))
     with poison_allocations():
-        buffers = Workspace.for_layer(shape, tiles, torch.float32, DEVICE).carve(
-            shape, tiles, torch.float32, num_halves=2
-        )
-        routing = route_rows(inputs.topk_ids_TK, sizes, lora, buffers.routing, block_m=16, tile_m=16)
-    assert buffers.low_rank13 is not None and buffers.low_rank2 is not None
-    rows = inputs.topk_ids_TK.flatten().tolist(), lora.token_slots_T.tolist(), lora.tables
+        tiles = MoETiles(shrink13=shrink, shrink2=shrink)
+        rows = route_lora_rows(expert_N, lora, sizes, tiles=tiles, expand=expand)
+    given = expert_N.tolist(), lora.token_slots_T.tolist(), lora.tables
 
     out, expected = u_NGF.clone(), u_NGF.clone()
-    add_lora_w13(
-        out, inputs.x_TD, routing, lora, buffers.low_rank13, is_interleaved=is_interleaved, shrink=shrink, expand=expand
-    )
-    add_lora_w13_reference(expected, inputs.x_TD, *rows, num_halves=2, is_interleaved=is_interleaved)
+    add_lora_w13(out, inputs.x_TD, rows, is_interleaved=is_interleaved)
+    add_lora_w13_reference(expected, inputs.x_TD, *given, num_halves=2, is_interleaved=is_interleaved)
     assert_close(out - u_NGF, expected - u_NGF, 1e-5)
     is_base = lora.token_slots_T < 0
     assert torch.equal(out[is_base], u_NGF[is_base])
 
     out, expected = y_ND.clone(), y_ND.clone()
-    add_lora_w2(out, h_NF, routing, lora, buffers.low_rank2, shrink=shrink, expand=expand)
-    add_lora_w2_reference(expected, h_NF, *rows)
+    add_lora_w2(out, h_NF, rows)
+    add_lora_w2_reference(expected, h_NF, *given)
     assert_close(out - y_ND, expected - y_ND, 1e-5)
+    assert torch.equal(out[is_base], y_ND[is_base])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -20,18 +21,34 @@ Buffer = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerBuffers:
-    """Views into a workspace for one call; ``low_rank13`` and ``low_rank2`` are None without adapters."""
+class LoRABuffers:
+    """Views into a workspace for one routing; ``low_rank13`` and ``low_rank2`` are None without adapters."""
 
     routing: RoutingBuffers
-    h_NF: torch.Tensor
-    y_ND: torch.Tensor
     low_rank13: LowRank | None
     low_rank2: LowRank | None
 
 
-def layer_buffers(shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, *, num_halves: int) -> dict[str, Buffer]:
-    """Shape and dtype of every buffer of one call, by name."""
+@dataclass(frozen=True, kw_only=True)
+class LayerBuffers(LoRABuffers):
+    """Views into a workspace for one call of a layer."""
+
+    h_NF: torch.Tensor
+    y_ND: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the buffers of a call lie: (size, strides, first element) by name, for each dtype; bytes in all."""
+
+    views: tuple[tuple[torch.dtype, tuple[tuple[str, tuple[int, ...], tuple[int, ...], int], ...]], ...]
+    num_bytes: int
+
+
+def layer_buffers(
+    shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, *, num_halves: int, with_base: bool = True
+) -> dict[str, Buffer]:
+    """Shape and dtype of every buffer of one call, by name; ``with_base``: also those of the GEMMs' results."""
     N, E, S = shape.num_tokens * shape.top_k, shape.num_experts, shape.num_slots
     buffers: dict[str, Buffer] = {
         "order": ((N,), torch.int32),
@@ -40,9 +57,9 @@ def layer_buffers(shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, *, nu
         "blocks": ((max_groups(N, E, tiles.block_m), RECORD_INTS), torch.int32),
         "tiles": ((max_groups(N, E * S, tiles.tile_m), RECORD_INTS), torch.int32),
         "counts": ((len(Count),), torch.int32),
-        "h": ((N, shape.intermediate_size), dtype),
-        "y": ((N, shape.hidden_size), dtype),
     }
+    if with_base:
+        buffers |= {"h": ((N, shape.intermediate_size), dtype), "y": ((N, shape.hidden_size), dtype)}
     if S:
         segments = min(N, E * S)
         for name, rank, halves, tile in (
@@ -60,13 +77,18 @@ def layer_buffers(shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, *, nu
     return buffers
 
 
-def _num_bytes(buffers: Mapping[str, Buffer]) -> int:
-    return sum(_padded_bytes(buffer) for buffer in buffers.values())
-
-
-def _padded_bytes(buffer: Buffer) -> int:
-    shape, dtype = buffer
-    return cdiv(math.prod(shape) * dtype.itemsize, _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+@lru_cache(maxsize=4096)
+def _plan(shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, num_halves: int, *, with_base: bool = True) -> _Plan:
+    """Cached by shape: a decode step asks for the same few again and again, and pays for a dictionary lookup."""
+    views: dict[torch.dtype, list[tuple[str, tuple[int, ...], tuple[int, ...], int]]] = {}
+    offset = 0
+    for name, (size, view_dtype) in layer_buffers(
+        shape, tiles, dtype, num_halves=num_halves, with_base=with_base
+    ).items():
+        strides = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
+        views.setdefault(view_dtype, []).append((name, size, strides, offset // view_dtype.itemsize))
+        offset += cdiv(math.prod(size) * view_dtype.itemsize, _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return _Plan(tuple((view_dtype, tuple(of_dtype)) for view_dtype, of_dtype in views.items()), offset)
 
 
 class Workspace:
@@ -83,33 +105,63 @@ class Workspace:
         cls, shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, device: torch.device | str, *, num_halves: int = 2
     ) -> Workspace:
         """Exactly large enough for one call of this shape."""
-        return cls(_num_bytes(layer_buffers(shape, tiles, dtype, num_halves=num_halves)), device)
+        return cls(_plan(shape, tiles, dtype, num_halves).num_bytes, device)
+
+    @classmethod
+    def for_lora(
+        cls, shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, device: torch.device | str, *, num_halves: int = 2
+    ) -> Workspace:
+        """Exactly large enough for a routing and its low-rank rows: LoRA beside someone else's GEMMs."""
+        return cls(_plan(shape, tiles, dtype, num_halves, with_base=False).num_bytes, device)
 
     def carve(self, shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, *, num_halves: int) -> LayerBuffers:
-        """Views for one call. Raises ValueError where the workspace is too small."""
-        buffers = layer_buffers(shape, tiles, dtype, num_halves=num_halves)
-        needed = _num_bytes(buffers)
-        if needed > self.memory.numel():
-            raise ValueError(f"the workspace has {self.memory.numel()} bytes, a call of {shape} needs {needed}")
-        views, offset = {}, 0
-        for name, (view_shape, view_dtype) in buffers.items():
-            end = offset + math.prod(view_shape) * view_dtype.itemsize
-            views[name] = self.memory[offset:end].view(view_dtype).view(view_shape)
-            offset += _padded_bytes((view_shape, view_dtype))
-        routing = {name: views[name] for name in ("order", "rows", "segment", "blocks", "tiles", "counts")}
+        """Views for one call of a layer. Raises ValueError where the workspace is too small."""
+        views = self._views(_plan(shape, tiles, dtype, num_halves), shape)
         return LayerBuffers(
-            routing=RoutingBuffers(lanes13=_lanes(views, "13"), lanes2=_lanes(views, "2"), **routing),
-            h_NF=views["h"],
-            y_ND=views["y"],
+            routing=_routing(views),
             low_rank13=_low_rank(views, "13"),
             low_rank2=_low_rank(views, "2"),
+            h_NF=views["h"],
+            y_ND=views["y"],
         )
+
+    def carve_lora(self, shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, *, num_halves: int) -> LoRABuffers:
+        """Views for one routing and its low-rank rows. Raises ValueError where the workspace is too small."""
+        views = self._views(_plan(shape, tiles, dtype, num_halves, with_base=False), shape)
+        return LoRABuffers(routing=_routing(views), low_rank13=_low_rank(views, "13"), low_rank2=_low_rank(views, "2"))
+
+    def _views(self, plan: _Plan, shape: TuningShape) -> dict[str, torch.Tensor]:
+        if plan.num_bytes > self.memory.numel():
+            raise ValueError(f"the workspace has {self.memory.numel()} bytes, a call of {shape} needs {plan.num_bytes}")
+        views = {}
+        for dtype, of_dtype in plan.views:
+            memory = self.memory[: plan.num_bytes].view(dtype)
+            for name, size, strides, first in of_dtype:
+                views[name] = memory.as_strided(size, strides, first)
+        return views
+
+
+def _routing(views: Mapping[str, torch.Tensor]) -> RoutingBuffers:
+    return RoutingBuffers(
+        order=views["order"],
+        rows=views["rows"],
+        segment=views["segment"],
+        blocks=views["blocks"],
+        tiles=views["tiles"],
+        counts=views["counts"],
+        lanes13=_lanes(views, "13"),
+        lanes2=_lanes(views, "2"),
+    )
 
 
 def _lanes(views: Mapping[str, torch.Tensor], name: str) -> Lanes | None:
     if "lane_segment" + name not in views:
         return None
-    return Lanes(**{field: views[f"lane_{field}{name}"] for field in ("segment", "granule", "element")})
+    return Lanes(
+        segment=views["lane_segment" + name],
+        granule=views["lane_granule" + name],
+        element=views["lane_element" + name],
+    )
 
 
 def _low_rank(views: Mapping[str, torch.Tensor], name: str) -> LowRank | None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from moegraft.formats.base import ExpertsWeights
+from moegraft.kernels.records import LayerSizes
 from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.mapping import LoRASegments
 
 
 class LoRAExpertsMixin:
     """Mixed into an experts class, makes ``supports_lora()`` true and offers the separate form of the delta.
 
-    What the mixin reads is declared here and given by the class it is mixed into: ``num_halves`` (G) and
+    What the mixin reads is declared here and given by the class it is mixed into: ``weights``, ``num_halves`` (G) and
     ``is_interleaved`` (gate and up alternate in the buffer after the w13 GEMM).
     """
 
+    weights: ExpertsWeights
     num_halves: int
     is_interleaved: bool
     _bound_context: MoELoRAContext | None = None
@@ -32,13 +36,19 @@ class LoRAExpertsMixin:
         context = argument if argument is not None else self._bound_context
         return context if context is not None and context.is_active else None
 
-    def lora_segments(self, context: MoELoRAContext, expert_N: torch.Tensor, slot_N: torch.Tensor) -> LoRASegments:
+    def lora_segments(self, context: MoELoRAContext, expert_N: torch.Tensor, slot_N: torch.Tensor) -> Any:
         """Segments of N routed rows; see ``PunicaWrapperBase.moe_lora_align_block_size``."""
-        return context.punica.moe_lora_align_block_size(expert_N, slot_N, context.mapping, context.tables)
+        sizes = LayerSizes(
+            num_experts=self.weights.num_experts,
+            hidden_size=self.weights.hidden_size,
+            intermediate_size=self.weights.intermediate_size,
+            gated=self.num_halves == 2,
+        )
+        return context.punica.moe_lora_align_block_size(
+            expert_N, slot_N, context.mapping, context.tables, sizes=sizes, ranks=(context.rank_bound, context.rank2)
+        )
 
-    def apply_w13_lora(
-        self, context: MoELoRAContext, u_NGF: torch.Tensor, x_ND: torch.Tensor, segments: LoRASegments
-    ) -> None:
+    def apply_w13_lora(self, context: MoELoRAContext, u_NGF: torch.Tensor, x_ND: torch.Tensor, segments: Any) -> None:
         """Add the delta of w13 to ``u`` in place, before the activation; ``x`` are the unquantised rows."""
         context.punica.add_lora_w13(
             u_NGF,
@@ -50,8 +60,6 @@ class LoRAExpertsMixin:
             is_interleaved=self.is_interleaved,
         )
 
-    def apply_w2_lora(
-        self, context: MoELoRAContext, y_ND: torch.Tensor, h_NF: torch.Tensor, segments: LoRASegments
-    ) -> None:
+    def apply_w2_lora(self, context: MoELoRAContext, y_ND: torch.Tensor, h_NF: torch.Tensor, segments: Any) -> None:
         """Add the delta of w2 to ``y`` in place, before the router weight and the sum over K."""
         context.punica.add_lora_w2(y_ND, h_NF, segments, context.mapping, context.tables)

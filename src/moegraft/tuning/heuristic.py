@@ -51,6 +51,11 @@ def gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
     )
 
 
+def expand_tile(shape: TuningShape) -> GemmTile:
+    """The expand that stands alone: few lanes a block, so that its columns are what fills the device."""
+    return GemmTile(block_n=128, block_l=64 if max(shape.rank13, shape.rank2) > 32 else 32)
+
+
 def _decode_tile(num_rows: int, columns: int, *, wide: int, block_l: int) -> GemmTile:
     """A tile of ``wide`` columns; where those are too few programs for the device, half of it in longer steps."""
     programs_per_sm = wide // 64

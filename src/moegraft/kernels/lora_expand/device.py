@@ -16,18 +16,26 @@ from moegraft.kernels.device_lib import (
 
 @triton.jit
 def expand_kernel(y_ptr, u_ptr, pool_ptr, order_ptr, segment_ptr, block_ptr, count_ptr, lane_segment_ptr,
-                  lane_granule_ptr, element_ptr, stride_yn, stride_yc, COLUMNS: tl.constexpr,
-                  LANE_FIELD: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr,
+                  lane_granule_ptr, element_ptr, stride_yn, stride_yc, half_offset, lane_capacity,
+                  COLUMNS: tl.constexpr, HALVES: tl.constexpr, LANE_FIELD: tl.constexpr, U_WIDTH: tl.constexpr,
+                  ALIGN: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
-    """y[row of position] += B u[position]: one read and one write of y, of the rows that have an adapter."""
+    """y[row of position] += B u[position]: one read and one write of y, of the rows that have an adapter.
+
+    ``HALVES`` B factors one after the other (gate and up), each to its own COLUMNS of y.
+    """
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
     num_blocks = tl.load(count_ptr)
     num_n: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
+    half = tl.program_id(0) % HALVES
+    pid = tl.program_id(0) // HALVES
     if pid >= num_blocks * num_n:
         return
+    y_ptr += half * half_offset
+    lane_granule_ptr += half * lane_capacity
+    element_ptr += half * lane_capacity
     block, n = grouped_order(pid, num_blocks, num_n, 1)
     lane_first = tl.load(block_ptr + block * 8 + LANE_FIELD)
     lane_end = tl.load(block_ptr + block * 8 + LANE_FIELD + 1)

@@ -1,9 +1,11 @@
 """The separate form: adds the experts' LoRA to the output of a GEMM that is not ours.
 
-Rows n are (token, expert) pairs in any order; their routing is ``route_rows`` of expert ids [N, 1] with one slot a row.
+Rows n are (token, expert) pairs in any order, each with an expert id and an adapter slot of its own.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -11,70 +13,104 @@ from moegraft.core.routing import Block, Lanes, MoERouting
 from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
 from moegraft.kernels.lora_expand.device import expand_kernel
 from moegraft.kernels.lora_shrink.host import lora_shrink2, lora_shrink13
-from moegraft.kernels.records import LoRABatch, LowRank
-from moegraft.tuning.tiles import GemmTile, ShrinkTile
+from moegraft.kernels.moe_routing.host import route_rows
+from moegraft.kernels.records import LayerSizes, LoRABatch, LowRank
+from moegraft.kernels.workspace import Workspace
+from moegraft.tuning.heuristic import expand_tile
+from moegraft.tuning.table import choose_tiles
+from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedRows:
+    """Rows that were sorted by (expert, adapter), and what both adds share; owns its memory."""
+
+    routing: MoERouting
+    lora: LoRABatch
+    low_rank13: LowRank | None
+    low_rank2: LowRank | None
+    tiles: MoETiles
+    expand: GemmTile
+
+
+def route_lora_rows(
+    expert_N: torch.Tensor,
+    lora: LoRABatch,
+    sizes: LayerSizes,
+    *,
+    tiles: MoETiles | None = None,
+    expand: GemmTile | None = None,
+) -> RoutedRows:
+    """Sorts N rows with expert ids [N] (int32 or int64; outside [0, E): none) and slots ``lora.token_slots_T`` [N].
+
+    One launch, no host sync. ``tiles``, ``expand``: by default the heuristic's.
+    """
+    shape = TuningShape(
+        num_tokens=expert_N.shape[0],
+        num_experts=sizes.num_experts,
+        top_k=1,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_slots=lora.num_slots,
+        rank13=lora.rank13,
+        rank2=lora.rank2,
+    )
+    tiles = tiles or choose_tiles(shape)
+    dtype, num_halves = lora.tables.pool.dtype, 1 + sizes.gated
+    workspace = Workspace.for_lora(shape, tiles, dtype, expert_N.device, num_halves=num_halves)
+    buffers = workspace.carve_lora(shape, tiles, dtype, num_halves=num_halves)
+    routing = route_rows(expert_N.view(-1, 1), sizes, lora, buffers.routing, block_m=tiles.block_m, tile_m=tiles.tile_m)
+    return RoutedRows(
+        routing=routing,
+        lora=lora,
+        low_rank13=buffers.low_rank13,
+        low_rank2=buffers.low_rank2,
+        tiles=tiles,
+        expand=expand or expand_tile(shape),
+    )
 
 
 def add_lora_w13(
-    u_NGF: torch.Tensor,
-    x_ND: torch.Tensor,
-    routing: MoERouting,
-    lora: LoRABatch,
-    low_rank: LowRank,
-    *,
-    num_halves: int = 2,
-    is_interleaved: bool = False,
-    shrink: ShrinkTile,
-    expand: GemmTile,
+    u_NGF: torch.Tensor, x_ND: torch.Tensor, rows: RoutedRows, *, num_halves: int = 2, is_interleaved: bool = False
 ) -> None:
     """Semantics: u[n] += B13[a, e] (A13[a, e] x[n]) for every row n of expert e and adapter a; gate and up apart.
 
     The low-rank vector is rounded once to the compute dtype, the delta is added to u in float32 and rounded with it.
-    Rows without adapter are not written.
+    Rows without adapter are not written. Two launches. x has the adapters' dtype and contiguous rows; u any dtype and
+    strides.
     """
-    lanes = routing.lanes13
-    if routing.num_rows == 0 or lanes is None:
+    if rows.routing.num_rows == 0 or rows.lora.rank13 == 0 or rows.low_rank13 is None:
         return
-    lora_shrink13(low_rank, x_ND, routing, lora, tile=shrink)
-    width = u_NGF.shape[1] // num_halves
-    for half in range(num_halves):
-        part = u_NGF[:, half::num_halves] if is_interleaved else u_NGF[:, half * width : (half + 1) * width]
-        _expand(part, routing, lora, low_rank, lanes, half, Block.LANE13_FIRST, expand)
+    lora_shrink13(rows.low_rank13, x_ND, rows.routing, rows.lora, tile=rows.tiles.shrink13)
+    _expand(u_NGF, rows, rows.low_rank13, rows.routing.lanes13, Block.LANE13_FIRST, num_halves, is_interleaved)
 
 
-def add_lora_w2(
-    y_ND: torch.Tensor,
-    h_NF: torch.Tensor,
-    routing: MoERouting,
-    lora: LoRABatch,
-    low_rank: LowRank,
-    *,
-    shrink: ShrinkTile,
-    expand: GemmTile,
-) -> None:
+def add_lora_w2(y_ND: torch.Tensor, h_NF: torch.Tensor, rows: RoutedRows) -> None:
     """Semantics: y[n] += B2[a, e] (A2[a, e] h[n]) for every row n of expert e and adapter a; as ``add_lora_w13``."""
-    lanes = routing.lanes2
-    if routing.num_rows == 0 or lanes is None:
+    if rows.routing.num_rows == 0 or rows.lora.rank2 == 0 or rows.low_rank2 is None:
         return
-    lora_shrink2(low_rank, h_NF, routing, lora, tile=shrink, in_row_order=True)
-    _expand(y_ND, routing, lora, low_rank, lanes, 0, Block.LANE2_FIRST, expand)
+    lora_shrink2(rows.low_rank2, h_NF, rows.routing, rows.lora, tile=rows.tiles.shrink2, in_row_order=True)
+    _expand(y_ND, rows, rows.low_rank2, rows.routing.lanes2, Block.LANE2_FIRST)
 
 
 def _expand(
     y_NC: torch.Tensor,
-    routing: MoERouting,
-    lora: LoRABatch,
+    rows: RoutedRows,
     low_rank: LowRank,
-    lanes: Lanes,
-    factor: int,
+    lanes: Lanes | None,
     lane_field: Block,
-    tile: GemmTile,
+    num_halves: int = 1,
+    is_interleaved: bool = False,
 ) -> None:
-    columns = y_NC.shape[1]
-    expand_kernel[(routing.max_blocks * cdiv(columns, tile.block_n),)](
+    assert lanes is not None
+    routing, lora, tile = rows.routing, rows.lora, rows.expand
+    columns, (stride_n, stride_c) = y_NC.shape[1] // num_halves, y_NC.stride()
+    half_offset = stride_c if is_interleaved else columns * stride_c
+    stride_c *= num_halves if is_interleaved else 1
+    expand_kernel[(routing.max_blocks * cdiv(columns, tile.block_n) * num_halves,)](
         y_NC, low_rank.u_NW, lora.tables.pool, routing.order, routing.segment, routing.blocks, routing.counts,
-        lanes.segment, lanes.granule[factor], lanes.element[factor], y_NC.stride(0), y_NC.stride(1), COLUMNS=columns,
-        LANE_FIELD=int(lane_field), U_WIDTH=low_rank.u_NW.shape[1], ALIGN=lora.row_alignment(columns),
-        BLOCK_M=routing.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
+        lanes.segment, lanes.granule, lanes.element, stride_n, stride_c, half_offset, lanes.segment.shape[0],
+        COLUMNS=columns, HALVES=num_halves, LANE_FIELD=int(lane_field), U_WIDTH=low_rank.u_NW.shape[1],
+        ALIGN=lora.row_alignment(columns), BLOCK_M=routing.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
         PRECISION=dot_precision(low_rank.u_NW.dtype), num_warps=tile.num_warps, **pdl_options(y_NC.device),
     )  # fmt: skip

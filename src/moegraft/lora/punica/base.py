@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
 from moegraft.core.tables import ExpertsTables, LinearTables
-from moegraft.lora.mapping import AdapterMapping, LoRASegments
+from moegraft.kernels.records import LayerSizes
+from moegraft.lora.mapping import AdapterMapping
 
 
 class PunicaWrapperBase(ABC):
@@ -20,16 +22,27 @@ class PunicaWrapperBase(ABC):
 
     @abstractmethod
     def moe_lora_align_block_size(
-        self, expert_N: torch.Tensor, slot_N: torch.Tensor, mapping: AdapterMapping, tables: ExpertsTables
-    ) -> LoRASegments:
-        """Segments of N routed rows with expert ids and slots (-1 = base) [N]; ids outside [0, E) take no part."""
+        self,
+        expert_N: torch.Tensor,
+        slot_N: torch.Tensor,
+        mapping: AdapterMapping,
+        tables: ExpertsTables,
+        *,
+        sizes: LayerSizes | None = None,
+        ranks: tuple[int, int] | None = None,
+    ) -> Any:
+        """Segments of N routed rows with expert ids and slots (-1 = base) [N]; ids outside [0, E) take no part.
+
+        A record of the wrapper's own, for the two adds. Kernels need ``sizes`` of the layer and ``ranks``, bounds of
+        the (A13, A2) rows of the adapters that the call, or a graph that captured it, may meet.
+        """
 
     @abstractmethod
     def add_lora_w13(
         self,
         u_NGF: torch.Tensor,
         x_ND: torch.Tensor,
-        segments: LoRASegments,
+        segments: Any,
         mapping: AdapterMapping,
         tables: ExpertsTables,
         *,
@@ -43,7 +56,7 @@ class PunicaWrapperBase(ABC):
         self,
         y_ND: torch.Tensor,
         h_NF: torch.Tensor,
-        segments: LoRASegments,
+        segments: Any,
         mapping: AdapterMapping,
         tables: ExpertsTables,
     ) -> None:

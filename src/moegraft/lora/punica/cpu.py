@@ -8,6 +8,7 @@ import torch
 
 from moegraft.core.activation import split_halves
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
+from moegraft.kernels.records import LayerSizes
 from moegraft.lora.mapping import AdapterMapping, LoRASegments
 from moegraft.lora.punica.base import PunicaWrapperBase
 from moegraft.lora.punica.paged import FactorIndex, PagedFactors, grouped_mm
@@ -20,7 +21,14 @@ class PunicaWrapperCPU(PunicaWrapperBase):
     in one grouped GEMM."""
 
     def moe_lora_align_block_size(
-        self, expert_N: torch.Tensor, slot_N: torch.Tensor, mapping: AdapterMapping, tables: ExpertsTables
+        self,
+        expert_N: torch.Tensor,
+        slot_N: torch.Tensor,
+        mapping: AdapterMapping,
+        tables: ExpertsTables,
+        *,
+        sizes: LayerSizes | None = None,
+        ranks: tuple[int, int] | None = None,
     ) -> LoRASegments:
         E = tables.expert_index.shape[1]
         adapter_N = mapping.adapter_of_slot[slot_N]

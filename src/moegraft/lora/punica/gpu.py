@@ -2,19 +2,68 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from moegraft.core.tables import Field, LinearFactor, LinearTables
+from moegraft.core.tables import ExpertsTables, Field, LinearFactor, LinearTables
+from moegraft.kernels.records import LayerSizes, LoRABatch
 from moegraft.lora.mapping import AdapterMapping
-from moegraft.lora.punica.cpu import PunicaWrapperCPU
+from moegraft.lora.punica.base import PunicaWrapperBase
+
+if TYPE_CHECKING:
+    from moegraft.kernels.lora_expand.host import RoutedRows
 
 
-class PunicaWrapperGPU(PunicaWrapperCPU):
-    """Linear maps run on kernels that read the bank's pages in place, without a sort and without a host sync.
+class PunicaWrapperGPU(PunicaWrapperBase):
+    """Kernels that read the bank's pages in place, without a host sync: all of it may be captured in a CUDA graph."""
 
-    The separate form of the experts' LoRA (``add_lora_w13``, ``add_lora_w2``) is the inherited torch code, which is
-    right on every device; experts classes of a GPU add their delta inside their own GEMMs.
-    """
+    def moe_lora_align_block_size(
+        self,
+        expert_N: torch.Tensor,
+        slot_N: torch.Tensor,
+        mapping: AdapterMapping,
+        tables: ExpertsTables,
+        *,
+        sizes: LayerSizes | None = None,
+        ranks: tuple[int, int] | None = None,
+    ) -> RoutedRows:
+        """See the base class. Raises ValueError without ``sizes`` or ``ranks``."""
+        from moegraft.kernels.lora_expand.host import route_lora_rows
+
+        if sizes is None or ranks is None:
+            raise ValueError("PunicaWrapperGPU needs the layer's sizes and the bounds of its adapters' ranks")
+        slots_N = slot_N.to(torch.int32).contiguous()
+        lora = LoRABatch(tables=tables, token_slots_T=slots_N, rank13=ranks[0], rank2=ranks[1])
+        return route_lora_rows(expert_N.contiguous(), lora, sizes)
+
+    def add_lora_w13(
+        self,
+        u_NGF: torch.Tensor,
+        x_ND: torch.Tensor,
+        segments: RoutedRows,
+        mapping: AdapterMapping,
+        tables: ExpertsTables,
+        *,
+        num_halves: int = 2,
+        is_interleaved: bool = False,
+    ) -> None:
+        from moegraft.kernels.lora_expand.host import add_lora_w13
+
+        x_ND = _for_kernel(x_ND, tables)
+        add_lora_w13(u_NGF, x_ND, segments, num_halves=num_halves, is_interleaved=is_interleaved)
+
+    def add_lora_w2(
+        self,
+        y_ND: torch.Tensor,
+        h_NF: torch.Tensor,
+        segments: RoutedRows,
+        mapping: AdapterMapping,
+        tables: ExpertsTables,
+    ) -> None:
+        from moegraft.kernels.lora_expand.host import add_lora_w2
+
+        add_lora_w2(y_ND, _for_kernel(h_NF, tables), segments)
 
     def add_lora_linear(
         self,
@@ -46,6 +95,12 @@ class PunicaWrapperGPU(PunicaWrapperCPU):
             run_length=mapping.repeats,
             bias_O=bias_O,
         )
+
+
+def _for_kernel(x_NI: torch.Tensor, tables: ExpertsTables) -> torch.Tensor:
+    """The adapters' dtype, contiguous rows."""
+    x_NI = x_NI.to(tables.pool.dtype)
+    return x_NI if x_NI.stride(-1) == 1 else x_NI.contiguous()
 
 
 def _largest_rank(mapping: AdapterMapping, tables: LinearTables) -> int:
