@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
+from moegraft.build import build_fused_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import NoBackendError
+from moegraft.formats import FORMAT_NAMES
+from moegraft.formats.dense import DenseExperts
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.mixin import LoRAExpertsMixin
 from moegraft.moe.experts import FusedMoEExpertsModular
@@ -40,6 +46,13 @@ class SmallOnly(LoRAExpertsMixin, _Experts):
         return request.config.num_experts <= 4, f"it holds 4 experts, the layer has {request.config.num_experts}"
 
 
+class OneRankOnly(LoRAExpertsMixin, _Experts):
+    @classmethod
+    def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
+        one_rank = request.tp_size == request.ep_size == 1
+        return one_rank, f"it runs on one rank, asked for tp {request.tp_size}, ep {request.ep_size}"
+
+
 class General(LoRAExpertsMixin, _Experts):
     pass
 
@@ -47,9 +60,25 @@ class General(LoRAExpertsMixin, _Experts):
 ALL = (BaseOnly, Monolithic, SmallOnly, General)
 
 
-def request(*, num_experts: int = 8, lora: bool = True, format_name: str = "dense") -> BackendRequest:
+def request(
+    *,
+    num_experts: int = 8,
+    lora: bool = True,
+    touched: bool = True,
+    ep_size: int = 1,
+    tp_size: int = 1,
+    format_name: str = "dense",
+) -> BackendRequest:
     config = MoEConfig(num_experts=num_experts, top_k=2, hidden_size=16, intermediate_size=8)
-    return BackendRequest(config=config, device=CPU, format_name=format_name, lora=lora)
+    return BackendRequest(
+        config=config,
+        device=CPU,
+        format_name=format_name,
+        lora=lora,
+        adapters_touch_experts=touched,
+        ep_size=ep_size,
+        tp_size=tp_size,
+    )
 
 
 def reasons(decision: Decision) -> dict[str, str]:
@@ -77,6 +106,38 @@ def test_without_lora_all_may_serve() -> None:
     decision = select_experts(request(lora=False), classes=ALL)
     assert decision.backend == "BaseOnly"
     assert set(reasons(decision)) == {"Monolithic", "SmallOnly", "General"}
+
+
+def test_adapters_that_touch_no_expert_leave_the_fastest_class() -> None:
+    """Attention adapters on a model whose experts class takes no LoRA: nothing is asked of it."""
+    assert select_experts(request(touched=False), classes=ALL).backend == "BaseOnly"
+    assert select_experts(request(touched=False, ep_size=2), backend="BaseOnly", classes=ALL).backend == "BaseOnly"
+    assert select_experts(request(touched=True), classes=ALL).backend == "General"
+
+
+def test_a_layer_built_for_adapters_that_touch_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moegraft.build.layers.select_experts", partial(select_experts, classes=ALL))
+    config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
+    weights = DenseExperts(w13=torch.zeros(2, 8, 4), w2=torch.zeros(2, 4, 4))
+    _, decision = build_fused_moe(config, weights, adapters_touch_experts=False)
+    assert decision.backend == "BaseOnly"
+    _, decision = build_fused_moe(config, weights)
+    assert decision.backend == "SmallOnly"
+
+
+def test_a_monolithic_class_cannot_be_dispatched_to() -> None:
+    classes = (Monolithic, General)
+    decision = select_experts(request(touched=False, ep_size=4), classes=classes)
+    assert decision.backend == "General"
+    assert reasons(decision)["Monolithic"].startswith("it is monolithic: rows cannot be sent to 4 ranks")
+    assert select_experts(request(touched=False, tp_size=4), classes=classes).backend == "Monolithic"
+
+
+def test_parallelism_reaches_the_classes() -> None:
+    decision = select_experts(request(tp_size=2, ep_size=2), classes=(OneRankOnly, General))
+    assert decision.backend == "General"
+    assert reasons(decision)["OneRankOnly"] == "it runs on one rank, asked for tp 2, ep 2"
+    assert select_experts(request(), classes=(OneRankOnly, General)).backend == "OneRankOnly"
 
 
 def test_a_class_by_name() -> None:
@@ -117,6 +178,12 @@ class TestRegistry:
         ok, reason = cls.is_supported_config(request(format_name="papyrus"))
         assert not ok
         assert reason
+
+    @pytest.mark.parametrize("format_name", FORMAT_NAMES)
+    def test_every_format_is_served_on_every_device(self, format_name: str) -> None:
+        for device in (CPU, DeviceTarget(kind="cuda", capability=(7, 0)), DeviceTarget(kind="mps")):
+            asked = replace(request(format_name=format_name), device=device)
+            assert select_experts(asked).backend == "TorchExperts"
 
     def test_the_cpu_is_served(self) -> None:
         decision = select_experts(request())

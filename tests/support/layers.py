@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
@@ -10,6 +10,7 @@ import torch
 
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora
 from moegraft.core.tables import ExpertsFactor
+from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.context import MoELoRAContext
@@ -26,8 +27,12 @@ from moegraft.testing import (
     moe_reference,
     poison_allocations,
 )
+from moegraft.testing import ExpertsWeights as DenseTensors
 
 MODULE = "experts"
+
+Pack = Callable[[DenseExperts], ExpertsWeights]
+"""Dense weights into another format."""
 
 # What the relative error of a delta may be. float32: sums of at most 64 terms in another order. bfloat16 (8 bits, half
 # a unit in the last place is 2**-9 = 0.002): x A, u, h, h A, y and the output are each rounded once, and the output
@@ -102,13 +107,30 @@ def build_layer(
     page_bytes: int = 1024,
     backend: str | None = None,
     device: torch.device | str = "cpu",
+    pack: Pack | None = None,
 ) -> BuiltLayer:
-    """Small pages, so that most factors span several; the pool is poisoned, so that what nobody wrote is NaN."""
+    """Small pages, so that most factors span several; the pool is poisoned, so that what nobody wrote is NaN.
+
+    ``pack``: the case's weights in another format; the inputs then have what they dequantise to.
+    """
     inputs = make_inputs(case, seed=seed, device=device)
     bank = make_experts_bank(case, inputs.adapters, page_bytes=page_bytes, device=device)
-    base, _ = build_fused_moe(case.config, dense_weights(case, inputs), backend=backend)
+    weights: ExpertsWeights = dense_weights(case, inputs)
+    if pack is not None:
+        weights = pack(dense_weights(case, inputs))
+        inputs = replace(inputs, weights=dequantised(weights))
+    base, _ = build_fused_moe(case.config, weights, backend=backend)
     with_lora = build_fused_moe_with_lora(base, bank.experts_tables(MODULE))
     return BuiltLayer(case=case, inputs=inputs, bank=bank, base=base, with_lora=with_lora)
+
+
+def dequantised(weights: ExpertsWeights) -> DenseTensors:
+    """What the oracle reads of weights in any format: float32, and how their base reads activations."""
+    w13, w2 = weights.dequantise(torch.float32)
+    b13 = weights.b13
+    if b13 is not None and weights.is_interleaved:
+        b13 = torch.cat([b13[:, ::2], b13[:, 1::2]], dim=1)
+    return DenseTensors(w13=w13, w2=w2, b13=b13, b2=weights.b2, quantise_input=weights.quantise_input)
 
 
 def check_layer(layer: BuiltLayer) -> None:
@@ -131,7 +153,16 @@ def check_layer(layer: BuiltLayer) -> None:
 
 
 def dense_weights(case: MoECase, inputs: MoEInputs) -> DenseExperts:
-    return DenseExperts(**_fields(inputs.weights), num_halves=case.config.activation.num_halves)
+    w = inputs.weights
+    return DenseExperts(
+        w13=w.w13,
+        w2=w.w2,
+        b13=w.b13,
+        b2=w.b2,
+        num_halves=case.config.activation.num_halves,
+        is_transposed=w.is_transposed,
+        is_interleaved=w.is_interleaved,
+    )
 
 
 def make_experts_bank(

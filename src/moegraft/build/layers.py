@@ -30,14 +30,20 @@ def build_fused_moe(
     router: RouterConfig | None = None,
     correction_bias_E: torch.Tensor | None = None,
     lora: bool = True,
+    adapters_touch_experts: bool = True,
     backend: str | None = None,
 ) -> tuple[FusedMoE, Decision]:
     """A FusedMoE over ``weights`` (kept, not copied) and the oracle's decision.
 
-    ``lora``: only backends that take LoRA are considered. ``backend``: a class by name. Raises NoBackendError.
+    ``lora``: only backends that take LoRA are considered, unless no adapter will touch the experts
+    (``adapters_touch_experts``). ``backend``: a class by name. Raises NoBackendError.
     """
     request = BackendRequest(
-        config=config, device=DeviceTarget.of(weights.device), format_name=weights.format_name, lora=lora
+        config=config,
+        device=DeviceTarget.of(weights.device),
+        format_name=weights.format_name,
+        lora=lora,
+        adapters_touch_experts=adapters_touch_experts,
     )
     decision = select_experts(request, backend=backend)
     method = FusedMoEModularMethod(config, weights, decision.experts_cls, NoDispatchPrepareAndFinalize(config))

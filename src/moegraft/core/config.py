@@ -73,9 +73,22 @@ class DeviceTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendRequest:
-    """What the oracle is asked: which experts class can serve this layer."""
+    """What the oracle is asked: which experts class can serve this layer.
+
+    ``config`` has the sizes of the rank's own slice. ``tp_size``, ``ep_size``: ranks that share every expert, and that
+    share the experts out. ``lora``: adapters may come; ``adapters_touch_experts``: and they may bring deltas of the
+    experts, not of other modules only.
+    """
 
     config: MoEConfig
     device: DeviceTarget
     format_name: str = "dense"
     lora: bool = True
+    adapters_touch_experts: bool = True
+    tp_size: int = 1
+    ep_size: int = 1
+
+    @property
+    def needs_delta(self) -> bool:
+        """Whether the experts class must take LoRA."""
+        return self.lora and self.adapters_touch_experts

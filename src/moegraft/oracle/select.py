@@ -65,9 +65,11 @@ def select_experts(
 
 
 def _why_not(cls: type[FusedMoEExpertsModular], request: BackendRequest) -> str | None:
-    if request.lora and cls.is_monolithic:
+    if request.needs_delta and cls.is_monolithic:
         return "it is monolithic: no delta can be added inside"
-    if request.lora and not cls.supports_lora():
+    if request.needs_delta and not cls.supports_lora():
         return "it does not take LoRA"
+    if request.ep_size > 1 and cls.is_monolithic:
+        return f"it is monolithic: rows cannot be sent to {request.ep_size} ranks between routing and experts"
     ok, reason = cls.is_supported_config(request)
     return None if ok else reason

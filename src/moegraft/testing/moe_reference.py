@@ -7,7 +7,7 @@ G = 2 (gate and up) or 1 (no gate) · M rows of one (adapter, expert) pair · h 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -53,12 +53,19 @@ class ExpertsFactors:
     b2: torch.Tensor | None = None
 
 
+class QuantiseInput(Protocol):
+    """``ExpertsWeights.quantise_input`` of a format."""
+
+    def __call__(self, x_MI: torch.Tensor, *, of_w2: bool = False) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertsWeights:
     """Weights of one experts layer, stored as checkpoints do.
 
     ``w13`` [E, G*F, D] and ``w2`` [E, D, F]; transposed: [E, D, G*F] and [E, F, D]. ``b13`` [E, G*F], ``b2`` [E, D].
     ``is_interleaved``: gate and up alternate along G*F (gpt-oss) instead of standing one after the other.
+    ``quantise_input``: what the base's GEMMs make of their inputs; LoRA reads them as they are.
     """
 
     w13: torch.Tensor
@@ -67,16 +74,19 @@ class ExpertsWeights:
     b2: torch.Tensor | None = None
     is_transposed: bool = False
     is_interleaved: bool = False
+    quantise_input: QuantiseInput | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Expert:
-    """One expert in compute layout: ``halves`` are (gate, up) or (up,), each [F, D]; ``w2`` [D, F]."""
+    """One expert in compute layout: ``halves`` are (gate, up) or (up,), each [F, D]; ``w2`` [D, F]; their B·A."""
 
     halves: tuple[torch.Tensor, ...]
     half_biases: tuple[torch.Tensor | None, ...]
     w2: torch.Tensor
     b2: torch.Tensor | None
+    half_deltas: tuple[torch.Tensor | float, ...] = (0.0, 0.0)
+    w2_delta: torch.Tensor | float = 0.0
 
 
 def moe_reference(
@@ -100,6 +110,7 @@ def moe_reference(
 
     With ``config.apply_router_weight_on_input`` the weight multiplies x[t] instead of y. An expert id outside [0, E)
     gives nothing; slot -1, an adapter that is None or one that lacks expert e leave the base weights.
+    With ``weights.quantise_input``, W multiplies what it makes of x[t] and of act(u), and B A what they are.
     """
     if token_slots_T is None:
         token_slots_T = torch.full(x_TD.shape[:1], -1)
@@ -112,13 +123,13 @@ def moe_reference(
         expert = _unpack_expert(weights, e, config.activation.num_halves, dtype)
         lora = adapters[slot] if slot >= 0 else None
         if lora is not None and e in lora.expert_ids:
-            expert = _merge_lora(expert, lora, lora.expert_ids.index(e), dtype)
+            expert = _with_lora(expert, lora, lora.expert_ids.index(e), dtype)
         token_M, choice_M = (index.to(x_TD.device) for index in torch.where((experts_TK == e) & (slots_TK == slot)))
         weight_M1 = topk_weights_TK[token_M, choice_M, None]
         if config.apply_router_weight_on_input:
-            y_MD = _run_expert(expert, x_TD[token_M] * weight_M1, config.activation)
+            y_MD = _run_expert(expert, x_TD[token_M] * weight_M1, config.activation, weights.quantise_input)
         else:
-            y_MD = _run_expert(expert, x_TD[token_M], config.activation) * weight_M1
+            y_MD = _run_expert(expert, x_TD[token_M], config.activation, weights.quantise_input) * weight_M1
         out_TD.index_add_(0, token_M, y_MD)
     return out_TD
 
@@ -141,7 +152,7 @@ def _unpack_expert(weights: ExpertsWeights, e: int, num_halves: int, dtype: torc
     )
 
 
-def _merge_lora(expert: _Expert, lora: SupportsExpertsLoRA, position: int, dtype: torch.dtype) -> _Expert:
+def _with_lora(expert: _Expert, lora: SupportsExpertsLoRA, position: int, dtype: torch.dtype) -> _Expert:
     def delta(b: torch.Tensor | None, a: torch.Tensor | None, lane: int = 0) -> torch.Tensor | float:
         """B·A [out, in] from rank rows; 0 where the adapter has no such projection."""
         if b is None or a is None:
@@ -150,17 +161,33 @@ def _merge_lora(expert: _Expert, lora: SupportsExpertsLoRA, position: int, dtype
         return b_rO.T @ a_rI[lane : lane + len(b_rO)]
 
     lanes = [(lora.b_gate, 0), (lora.b_up, lora.up_lane)][-len(expert.halves) :]
-    return _Expert(
-        halves=tuple(w + delta(b, lora.a13, lane) for w, (b, lane) in zip(expert.halves, lanes, strict=True)),
-        half_biases=expert.half_biases,
-        w2=expert.w2 + delta(lora.b2, lora.a2),
-        b2=expert.b2,
+    return replace(
+        expert,
+        half_deltas=tuple(delta(b, lora.a13, lane) for b, lane in lanes),
+        w2_delta=delta(lora.b2, lora.a2),
     )
 
 
-def _run_expert(expert: _Expert, x_MD: torch.Tensor, activation: Activation) -> torch.Tensor:
-    u_GMF = [functional.linear(x_MD, w, b) for w, b in zip(expert.halves, expert.half_biases, strict=True)]
-    return functional.linear(_activate(u_GMF, activation), expert.w2, expert.b2)
+def _run_expert(
+    expert: _Expert, x_MD: torch.Tensor, activation: Activation, quantise: QuantiseInput | None
+) -> torch.Tensor:
+    x_base_MD = x_MD if quantise is None else quantise(x_MD)
+    u_GMF = [
+        _merged_linear(x_MD, x_base_MD, w, delta, b)
+        for w, delta, b in zip(expert.halves, expert.half_deltas, expert.half_biases, strict=False)
+    ]
+    h_MF = _activate(u_GMF, activation)
+    h_base_MF = h_MF if quantise is None else quantise(h_MF, of_w2=True)
+    return _merged_linear(h_MF, h_base_MF, expert.w2, expert.w2_delta, expert.b2)
+
+
+def _merged_linear(
+    x_MI: torch.Tensor, x_base_MI: torch.Tensor, w: torch.Tensor, delta: torch.Tensor | float, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """(W + B·A) x + bias; where the base reads other rows, W x_base + B·A x + bias."""
+    if x_base_MI is x_MI or isinstance(delta, float):
+        return functional.linear(x_base_MI, w + delta, bias)
+    return functional.linear(x_base_MI, w, bias) + functional.linear(x_MI, delta)
 
 
 def _activate(u_GMF: Sequence[torch.Tensor], activation: Activation) -> torch.Tensor:

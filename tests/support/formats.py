@@ -1,0 +1,50 @@
+"""Every storage format, as a function of dense weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from moegraft.formats.dense import DenseExperts
+from moegraft.formats.fp8 import Fp8Experts
+from moegraft.formats.int8 import Int8Experts
+from moegraft.formats.scaled import Granularity
+from support.layers import Pack
+
+
+@dataclass(frozen=True)
+class Packing:
+    format_name: str
+    pack: Pack | None
+
+
+def _canonical(dense: DenseExperts) -> dict[str, object]:
+    w13, w2 = dense.dequantise(torch.float32)
+    assert not dense.is_interleaved, "the biases would be in another order"
+    return {"w13_EGFD": w13, "w2_EDF": w2, "b13": dense.b13, "b2": dense.b2, "num_halves": dense.num_halves}
+
+
+def _fp8(dense: DenseExperts, granularity: Granularity) -> Fp8Experts:
+    return Fp8Experts.pack(**_canonical(dense), granularity=granularity)  # type: ignore[arg-type]
+
+
+def _fp8_static(dense: DenseExperts) -> Fp8Experts:
+    # Inputs of unit variance: what is larger than 4 (or 6) is clamped.
+    x_scale, h_scale = torch.tensor([4 / 448, 6 / 448], device=dense.device)
+    return _fp8(dense, Granularity.TENSOR).with_static_scales(x_scale, h_scale)
+
+
+def _int8(dense: DenseExperts) -> Int8Experts:
+    return Int8Experts.pack(**_canonical(dense))  # type: ignore[arg-type]
+
+
+PACKS: dict[str, Packing] = {
+    "dense": Packing("dense", None),
+    "fp8 block": Packing("fp8", partial(_fp8, granularity=Granularity.BLOCK)),
+    "fp8 channel": Packing("fp8", partial(_fp8, granularity=Granularity.CHANNEL)),
+    "fp8 tensor": Packing("fp8", partial(_fp8, granularity=Granularity.TENSOR)),
+    "fp8 static": Packing("fp8", _fp8_static),
+    "int8": Packing("int8", _int8),
+}
