@@ -69,10 +69,7 @@ class AdapterMapping:
         cls, row_slots: Sequence[int], num_rows: int, device: torch.device, shared: dict[str, Any] | None = None
     ) -> AdapterMapping:
         """Mapping of ``num_rows`` rows (a multiple of B, sequence-major: all tokens of row 0, then of row 1 ...)."""
-        B = len(row_slots)
-        if B == 0 or num_rows % B:
-            raise BatchError(f"{num_rows} rows cannot be shared out to the {B} entries of adapters=")
-        return cls(tuple(row_slots), num_rows // B, device, {} if shared is None else shared)
+        return cls(tuple(row_slots), _repeats(row_slots, num_rows), device, {} if shared is None else shared)
 
     @property
     def num_rows(self) -> int:
@@ -122,3 +119,71 @@ class AdapterMapping:
         slots = self.row_slots
         grouped = [slot for active in self.active_slots for slot in slots if slot == active]
         return list(slots) == grouped
+
+
+def _repeats(row_slots: Sequence[int], num_rows: int) -> int:
+    B = len(row_slots)
+    if B == 0 or num_rows % B:
+        raise BatchError(f"{num_rows} rows cannot be shared out to the {B} entries of adapters=")
+    return num_rows // B
+
+
+@dataclass(frozen=True, eq=False)
+class GroupAdapters:
+    """The adapters that the ranks of an expert-parallel group use in one batch, held on each of them.
+
+    ids: the same on every rank, agreed when an adapter is loaded, ascending · slots: this rank's slot of each.
+    """
+
+    ids: tuple[int, ...]
+    slots: tuple[int, ...]
+    device: torch.device
+
+    @cached_property
+    def id_of_slot(self) -> torch.Tensor:
+        """[max slot + 2] int32 on the device; the last entry serves slot -1."""
+        return _inverse(self.slots, self.ids, self.device)
+
+    @cached_property
+    def slot_of_id(self) -> torch.Tensor:
+        """[max id + 2] int32 on the device; the last entry serves id -1."""
+        return _inverse(self.ids, self.slots, self.device)
+
+
+def _inverse(keys: Sequence[int], values: Sequence[int], device: torch.device) -> torch.Tensor:
+    table = torch.full((max(keys, default=BASE_SLOT) + 2,), BASE_SLOT, dtype=torch.int32)
+    table[list(keys)] = torch.tensor(values, dtype=torch.int32)
+    return table.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMapping(AdapterMapping):
+    """The mapping that experts read where rows travel between ranks: its adapters are those of every rank's rows.
+
+    ``row_slots`` are this rank's own rows, of which there may be none. Linear maps, whose rows stay, take an
+    ``AdapterMapping`` with a ``shared`` of its own.
+    """
+
+    group: GroupAdapters = field(kw_only=True)
+
+    @classmethod
+    def for_group(
+        cls, row_slots: Sequence[int], num_rows: int, group: GroupAdapters, shared: dict[str, Any] | None = None
+    ) -> GroupMapping:
+        """As ``for_rows``; a rank whose batch is empty has no entries and no rows."""
+        repeats = 0 if not row_slots and num_rows == 0 else _repeats(row_slots, num_rows)
+        return cls(tuple(row_slots), repeats, group.device, {} if shared is None else shared, group=group)
+
+    @cached_property
+    def active_slots(self) -> tuple[int, ...]:
+        """The slots of all adapters of the group's batch."""
+        return self.group.slots
+
+    @property
+    def has_adapters(self) -> bool:
+        return bool(self.group.slots)
+
+    @cached_property
+    def token_ids(self) -> torch.Tensor:
+        """[T] int32 on the device: id of each row's adapter, the same on every rank; -1 = base."""
+        return self.group.id_of_slot[self.token_slots.long()]

@@ -18,6 +18,8 @@ class PreparedRows:
     x [M, D] as the GEMM wants it (quantised where the format asks for it) · unquantised [M, D], what LoRA reads ·
     topk_ids [M, K], ids outside [0, E) belong to other ranks · topk_weights [M, K] float32 ·
     slots [M] int32: adapter slot of each row, -1 = base; None where the call has no context.
+    expected_choices: None = M*K. Where M follows the routing, how many of the M*K choices a batch of this size brings
+    on average: what decides between forms of a GEMM looks at it, or a row's bits would follow its neighbours' routing.
     """
 
     x_MD: torch.Tensor
@@ -25,6 +27,7 @@ class PreparedRows:
     topk_ids_MK: torch.Tensor
     topk_weights_MK: torch.Tensor
     slots_M: torch.Tensor | None
+    expected_choices: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +59,7 @@ class NoDispatchPrepareAndFinalize(FusedMoEPrepareAndFinalize):
     """One process holds all experts: rows stay where they are."""
 
     def __init__(self, config: MoEConfig) -> None:
-        if config.apply_router_weight_on_input and config.top_k != 1:
-            raise ValueError(f"apply_router_weight_on_input needs top_k = 1, found {config.top_k}")
-        self.weight_on_input = config.apply_router_weight_on_input
+        self.weight_on_input = weighs_input(config)
 
     def prepare(
         self,
@@ -67,10 +68,7 @@ class NoDispatchPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         topk_ids_TK: torch.Tensor,
         lora_context: MoELoRAContext | None,
     ) -> PreparedRows:
-        weights_TK = topk_weights_TK.float()
-        if self.weight_on_input:
-            x_TD = (x_TD * weights_TK).to(x_TD.dtype)
-            weights_TK = torch.ones_like(weights_TK)
+        x_TD, weights_TK = weigh_input(x_TD, topk_weights_TK, on_input=self.weight_on_input)
         return PreparedRows(
             x_MD=x_TD,
             unquantised_MD=x_TD,
@@ -80,8 +78,30 @@ class NoDispatchPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         )
 
     def finalize(self, output: ExpertsOutput, rows: PreparedRows) -> torch.Tensor:
-        if output.is_reduced:
-            return output.y
-        # One batched product in float32: a fixed order over K and one rounding at the end.
-        out_MD = torch.bmm(rows.topk_weights_MK.unsqueeze(1), output.y.float()).squeeze(1)
-        return out_MD.to(output.y.dtype)
+        return weighted_sum(output, rows)
+
+
+def weighs_input(config: MoEConfig) -> bool:
+    """Whether router weights multiply the input. Raises ValueError where that has no meaning."""
+    if config.apply_router_weight_on_input and config.top_k != 1:
+        raise ValueError(f"apply_router_weight_on_input needs top_k = 1, found {config.top_k}")
+    return config.apply_router_weight_on_input
+
+
+def weigh_input(
+    x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, *, on_input: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, float32 weights that are still to be applied)."""
+    weights_TK = topk_weights_TK.float()
+    if not on_input:
+        return x_TD, weights_TK
+    return (x_TD * weights_TK).to(x_TD.dtype), torch.ones_like(weights_TK)
+
+
+def weighted_sum(output: ExpertsOutput, rows: PreparedRows) -> torch.Tensor:
+    """[M, D]: the sum over K, in the dtype of the experts' output."""
+    if output.is_reduced:
+        return output.y
+    # One batched product in float32: a fixed order over K and one rounding at the end.
+    out_MD = torch.bmm(rows.topk_weights_MK.unsqueeze(1), output.y.float()).squeeze(1)
+    return out_MD.to(output.y.dtype)

@@ -85,7 +85,7 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
         context = self.active_context(lora_context)
         M, K = rows.topk_ids_MK.shape
-        plan = _plan_rows(rows.topk_ids_MK, self.weights.num_experts, rows.x_MD.dtype)
+        plan = _plan_rows(rows.topk_ids_MK, self.weights.num_experts, rows.x_MD.dtype, rows.expected_choices)
         is_quantised = rows.unquantised_MD is not rows.x_MD
         x_MD = rows.x_MD if is_quantised else self.weights.quantise_input(rows.x_MD)
         x_PD = x_MD.index_select(0, plan.token_P)
@@ -123,7 +123,9 @@ def _w2(weights: ExpertsWeights) -> _Matrix:
     return _Matrix(dense_EIO, weights.w2_in_out_of, weights.hidden_size)
 
 
-def _plan_rows(topk_ids_MK: torch.Tensor, num_experts: int, dtype: torch.dtype) -> _RowPlan:
+def _plan_rows(
+    topk_ids_MK: torch.Tensor, num_experts: int, dtype: torch.dtype, expected_choices: int | None
+) -> _RowPlan:
     """In plain Python: for the few rows of a decode step that costs less than a dozen tensor operations."""
     K, device = topk_ids_MK.shape[1], topk_ids_MK.device
     rows_of: dict[int, list[int]] = defaultdict(list)
@@ -131,7 +133,8 @@ def _plan_rows(topk_ids_MK: torch.Tensor, num_experts: int, dtype: torch.dtype) 
     for row, expert in enumerate(expert_N):
         rows_of[expert].append(row)
     # The choice looks at the size of the batch only: with the routing it would change the bits of a base row.
-    is_small = dtype == torch.float32 and len(expert_N) < SMALL_BLOCK * num_experts
+    num_choices = len(expert_N) if expected_choices is None else expected_choices
+    is_small = dtype == torch.float32 and num_choices < SMALL_BLOCK * num_experts
     granule = ROW_GRANULE.get(dtype, ROW_GRANULE_LOW_PRECISION)
     sources: list[int] = []
     padding: list[int] = []

@@ -1,0 +1,127 @@
+"""Rows travel to the ranks of their experts, each row once to a rank, and one partial sum comes back from each.
+
+Shape letters: T tokens · K experts per token · R ranks · S rows sent · M rows received · C ranks a token can need
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moegraft.lora.context import MoELoRAContext
+from moegraft.moe.expert_parallel.exchange import (
+    ExpertParallelPrepareAndFinalize,
+    RowParts,
+    exchange_counts,
+    slots_of,
+    split_rows,
+)
+from moegraft.moe.expert_parallel.packing import RowCodec
+from moegraft.moe.expert_parallel.routed_rows import ReceivedRows, join_rows, pack_routed_rows, unpack_routed_rows
+from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows, weigh_input, weighted_sum
+from moegraft.parallel.dispatch import RowRoutes, combine_partials, local_choices, plan_routes, ranks_needed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchedRows(PreparedRows):
+    """Rows received, part after part and in each part by sender; what ``finalize`` needs to send their sums home.
+
+    sent, received: rows of each part by rank, [P][R] · position_TC: where a token's partial sums stand among the S that
+    come back, S for none.
+    """
+
+    sent: tuple[tuple[int, ...], ...]
+    received: tuple[tuple[int, ...], ...]
+    position_TC: torch.Tensor
+
+
+class AllToAllPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
+    """Data-parallel rows, any number on each rank. A row is sent once to each rank that holds some of its experts.
+
+    With it go its choices there (local expert ids and router weights) and its adapter's id. The ranks' partial sums
+    come back in the dtype of the rows and are added in float32, in the order of the ranks.
+    """
+
+    def prepare(
+        self,
+        x_TD: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        lora_context: MoELoRAContext | None,
+    ) -> DispatchedRows:
+        T, K = topk_ids_TK.shape
+        x_TD, weights_TK = weigh_input(x_TD, topk_weights_TK, on_input=self.weight_on_input)
+        parts = split_rows(self.codec, T, lora_context, x_TD.device)
+        # The first row's copy differs by rank, so that single rows of many ranks spread too.
+        rank_TK, local_TK = self.placement.locate(topk_ids_TK, first_row=self.ep.rank)
+        needed_PRT = ranks_needed(rank_TK, self.ep.size)[None]
+        if parts.is_in_part_PT is not None:
+            needed_PRT = needed_PRT & parts.is_in_part_PT[:, None]
+        sent, received, (tokens_R,) = exchange_counts(self.ep, needed_PRT.sum(2), parts)
+        routes = [plan_routes(needed_RT, tuple(rows), K) for needed_RT, rows in zip(needed_PRT, sent, strict=True)]
+        rows = join_rows(
+            [
+                self._send(codec, x_TD, weights_TK, (rank_TK, local_TK), parts, routes[p], received[p])
+                for p, codec in enumerate(parts.codecs)
+            ],
+            self.codec,
+            x_TD.dtype,
+        )
+        return DispatchedRows(
+            x_MD=rows.x_MD,
+            unquantised_MD=rows.unquantised_MD,
+            topk_ids_MK=rows.ids_MK,
+            topk_weights_MK=rows.weights_MK,
+            slots_M=slots_of(rows.adapter_M, lora_context),
+            expected_choices=-(-sum(tokens_R) * K // self.ep.size),
+            sent=tuple(map(tuple, sent)),
+            received=tuple(map(tuple, received)),
+            position_TC=_positions(routes, parts),
+        )
+
+    def finalize(self, output: ExpertsOutput, rows: PreparedRows) -> torch.Tensor:
+        assert isinstance(rows, DispatchedRows), "rows come from this pair's prepare"
+        partial_MD = weighted_sum(output, rows)
+        start, home = 0, []
+        for sent, received in zip(rows.sent, rows.received, strict=True):
+            stop = start + sum(received)
+            home.append(self.ep.all_to_all(partial_MD[start:stop], received, sent))
+            start = stop
+        partial_SD = torch.cat([*home, partial_MD.new_zeros(1, partial_MD.shape[1])])
+        out_TD = combine_partials(partial_SD, rows.position_TC).to(partial_MD.dtype)
+        return self.tp.all_reduce(out_TD)
+
+    def _send(
+        self,
+        codec: RowCodec,
+        x_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        places_TK: tuple[torch.Tensor, torch.Tensor],
+        parts: RowParts,
+        routes: RowRoutes,
+        received: list[int],
+    ) -> ReceivedRows:
+        """One part of the rows, header and activations in one exchange."""
+        ids_SK, weights_SK = local_choices(*places_TK, weights_TK, routes)
+        packed_SB = pack_routed_rows(
+            codec,
+            x_TD.index_select(0, routes.token_S),
+            ids_SK,
+            weights_SK,
+            parts.adapter_T.index_select(0, routes.token_S),
+        )
+        packed_MB = self.ep.all_to_all(packed_SB, routes.counts, received)
+        return unpack_routed_rows(
+            codec, packed_MB, top_k=weights_TK.shape[1], hidden_size=x_TD.shape[1], dtype=x_TD.dtype
+        )
+
+
+def _positions(routes: list[RowRoutes], parts: RowParts) -> torch.Tensor:
+    """position_TC over the rows of all parts, one after the other; a token is in one part."""
+    if parts.is_in_part_PT is None:
+        return routes[0].position_TC
+    first, second = routes
+    total = first.num_rows + second.num_rows
+    base_TC = torch.where(first.position_TC == first.num_rows, total, first.position_TC)
+    return torch.where(parts.is_in_part_PT[1, :, None], second.position_TC + first.num_rows, base_TC)
