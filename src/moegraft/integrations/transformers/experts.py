@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,12 +10,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora
 from moegraft.core.config import MoEConfig
-from moegraft.formats.dense import DenseExperts
+from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers.call import CallState
+from moegraft.integrations.transformers.storage import (
+    PackedExperts,
+    experts_sizes,
+    experts_weights,
+    packed_experts,
+)
 from moegraft.integrations.transformers.targets import HookedExperts, experts_activation
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.targets import ExpertsTarget
@@ -52,15 +60,20 @@ def experts_forward(
 
     Where gradients are wanted and no batch of adapters runs, or the module was never grafted, transformers' own
     implementation runs. A batch of adapters is inference: it must never lose them to a caller who forgot no_grad.
+    Packed weights are always run by moegraft. Raises UnsupportedModelError where gradients are wanted through them.
     """
     site: ExpertsSite | None = module.__dict__.get(_SITE)
     if site is None or (site.state.current() is None and _wants_grad(module, hidden_states)):
+        packed = packed_experts(module)
+        if packed is not None:
+            return _packed_forward(module, packed, hidden_states, top_k_index, top_k_weights)
         return _original_forward(module, site)(module, hidden_states, top_k_index, top_k_weights)
     with torch.no_grad():
         return site.forward(hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+ALL_FP8_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
 def _wants_grad(module: nn.Module, hidden_states: torch.Tensor) -> bool:
@@ -69,24 +82,46 @@ def _wants_grad(module: nn.Module, hidden_states: torch.Tensor) -> bool:
     )
 
 
+def _packed_forward(
+    module: nn.Module,
+    packed: PackedExperts,
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+) -> torch.Tensor:
+    if _wants_grad(module, x_TD):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} holds packed {packed.weights.format_name} weights, which have no gradients; run "
+            "the model under torch.no_grad()"
+        )
+    if packed.base_layer is None:
+        config = moe_config(module, topk_ids_TK.shape[1], packed.dtype)
+        layer, _ = build_fused_moe(config, packed.weights, lora=False)
+        packed.keep_layer(layer)
+    assert packed.base_layer is not None
+    with torch.no_grad():
+        return packed.base_layer.apply_experts(x_TD, topk_weights_TK, topk_ids_TK)
+
+
 def _original_forward(module: nn.Module, site: ExpertsSite | None) -> Any:
     name = "eager" if site is None else site.previous_implementation
-    # The hook's decorator wraps the class's own loop with functools.wraps, which keeps it here.
-    eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
-    return ALL_EXPERTS_FUNCTIONS.get(name, eager) if name else eager
+    # The hook's decorator wraps the class's own loop with functools.wraps; FP8Experts is wrapped once for each layer.
+    eager = inspect.unwrap(type(module).forward)
+    functions = ALL_FP8_EXPERTS_FUNCTIONS if isinstance(module, FP8Experts) else ALL_EXPERTS_FUNCTIONS
+    return functions.get(name, eager) if name else eager
 
 
-def experts_weights(module: nn.Module, target: ExpertsTarget) -> DenseExperts:
-    """The module's own Parameters, not copies: what is loaded into them later is served."""
-    has_bias = bool(module.has_bias)
-    return DenseExperts(
-        w13=getattr(module, target.w13_param),
-        w2=getattr(module, target.w2_param),
-        b13=getattr(module, f"{target.w13_param}_bias") if has_bias else None,
-        b2=getattr(module, f"{target.w2_param}_bias") if has_bias else None,
-        num_halves=2 if target.has_gate else 1,
-        is_transposed=target.is_transposed,
-        is_interleaved=target.is_interleaved,
+def moe_config(module: nn.Module, top_k: int, dtype: torch.dtype) -> MoEConfig:
+    """Sizes and options of an experts module. ``dtype``: of its activations."""
+    num_experts, hidden_size, intermediate_size = experts_sizes(module)
+    return MoEConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        activation=experts_activation(cast("HookedExperts", module)),
+        has_bias=bool(module.has_bias),
+        dtype=dtype,
     )
 
 
@@ -95,15 +130,7 @@ def build_site(
 ) -> ExpertsSite:
     """The layers of one experts module; changes nothing. Raises NoBackendError."""
     weights = experts_weights(module, target)
-    config = MoEConfig(
-        num_experts=target.num_experts,
-        top_k=top_k,
-        hidden_size=target.hidden_size,
-        intermediate_size=target.intermediate_size,
-        activation=experts_activation(cast("HookedExperts", module)),
-        has_bias=weights.b13 is not None,
-        dtype=weights.w13.dtype,
-    )
+    config = moe_config(module, top_k, bank.layout.dtype)
     base, decision = build_fused_moe(config, weights, backend=backend)
     return ExpertsSite(
         name=target.name,

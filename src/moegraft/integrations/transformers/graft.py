@@ -25,6 +25,7 @@ from moegraft.integrations.transformers.experts import (
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
 from moegraft.integrations.transformers.generation import batch_rows, check_generation
 from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, SavedSeam, Seam
+from moegraft.integrations.transformers.storage import check_uniform
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.peft import LoadReport, load_peft_adapter
@@ -66,7 +67,7 @@ class GraftedModel:
         self._targets = discover_targets(model)
         self._state = CallState()
         self._lock = threading.RLock()
-        device, dtype = _placement(model, self._targets)
+        device, dtype = check_uniform(model, [model.get_submodule(name) for name in self._targets.experts])
         layout = BankLayout(self._targets, dtype=dtype)
         self.bank = AdapterBank(layout, capacity_bytes=capacity_bytes, device=device, max_slots=max_adapters)
         self._sites = {
@@ -248,21 +249,6 @@ class GraftedModel:
         if kind is RouterSeam or kind is LinearSeam:
             return kind(self._targets.linears[name], module, self.bank, self._state)
         return kind(name, module, self.bank, self._state)
-
-
-def _placement(model: PreTrainedModel, targets: ModelTargets) -> tuple[torch.device, torch.dtype]:
-    """The one device and dtype of all experts."""
-    found = {
-        (weight.device, weight.dtype)
-        for name, target in targets.experts.items()
-        for weight in (getattr(model.get_submodule(name), target.w13_param),)
-    }
-    if len(found) > 1:
-        kinds = ", ".join(f"{device}/{dtype}" for device, dtype in sorted(found, key=str))
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: the experts lie on several devices or have several dtypes ({kinds}); expected one"
-        )
-    return next(iter(found))
 
 
 def _check_rows(

@@ -17,11 +17,18 @@ from transformers import PreTrainedModel
 from moegraft.core.activation import apply_activation
 from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.integrations.transformers.storage import (
+    experts_device,
+    experts_sizes,
+    linear_weight,
+    packed_experts,
+    unsupported_storage,
+    w13_param,
+)
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
 
 # Set on every instance by transformers' ``use_experts_implementation``; its other attributes came with later versions.
 _HOOK_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Jamba's mixer multiplies with this weight and never calls the module, so LoRA on it would be lost in silence.
 _NEVER_CALLED = ("dt_proj",)
 # Both sides of every clamp and the bend of every curve: a limit beyond the last scale has no practical effect.
@@ -106,7 +113,8 @@ def hooked_experts(model: nn.Module) -> dict[str, HookedExperts]:
     return {
         name: cast("HookedExperts", module)
         for name, module in model.named_modules()
-        if hasattr(module, "down_proj") and all(hasattr(module, attribute) for attribute in _HOOK_ATTRIBUTES)
+        if all(hasattr(module, attribute) for attribute in _HOOK_ATTRIBUTES)
+        and (hasattr(module, "down_proj") or packed_experts(module) is not None)
     }
 
 
@@ -119,9 +127,8 @@ def experts_activation(module: HookedExperts) -> Activation:
     Raises:
         UnsupportedModelError: no formula agrees; the message names the module's class.
     """
-    w2 = module.down_proj
-    width = w2.shape[1] if module.is_transposed else w2.shape[2]
-    rows = _probe_rows(2 * width if module.has_gate else width, device=w2.device)
+    _, _, width = experts_sizes(module)
+    rows = _probe_rows(2 * width if module.has_gate else width, device=experts_device(module))
     with torch.no_grad():
         expected = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
     for activation in _candidates(module):
@@ -156,7 +163,7 @@ def _why_no_experts(model: PreTrainedModel) -> str:
         if type(module).__name__.endswith("Experts"):
             found = f"{model_class}: experts module '{name}' ({type(module).__name__})"
             if type(module).__module__.startswith("transformers.integrations."):
-                return f"{found} is quantised; expected float32, bfloat16 or float16 weights"
+                return f"{found} is quantised in a way that attach cannot read; try moegraft.load_quantised(PATH)"
             return (
                 f"{found} does not dispatch through transformers' experts interface (use_experts_implementation), "
                 "so moegraft cannot reach its experts"
@@ -165,14 +172,9 @@ def _why_no_experts(model: PreTrainedModel) -> str:
 
 
 def _unsupported_experts(module: HookedExperts) -> str | None:
-    for param in (_w13_param(module), "down_proj"):
-        weight = getattr(module, param, None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
-            return f"has no three-dimensional parameter '{param}'"
-        if weight.dtype not in _WEIGHT_DTYPES or hasattr(module, f"{param}_scale_inv"):
-            return f"is quantised: '{param}' is {weight.dtype}; expected float32, bfloat16 or float16"
-        if weight.is_meta:
-            return f"is not loaded: '{param}' is on the meta device"
+    reason = unsupported_storage(module)
+    if reason is not None:
+        return reason
     if getattr(module, "has_post_expert_norm", False):
         return "normalises the output of each expert (has_post_expert_norm), which moegraft does not serve"
     if getattr(module, "_is_expert_parallel", False):
@@ -184,13 +186,8 @@ def _unsupported_experts(module: HookedExperts) -> str | None:
     return None
 
 
-def _w13_param(module: HookedExperts) -> str:
-    return "gate_up_proj" if module.has_gate else "up_proj"
-
-
 def _experts_target(name: str, module: HookedExperts) -> ExpertsTarget:
-    num_experts, dim_1, dim_2 = module.down_proj.shape
-    hidden, intermediate = (dim_2, dim_1) if module.is_transposed else (dim_1, dim_2)
+    num_experts, hidden, intermediate = experts_sizes(module)
     return ExpertsTarget(
         name=name,
         num_experts=num_experts,
@@ -199,7 +196,7 @@ def _experts_target(name: str, module: HookedExperts) -> ExpertsTarget:
         has_gate=module.has_gate,
         is_transposed=module.is_transposed,
         is_interleaved=module.has_gate and not module.is_concatenated,
-        w13_param=_w13_param(module),
+        w13_param=w13_param(module),
     )
 
 
@@ -239,7 +236,7 @@ def _beside_experts(scope: _Scope) -> Iterator[tuple[str, nn.Module, int]]:
         prefix = experts_name.rpartition(".")[0] + "."
         for name, module in scope.modules.items():
             if name.startswith(prefix):
-                yield name, module, experts.down_proj.shape[0]
+                yield name, module, experts_sizes(experts)[0]
 
 
 def _parameter_routers(scope: _Scope) -> Iterator[tuple[str, nn.Module]]:
@@ -274,14 +271,12 @@ def _linear_targets(scope: _Scope, routers: Mapping[str, nn.Module]) -> dict[str
             out_features, in_features = module.out_features, module.in_features
         else:
             continue
-        is_plain = weight is not None and weight.shape == (out_features, in_features) and weight.dtype in _WEIGHT_DTYPES
         targets[name] = LinearTarget(
             name=name,
             in_features=in_features,
             out_features=out_features,
             router=name in routers,
-            # a quantised weight still takes LoRA beside it, but its row norms (DoRA) are not at hand
-            weight=partial(getattr, module, "weight") if is_plain else None,
+            weight=partial(getattr, module, "weight") if name in routers else linear_weight(module),
         )
     return targets
 
