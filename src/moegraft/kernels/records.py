@@ -31,6 +31,8 @@ class WeightFormat(enum.StrEnum):
     """How the numbers of w13 and w2 are stored; ``base_product/device.py`` numbers them in this order."""
 
     DENSE = "dense"
+    INT8 = "int8"
+    FP8 = "fp8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,8 @@ class Quantisation:
     """What the numbers of quantised w13 and w2 mean. Scales and zeros lie as the format's class in ``formats`` says.
 
     ``scale_group``: inputs that share a scale, 0 where all of a column do. ``hidden_size``, ``intermediate_size``: D
-    and F, which packed tensors need not show.
+    and F, which packed tensors need not show. ``input_scale13``, ``input_scale2``: static scales of the rows that the
+    GEMMs read, of formats that quantise them; without, each row (or group of it) is scaled by its largest number.
     """
 
     format: WeightFormat
@@ -49,6 +52,8 @@ class Quantisation:
     zeros13: torch.Tensor | None = None
     zeros2: torch.Tensor | None = None
     scale_group: int = 0
+    input_scale13: torch.Tensor | None = None
+    input_scale2: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,7 +151,8 @@ def _tables(folder: Path) -> tuple[dict[str, Any], ...]:
 
 
 def _is_for(table: dict[str, Any], shape: TuningShape) -> bool:
-    return table["device"] == _device_name() and table["shape"] == layer_sizes(shape)
+    is_format = table.get("format", "dense") == shape.weight_format
+    return is_format and table["device"] == _device_name() and table["shape"] == layer_sizes(shape)
 
 
 def _octaves(entry: dict[str, Any], shape: TuningShape) -> float:

@@ -56,3 +56,5 @@ class TuningShape:
     num_slots: int = 0
     rank13: int = 0
     rank2: int = 0
+    weight_format: str = "dense"
+    scale_group: int = 0

@@ -10,6 +10,8 @@ import triton.language as tl
 
 # Codes of WeightFormat.
 DENSE = tl.constexpr(0)
+INT8 = tl.constexpr(1)
+FP8 = tl.constexpr(2)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ def tuning_shape(
     x_TD: torch.Tensor, weights: MoEWeights, topk_ids_TK: torch.Tensor, lora: LoRABatch | None
 ) -> TuningShape:
     """What tile choice and workspace depend on."""
+    quantisation = weights.quantisation
     return TuningShape(
         num_tokens=x_TD.shape[0],
         num_experts=weights.num_experts,
@@ -51,6 +52,8 @@ def tuning_shape(
         num_slots=0 if lora is None else lora.num_slots,
         rank13=0 if lora is None else lora.rank13,
         rank2=0 if lora is None else lora.rank2,
+        weight_format=weights.format.value,
+        scale_group=0 if quantisation is None else quantisation.scale_group,
     )
 
 
