@@ -15,6 +15,9 @@ class ExpertsTarget:
     ``w13_param`` / ``w2_param`` are the parameter names inside the module (``gate_up_proj`` or, without a gate,
     ``up_proj``; ``down_proj``). Stored shapes: [E, G*F, D] and [E, D, F]; transposed: [E, D, G*F] and [E, F, D].
     ``is_interleaved``: gate and up alternate along the G*F axis (gpt-oss) instead of standing one after the other.
+
+    What one rank of a fully sharded world holds: ``output_size`` columns of D of B of w2 (None: all of them), and one
+    of ``lane_shares`` shares of the rank rows of A of w13.
     """
 
     name: str
@@ -26,6 +29,8 @@ class ExpertsTarget:
     is_interleaved: bool = False
     w13_param: str = "gate_up_proj"
     w2_param: str = "down_proj"
+    output_size: int | None = None
+    lane_shares: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,8 @@ class LinearTarget:
     """One linear map y = x W^T (+ b): an nn.Linear, a router's weight Parameter, or an lm_head.
 
     ``param`` is the Parameter's name inside the module (``weight``); ``weight`` gives it on demand (DoRA norms).
-    ``router``: the module is not an nn.Linear but a router that calls one F.linear on ``param``.
+    ``router``: the module is not an nn.Linear but a router that calls one F.linear on ``param``. ``lane_shares``: A
+    holds one of so many shares of its rank rows (fully sharded).
     """
 
     name: str
@@ -42,6 +48,7 @@ class LinearTarget:
     param: str = "weight"
     router: bool = False
     weight: Callable[[], torch.Tensor] | None = None
+    lane_shares: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +132,11 @@ class AdapterWeights:
     linears: Mapping[str, LinearLoRA] = field(default_factory=dict)
     embeddings: Mapping[str, EmbeddingLoRA] = field(default_factory=dict)
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors in it."""
+        records = (*self.experts.values(), *self.linears.values(), *self.embeddings.values())
+        factors = [value for record in records for value in vars(record).values() if isinstance(value, torch.Tensor)]
+        factors += [tensor for params in self.saved.values() for tensor in params.values()]
+        return sum(tensor.nbytes for tensor in factors)

@@ -104,9 +104,10 @@ def _check_partners(module: str, target: ExpertsTarget, lora: ExpertsLoRA) -> No
         ("b_up", lora.b_up, "a13", lora.a13, lora.up_lane),
     )
     for b_name, b, a_name, a, lane in pairs:
-        if a is not None and b is not None and (lane < 0 or lane + b.shape[1] > a.shape[1]):
+        if a is not None and b is not None and (lane < 0 or lane + b.shape[1] > a.shape[1] * target.lane_shares):
             raise AdapterTensorError(
-                f"{module} {b_name}: reads lanes {lane} to {lane + b.shape[1]}, {a_name} has {a.shape[1]}"
+                f"{module} {b_name}: reads lanes {lane} to {lane + b.shape[1]}, {a_name} has "
+                f"{a.shape[1] * target.lane_shares}"
             )
     if lora.a2 is not None and lora.b2 is not None and lora.a2.shape[1] != lora.b2.shape[1]:
         raise AdapterTensorError(f"{module}: a2 has rank {lora.a2.shape[1]}, b2 has rank {lora.b2.shape[1]}")
@@ -118,10 +119,14 @@ def _matrix_factors(layout: BankLayout, module: str, lora: LinearLoRA | Embeddin
     if isinstance(lora, LinearLoRA) and lora.gain is not None:
         tensors[LinearFactor.GAIN] = lora.gain
     rank = lora.a.shape[0] if lora.a.dim() else 0
+    shares = layout.linears[module].lane_shares if module in layout.linears else 1
+    ranks = {LinearFactor.A: rank, LinearFactor.B: rank}
+    if shares > 1 and lora.b.dim() and -(-lora.b.shape[0] // shares) == rank:
+        ranks[LinearFactor.B] = lora.b.shape[0]
     for factor, tensor in tensors.items():
         entry = layout.entries[first + factor]
         where = f"{module} {entry.label}"
-        expected = [entry.row_len] if factor is LinearFactor.GAIN else [rank, entry.row_len]
+        expected = [entry.row_len] if factor is LinearFactor.GAIN else [ranks[factor], entry.row_len]
         if list(tensor.shape) != expected:
             raise AdapterTensorError(f"{where}: shape {list(tensor.shape)}, expected {expected}")
         _check_rank_and_dtype(layout, where, tensor, rank=rank)

@@ -87,7 +87,7 @@ class BankLayout:
     def _number_modules(self) -> None:
         for name, experts in self.experts.items():
             hidden, inter = experts.hidden_size, experts.intermediate_size
-            self._add(name, ExpertsFactor, (hidden, inter, inter, inter, hidden))
+            self._add(name, ExpertsFactor, (hidden, inter, inter, inter, experts.output_size or hidden))
             first = self.num_expert_columns
             self.num_expert_columns += experts.num_experts
             self._expert_columns[name] = slice(first, self.num_expert_columns)

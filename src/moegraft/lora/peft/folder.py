@@ -14,6 +14,7 @@ import torch
 from moegraft.core.errors import AdapterFileError
 from moegraft.lora.peft.safetensors_file import SafetensorsFile, TensorInfo
 from moegraft.lora.peft.strict_json import StrictJSONError, parse_object, shorten
+from moegraft.lora.slicing import Cuts
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -100,9 +101,14 @@ class AdapterTensors:
         """Size of the weight files, headers included."""
         return sum(file.nbytes for file in self.files)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the file's dtype, finite."""
-        return self._file_of[name].read(name)
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read so far."""
+        return sum(file.bytes_read for file in self.files)
+
+    def read(self, name: str, cuts: Cuts | None = None) -> torch.Tensor:
+        """One tensor or ``cuts`` of it, on the CPU, in the file's dtype, finite."""
+        return self._file_of[name].read(name, cuts)
 
     def __enter__(self) -> Self:
         return self

@@ -124,8 +124,8 @@ def split_fused(
     a: torch.Tensor, b: torch.Tensor, *, num_experts: int, a_is_input: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [E*r, .], B [., E*r] -> rank rows of the input side [E, r, in] and of the output side [E, r, out]."""
-    a_rows = a.reshape(num_experts, -1, a.shape[1])
-    b_rows = b.reshape(b.shape[0], -1, num_experts).permute(2, 1, 0)
+    a_rows = a.reshape(num_experts, a.shape[0] // num_experts, a.shape[1])
+    b_rows = b.reshape(b.shape[0], b.shape[1] // num_experts, num_experts).permute(2, 1, 0)
     return (a_rows, b_rows) if a_is_input else (b_rows, a_rows)
 
 
@@ -133,8 +133,8 @@ def split_gate_up(rows: torch.Tensor, *, is_interleaved: bool) -> tuple[torch.Te
     """Output rows [E, r, 2F] -> gate [E, r, F], up [E, r, F]."""
     if is_interleaved:
         return rows[..., 0::2], rows[..., 1::2]
-    gate, up = rows.chunk(2, dim=-1)
-    return gate, up
+    half = rows.shape[-1] // 2
+    return rows[..., :half], rows[..., half:]
 
 
 def _fits(target: ExpertsTarget, projection: Projection, pair: FusedTensors) -> bool:

@@ -11,8 +11,10 @@ from typing import TypeVar
 import torch
 
 from moegraft.core.errors import AdapterError
-from moegraft.lora.peft.build import Read, build_embedding, build_experts, build_linear, build_saved
+from moegraft.lora.peft.build import build_embedding, build_linear, build_saved
+from moegraft.lora.peft.build_experts import build_experts
 from moegraft.lora.peft.config import PeftConfig, read_config
+from moegraft.lora.peft.factors import Read
 from moegraft.lora.peft.folder import AdapterTensors, open_folder
 from moegraft.lora.peft.keys import Factor, TensorKey, parse_key
 from moegraft.lora.peft.plan import AdapterPlan, plan_adapter

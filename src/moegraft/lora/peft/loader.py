@@ -8,23 +8,36 @@ from collections.abc import Iterable
 import torch
 
 from moegraft.core.errors import AdapterError, AdapterNameError, AdapterTensorError
-from moegraft.lora.peft.build import Read, build_embedding, build_experts, build_linear, build_saved
+from moegraft.lora.peft.build import build_embedding, build_linear, build_saved
+from moegraft.lora.peft.build_experts import build_experts, tensors_elsewhere
 from moegraft.lora.peft.config import read_config
+from moegraft.lora.peft.factors import Read
 from moegraft.lora.peft.folder import AdapterTensors, open_folder
 from moegraft.lora.peft.plan import AdapterPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
 from moegraft.lora.peft.safetensors_file import TensorInfo
+from moegraft.lora.slicing import Cuts
 from moegraft.lora.targets import AdapterWeights, ModelTargets
+from moegraft.parallel.rank_slice import WHOLE_EXPERTS, WHOLE_LINEAR, RankSlice
+
+_WHOLE = RankSlice()
 
 
 def load_peft_adapter(
-    path: str | os.PathLike[str], targets: ModelTargets, *, dtype: torch.dtype, name: str | None = None
+    path: str | os.PathLike[str],
+    targets: ModelTargets,
+    *,
+    dtype: torch.dtype,
+    name: str | None = None,
+    rank_slice: RankSlice = _WHOLE,
 ) -> tuple[AdapterWeights, LoadReport]:
     """Reads an adapter that PEFT saved and fits it to a base model.
 
     ``path``: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or its shards with their index.
     ``dtype``: of the LoRA factors; the scale is folded into B in float32 before the cast. Saved parameters take the
-    dtype of the parameter that they replace. ``name``: for the report; the folder's name by default.
+    dtype of the parameter that they replace. ``name``: for the report; the folder's name by default. ``rank_slice``:
+    what this rank holds; the adapter is checked against ``targets``, the whole model, but only the slice is read and
+    kept, in the sizes of ``local_targets(targets, rank_slice)``.
 
     Every tensor of the checkpoint is applied, or the adapter is refused with an error that names it.
 
@@ -43,12 +56,13 @@ def load_peft_adapter(
         _raise_first(plan.problems)
         used: set[str] = set()
 
-        def read(tensor: str) -> torch.Tensor:
+        def read(tensor: str, cuts: Cuts | None = None, /) -> torch.Tensor:
             used.add(tensor)
-            return tensors.read(tensor)
+            return tensors.read(tensor, cuts)
 
-        weights, notes = _build(plan, targets, read, dtype)
-        unused = tensors.infos.keys() - used
+        weights, notes = _build(plan, targets, read, dtype, rank_slice)
+        elsewhere = _tensors_elsewhere(plan, rank_slice)
+        unused = tensors.infos.keys() - used - elsewhere
         if unused:
             raise AdapterTensorError(f"{tensors.infos[min(unused)].where}: was not applied")
         notes = [*config.notes, *plan.notes, *_cast_notes(tensors.infos.values(), dtype), *notes]
@@ -58,7 +72,10 @@ def load_peft_adapter(
             peft_version=config.peft_version,
             tensors_in_file=len(tensors.infos),
             tensors_applied=len(used),
+            tensors_elsewhere=len(elsewhere - used),
             bytes_in_file=tensors.nbytes,
+            bytes_read=tensors.bytes_read,
+            bytes_held=weights.num_bytes,
             experts={module: experts.ranks() for module, experts in plan.experts.items()},
             linears={module: linear.pair.rank for module, linear in plan.linears.items()},
             embeddings={module: embedding.pair.rank for module, embedding in plan.embeddings.items()},
@@ -78,26 +95,45 @@ def _raise_first(problems: tuple[AdapterError, ...]) -> None:
 
 
 def _build(
-    plan: AdapterPlan, targets: ModelTargets, read: Read, dtype: torch.dtype
+    plan: AdapterPlan, targets: ModelTargets, read: Read, dtype: torch.dtype, mine: RankSlice
 ) -> tuple[AdapterWeights, list[str]]:
-    saved, notes = _build_saved(plan, targets, read)
+    saved, notes = _build_saved(plan, targets, read, mine)
+    experts = {
+        module: build_experts(item, read, dtype, mine.experts.get(module, WHOLE_EXPERTS))
+        for module, item in plan.experts.items()
+    }
     weights = AdapterWeights(
-        experts={module: build_experts(experts, read, dtype) for module, experts in plan.experts.items()},
-        linears={module: build_linear(linear, read, dtype) for module, linear in plan.linears.items()},
-        embeddings={module: build_embedding(item, read, dtype) for module, item in plan.embeddings.items()},
+        experts={module: lora for module, lora in experts.items() if lora is not None},
+        linears={
+            module: build_linear(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
+            for module, item in plan.linears.items()
+        },
+        embeddings={
+            module: build_embedding(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
+            for module, item in plan.embeddings.items()
+        },
         saved=saved,
     )
     return weights, notes
 
 
+def _tensors_elsewhere(plan: AdapterPlan, mine: RankSlice) -> set[str]:
+    return {
+        tensor
+        for module, experts in plan.experts.items()
+        for tensor in tensors_elsewhere(experts, mine.experts.get(module, WHOLE_EXPERTS))
+    }
+
+
 def _build_saved(
-    plan: AdapterPlan, targets: ModelTargets, read: Read
+    plan: AdapterPlan, targets: ModelTargets, read: Read, mine: RankSlice
 ) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     saved: dict[str, dict[str, torch.Tensor]] = {}
     notes = []
     for module, params in plan.saved.items():
         for param, info in params.items():
-            tensor = build_saved(plan, module, targets.saveable[module][param], info, read)
+            base = targets.saveable[module][param]
+            tensor = build_saved(plan, module, base, info, read, mine.saved.get((module, param)))
             if tensor is None:
                 notes.append(f"{info.name} equals the base model's {module}.{param}")
             else:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 class LoadReport:
     """The result of loading one adapter.
 
-    ``tensors_applied`` equals ``tensors_in_file``: a tensor that cannot be applied is an error. ``bytes_in_file``: of
-    the weight files. ``experts``: module -> projection (``gate``, ``up``, ``gate_up``, ``down``) -> rank of one
-    expert, the largest where they differ. ``linears``, ``embeddings``: module -> rank. ``saved``: module ->
-    parameters that are replaced. Modules by their names in the base model. ``notes``: decisions worth knowing.
+    ``tensors_applied`` equals ``tensors_in_file`` less ``tensors_elsewhere``, which belong to experts of other ranks: a
+    tensor that cannot be applied is an error. ``bytes_in_file``: of the weight files. ``bytes_read``: of tensors, by
+    this rank. ``bytes_held``: of what it keeps. ``experts``: module -> projection (``gate``, ``up``, ``gate_up``,
+    ``down``) -> rank of one expert, the largest where they differ. ``linears``, ``embeddings``: module -> rank.
+    ``saved``: module -> parameters that are replaced. Modules by their names in the base model. ``notes``: decisions
+    worth knowing.
     """
 
     name: str
@@ -22,6 +24,9 @@ class LoadReport:
     tensors_in_file: int
     tensors_applied: int
     bytes_in_file: int
+    tensors_elsewhere: int = 0
+    bytes_read: int = 0
+    bytes_held: int = 0
     experts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     linears: Mapping[str, int] = field(default_factory=dict)
     embeddings: Mapping[str, int] = field(default_factory=dict)

@@ -6,8 +6,9 @@ Format: 8 bytes little-endian header length n, n bytes of JSON, then the data. T
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -17,11 +18,15 @@ import torch
 
 from moegraft.core.errors import AdapterFileError, AdapterTensorError
 from moegraft.lora.peft.strict_json import StrictJSONError, parse_object, shorten
+from moegraft.lora.slicing import Cuts, cut_tensor
+from moegraft.parallel.slices import count
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_NAME_CHARS = 1024
 MAX_DIM = 2**31 - 1
 MAX_DIMS = 8
+# Shorter runs are not skipped over but read along: a disk gives no less, and a call costs more than their bytes.
+MIN_RUN_BYTES = 512
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -79,18 +84,30 @@ class SafetensorsFile:
             raise AdapterFileError(f"{path}: cannot be opened ({error.strerror})") from error
         try:
             self.nbytes = self._file.seek(0, 2)
+            self.bytes_read = 0
             self.tensors: Mapping[str, TensorInfo] = self._read_header()
         except BaseException:
             self._file.close()
             raise
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in the file's dtype. Raises AdapterTensorError where a value is NaN or infinite."""
+    def read(self, name: str, cuts: Cuts | None = None) -> torch.Tensor:
+        """The tensor, or ``cuts`` of it, on the CPU, in the file's dtype.
+
+        Only the bytes of the cuts are read where they make runs of ``MIN_RUN_BYTES``. Raises AdapterTensorError where a
+        value is NaN or infinite.
+        """
         info = self.tensors[name]
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
-        data = self._read_bytes(info.offset, info.nbytes)
-        tensor = torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+        cuts = {axis: pieces for axis, pieces in (cuts or {}).items() if pieces != ((0, info.shape[axis]),)}
+        on_disk, in_memory = _split_cuts(info, cuts)
+        shape = [count(on_disk[axis]) if axis in on_disk else size for axis, size in enumerate(info.shape)]
+        data = bytearray(math.prod(shape) * info.dtype.itemsize)
+        filled = 0
+        for offset, nbytes in _runs(info, on_disk):
+            self._fill(memoryview(data)[filled : filled + nbytes], offset)
+            filled += nbytes
+        self.bytes_read += filled
+        tensor = torch.frombuffer(data, dtype=info.dtype) if data else torch.empty(0, dtype=info.dtype)
+        tensor = cut_tensor(tensor.reshape(shape), in_memory)
         if not all_finite(tensor):
             raise AdapterTensorError(f"{info.where} holds NaN or infinite values")
         return tensor
@@ -107,17 +124,20 @@ class SafetensorsFile:
 
     def _read_bytes(self, offset: int, nbytes: int) -> bytearray:
         data = bytearray(nbytes)
-        view, filled = memoryview(data), 0
+        self._fill(memoryview(data), offset)
+        return data
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        filled = 0
         try:
             self._file.seek(offset)
-            while filled < nbytes:
+            while filled < len(view):
                 count = self._file.readinto(view[filled:])
                 if not count:
                     raise AdapterFileError(f"{self.path.name}: ends at byte {offset + filled}, while it is being read")
                 filled += count
         except OSError as error:
             raise AdapterFileError(f"{self.path.name}: cannot be read ({error.strerror})") from error
-        return data
 
     def _read_header(self) -> dict[str, TensorInfo]:
         name = self.path.name
@@ -180,6 +200,38 @@ class SafetensorsFile:
             position += info.nbytes
         if position != self.nbytes:
             raise AdapterFileError(f"{self.path.name}: {self.nbytes - position} bytes behind the last tensor")
+
+
+def _split_cuts(info: TensorInfo, cuts: Cuts) -> tuple[Cuts, Cuts]:
+    """Which cuts the file is read by, from the outermost axis as long as runs are long, and which are made later."""
+    on_disk = {}
+    for axis in sorted(cuts):
+        run_elems = count(cuts[axis]) * math.prod(info.shape[axis + 1 :]) // max(len(cuts[axis]), 1)
+        if 0 < run_elems * info.dtype.itemsize < MIN_RUN_BYTES:
+            break
+        on_disk[axis] = cuts[axis]
+    return on_disk, {axis: pieces for axis, pieces in cuts.items() if axis not in on_disk}
+
+
+def _runs(info: TensorInfo, cuts: Cuts) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of everything inside the cuts, in the order of the tensor."""
+    if not cuts:
+        if info.nbytes:
+            yield info.offset, info.nbytes
+        return
+    last = max(cuts)
+    unit = math.prod(info.shape[last + 1 :]) * info.dtype.itemsize
+    outer: Sequence[range | list[int]] = [
+        [index for start, stop in cuts[axis] for index in range(start, stop)] if axis in cuts else range(size)
+        for axis, size in enumerate(info.shape[:last])
+    ]
+    for place in itertools.product(*outer):
+        row = 0
+        for index, size in zip(place, info.shape, strict=False):
+            row = row * size + index
+        for start, stop in cuts[last]:
+            if stop > start and unit:
+                yield info.offset + (row * info.shape[last] + start) * unit, (stop - start) * unit
 
 
 def _is_sizes(value: Any) -> bool:

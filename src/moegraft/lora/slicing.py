@@ -1,0 +1,139 @@
+"""Cuts tensors and whole adapters to what one rank holds. The PEFT loader reads the same slices straight from files.
+
+Shape letters: E experts · D hidden size · F expert intermediate size · h experts that an adapter holds · r rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import pad
+
+from moegraft.lora.targets import (
+    AdapterWeights,
+    EmbeddingLoRA,
+    ExpertsLoRA,
+    ExpertsTarget,
+    LinearLoRA,
+    ModelTargets,
+)
+from moegraft.parallel.rank_slice import (
+    WHOLE_EXPERTS,
+    WHOLE_LINEAR,
+    ExpertsSlice,
+    LinearSlice,
+    Pieces,
+    RankSlice,
+    Share,
+)
+from moegraft.parallel.slices import Shard
+
+Cuts = Mapping[int, Pieces]
+"""Axis -> the intervals of it that are kept, in this order."""
+
+
+def cut_tensor(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """The tensor with only the given intervals of some axes; a copy where anything is cut off."""
+    for axis, pieces in cuts.items():
+        if pieces != ((0, tensor.shape[axis]),):
+            parts = [tensor.narrow(axis, start, stop - start) for start, stop in pieces]
+            tensor = torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0).clone()
+    return tensor
+
+
+def pad_axis(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """Zeros behind an axis, up to ``size``."""
+    missing = size - tensor.shape[axis]
+    return pad(tensor, [0, 0] * (tensor.dim() - 1 - axis) + [0, missing]) if missing else tensor
+
+
+def slice_adapter(weights: AdapterWeights, targets: ModelTargets, mine: RankSlice) -> AdapterWeights:
+    """What one rank holds of an adapter that was made for the whole model. Shares no memory that it does not need."""
+    experts = {
+        module: slice_experts(lora, targets.experts[module], mine.experts.get(module, WHOLE_EXPERTS))
+        for module, lora in weights.experts.items()
+    }
+    return AdapterWeights(
+        experts={module: lora for module, lora in experts.items() if lora is not None},
+        linears={m: slice_linear(lora, mine.linears.get(m, WHOLE_LINEAR)) for m, lora in weights.linears.items()},
+        embeddings={
+            m: slice_embedding(lora, mine.linears.get(m, WHOLE_LINEAR)) for m, lora in weights.embeddings.items()
+        },
+        saved={
+            module: {param: slice_parameter(tensor, mine, module, param) for param, tensor in params.items()}
+            for module, params in weights.saved.items()
+        },
+    )
+
+
+def slice_experts(lora: ExpertsLoRA, target: ExpertsTarget, mine: ExpertsSlice) -> ExpertsLoRA | None:
+    """One experts module; None where the adapter touches none of the rank's experts. Expert ids become local."""
+    local_ids, positions = local_experts_of(lora.expert_ids, mine)
+    if not local_ids:
+        return None
+    columns, hidden = mine.columns(target.intermediate_size), mine.hidden(target.hidden_size)
+
+    def take(factor: torch.Tensor | None, part: Shard | None = None) -> torch.Tensor | None:
+        if factor is None:
+            return None
+        if factor.shape[0] > 1 or len(lora.expert_ids) == 1:
+            factor = factor[positions]
+        return factor.contiguous() if part is None else cut_padded(factor, 2, part)
+
+    a13 = take(lora.a13)
+    if a13 is not None and mine.low_rank is not None:
+        a13 = cut_padded(a13, 1, mine.low_rank.of(a13.shape[1]))
+    return replace(
+        lora,
+        expert_ids=local_ids,
+        a13=a13,
+        b_gate=take(lora.b_gate, columns),
+        b_up=take(lora.b_up, columns),
+        a2=take(lora.a2, columns),
+        b2=take(lora.b2, hidden),
+    )
+
+
+def slice_linear(lora: LinearLoRA, mine: LinearSlice) -> LinearLoRA:
+    """One linear map."""
+    a = cut_lanes(lora.a, mine.lanes)
+    return LinearLoRA(
+        a=a if mine.inputs is None else cut_tensor(a, {1: mine.inputs}),
+        b=lora.b if mine.outputs is None else cut_tensor(lora.b, {1: mine.outputs}),
+        gain=lora.gain if lora.gain is None or mine.outputs is None else cut_tensor(lora.gain, {0: mine.outputs}),
+    )
+
+
+def slice_embedding(lora: EmbeddingLoRA, mine: LinearSlice) -> EmbeddingLoRA:
+    """One embedding: ``inputs`` are of the vocabulary, ``outputs`` of its dimension."""
+    return EmbeddingLoRA(
+        a=lora.a if mine.inputs is None else cut_tensor(lora.a, {1: mine.inputs}),
+        b=lora.b if mine.outputs is None else cut_tensor(lora.b, {1: mine.outputs}),
+    )
+
+
+def slice_parameter(tensor: torch.Tensor, mine: RankSlice, module: str, param: str) -> torch.Tensor:
+    """A parameter that an adapter replaces."""
+    part = mine.saved.get((module, param))
+    return tensor if part is None else cut_tensor(tensor, {part.axis: part.pieces})
+
+
+def cut_lanes(a_RI: torch.Tensor, share: Share | None) -> torch.Tensor:
+    """The share of A's rank rows, zero rows behind them up to the common length."""
+    return a_RI if share is None else cut_padded(a_RI, 0, share.of(a_RI.shape[0]))
+
+
+def cut_padded(tensor: torch.Tensor, axis: int, part: Shard) -> torch.Tensor:
+    """A shard of one axis with its padding; contiguous."""
+    return pad_axis(cut_tensor(tensor, {axis: part.pieces}), axis, part.padded).contiguous()
+
+
+def local_experts_of(held: tuple[int, ...], mine: ExpertsSlice) -> tuple[tuple[int, ...], list[int]]:
+    """Local ids, ascending, of the rank's experts that an adapter holds, and where each stands among ``held``."""
+    if mine.experts is None:
+        return held, list(range(len(held)))
+    position = {expert: index for index, expert in enumerate(held)}
+    found = [(local, position[expert]) for local, expert in enumerate(mine.experts) if expert in position]
+    return tuple(local for local, _ in found), [index for _, index in found]
