@@ -165,15 +165,9 @@ def dense_weights(case: MoECase, inputs: MoEInputs) -> DenseExperts:
     )
 
 
-def make_experts_bank(
-    case: MoECase,
-    adapters: tuple[ExpertsFactors, ...],
-    *,
-    page_bytes: int = 1024,
-    device: torch.device | str = "cpu",
-) -> AdapterBank:
+def experts_target(case: MoECase) -> ExpertsTarget:
     config = case.config
-    target = ExpertsTarget(
+    return ExpertsTarget(
         name=MODULE,
         num_experts=config.num_experts,
         hidden_size=config.hidden_size,
@@ -182,14 +176,25 @@ def make_experts_bank(
         is_transposed=case.is_transposed,
         is_interleaved=case.is_interleaved,
     )
+
+
+def make_experts_bank(
+    case: MoECase,
+    adapters: tuple[ExpertsFactors, ...],
+    *,
+    page_bytes: int = 1024,
+    device: torch.device | str = "cpu",
+) -> AdapterBank:
     layout = BankLayout(
-        ModelTargets(model_type="plain", experts={MODULE: target}), dtype=config.dtype, page_bytes=page_bytes
+        ModelTargets(model_type="plain", experts={MODULE: experts_target(case)}),
+        dtype=case.config.dtype,
+        page_bytes=page_bytes,
     )
     bank = AdapterBank(layout, capacity_bytes=4 << 20, device=device, max_slots=max(len(adapters), 1), poison=True)
     for i, factors in enumerate(adapters):
-        bank.load(f"a{i}", AdapterWeights(experts={MODULE: ExpertsLoRA(**_fields(factors))}))
+        bank.load(f"a{i}", AdapterWeights(experts={MODULE: ExpertsLoRA(**fields_of(factors))}))
     return bank
 
 
-def _fields(record: object) -> dict[str, object]:
+def fields_of(record: object) -> dict[str, object]:
     return {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from moegraft.lora.punica import PunicaWrapperBase, PunicaWrapperCPU, PunicaWrap
 from moegraft.moe.experts.triton_experts import MIN_CAPABILITY
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.moe.method import FusedMoEModularMethod
-from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize
+from moegraft.moe.prepare_finalize import FusedMoEPrepareAndFinalize, NoDispatchPrepareAndFinalize
 from moegraft.moe.router import RouterConfig
 from moegraft.oracle import Decision, select_experts
 
@@ -32,11 +32,13 @@ def build_fused_moe(
     lora: bool = True,
     adapters_touch_experts: bool = True,
     backend: str | None = None,
+    prepare_finalize: FusedMoEPrepareAndFinalize | None = None,
 ) -> tuple[FusedMoE, Decision]:
     """A FusedMoE over ``weights`` (kept, not copied) and the oracle's decision.
 
     ``lora``: only backends that take LoRA are considered, unless no adapter will touch the experts
-    (``adapters_touch_experts``). ``backend``: a class by name. Raises NoBackendError.
+    (``adapters_touch_experts``). ``backend``: a class by name. ``prepare_finalize``: how rows meet experts of
+    other ranks; by default all experts are here. Raises NoBackendError.
     """
     request = BackendRequest(
         config=config,
@@ -46,7 +48,8 @@ def build_fused_moe(
         adapters_touch_experts=adapters_touch_experts,
     )
     decision = select_experts(request, backend=backend)
-    method = FusedMoEModularMethod(config, weights, decision.experts_cls, NoDispatchPrepareAndFinalize(config))
+    prepare_finalize = prepare_finalize or NoDispatchPrepareAndFinalize(config)
+    method = FusedMoEModularMethod(config, weights, decision.experts_cls, prepare_finalize)
     return FusedMoE(config, method, router, correction_bias_E), decision
 
 

@@ -2,6 +2,7 @@
 
 from moegraft.moe.expert_parallel.all_gather import AllGatherPrepareAndFinalize
 from moegraft.moe.expert_parallel.all_to_all import AllToAllPrepareAndFinalize
+from moegraft.moe.expert_parallel.choose import expert_parallel_pair
 from moegraft.moe.expert_parallel.exchange import ExpertParallelPrepareAndFinalize
 from moegraft.moe.expert_parallel.replicated import ReplicatedPrepareAndFinalize
 
@@ -10,4 +11,5 @@ __all__ = [
     "AllToAllPrepareAndFinalize",
     "ExpertParallelPrepareAndFinalize",
     "ReplicatedPrepareAndFinalize",
+    "expert_parallel_pair",
 ]
