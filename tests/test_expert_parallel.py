@@ -1,0 +1,233 @@
+"""Experts on several ranks, in real processes: equal to one process, base rows to the bit, whatever the routing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.expert_parallel import ParallelCase, RankResult, check_parallel, run_cases
+
+from moegraft.core.config import MoEConfig
+from moegraft.parallel import ParallelConfig
+from moegraft.parallel.config import Dispatch
+from moegraft.parallel.expert_map import ExpertMap
+from moegraft.testing import LoRASpec, MoECase, Popularity, Routing
+from moegraft.testing.cases import MOE_CASES
+
+if TYPE_CHECKING:
+    from support.distributed import WorldPool
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+E, K, T = 7, 3, 26
+CONFIG = MoEConfig(num_experts=E, top_k=K, hidden_size=48, intermediate_size=24)
+ADAPTERS = {
+    "per_expert": (LoRASpec(), LoRASpec(r_gate=4, r_up=4, r2=4)),
+    "fused": (LoRASpec(shared_a13=True), LoRASpec(shared_a13=True, r_gate=3, r_up=3, r2=3)),
+    "shared_outer": (LoRASpec(shared_outer=True), LoRASpec(shared_outer=True, shared_a13=True)),
+    "partial": (LoRASpec(expert_ids=(1, 4)), LoRASpec(expert_ids=(6,)), LoRASpec(r_gate=0, r_up=0)),
+    "mixed_ranks": tuple(LoRASpec(r_gate=r, r_up=r, r2=r) for r in (1, 3, 7, 16, 33)),
+}
+ADAPTERS["all"] = tuple(spec for specs in ADAPTERS.values() for spec in specs)
+PACKINGS = {
+    "fp32": ("dense", torch.float32),
+    "bf16": ("dense", torch.bfloat16),
+    "fp8": ("fp8 block", torch.bfloat16),
+    "int8": ("int8", torch.float32),
+}
+# With copies of hot experts, some next to each other, some on all ranks.
+COPIED = ExpertMap.from_owners([0, 0, 1, 1, 0, 1, 1], 2).with_copies({0: (1,), 3: (0,)})
+COPIED4 = ExpertMap.round_robin(E, 4).with_copies({0: (1, 2, 3), 5: (0,)})
+
+
+def case_of(adapters: str, dtype: torch.dtype = torch.float32) -> MoECase:
+    return MoECase(
+        name=adapters,
+        config=replace(CONFIG, dtype=dtype),
+        num_tokens=T,
+        adapters=ADAPTERS[adapters],
+        popularity=Popularity.UNIFORM,
+        base_share=0.3,
+    )
+
+
+def data_parallel(ep: int, dispatch: Dispatch = "all_to_all", tp: int = 1) -> ParallelConfig:
+    return ParallelConfig(tp=tp, ep=ep, dispatch=dispatch, data_parallel=True)
+
+
+# Layout -> config, map, tokens of each rank.
+LAYOUTS_OF_2: dict[str, tuple[ParallelConfig, ExpertMap, tuple[int, ...] | None]] = {
+    "replicated": (ParallelConfig(ep=2), ExpertMap.contiguous(E, 2), None),
+    "replicated, copies": (ParallelConfig(ep=2), COPIED, None),
+    "all-gather": (data_parallel(2, "all_gather"), ExpertMap.contiguous(E, 2), (13, 13)),
+    "all-gather, uneven": (data_parallel(2, "all_gather"), ExpertMap.round_robin(E, 2), (25, 1)),
+    "all-to-all": (data_parallel(2), ExpertMap.contiguous(E, 2), (13, 13)),
+    "all-to-all, copies": (data_parallel(2), COPIED, (9, 17)),
+    "all-to-all, no rows": (data_parallel(2), ExpertMap.round_robin(E, 2), (0, T)),
+}
+LAYOUTS_OF_4: dict[str, tuple[ParallelConfig, ExpertMap, tuple[int, ...] | None]] = {
+    "replicated": (ParallelConfig(ep=4), ExpertMap.contiguous(E, 4), None),
+    "all-gather": (data_parallel(4, "all_gather"), ExpertMap.round_robin(E, 4), (7, 0, 12, 7)),
+    "all-to-all": (data_parallel(4), ExpertMap.contiguous(E, 4), (7, 7, 6, 6)),
+    "all-to-all, copies": (data_parallel(4), COPIED4, (0, 20, 1, 5)),
+    "tp x replicated": (ParallelConfig(tp=2, ep=2), ExpertMap.contiguous(E, 2), None),
+    "tp x all-gather": (data_parallel(2, "all_gather", tp=2), COPIED, (13, 13)),
+    "tp x all-to-all": (data_parallel(2, tp=2), ExpertMap.round_robin(E, 2), (4, 22)),
+}
+
+
+def check_cases(pool: WorldPool, cases: Sequence[ParallelCase]) -> list[list[RankResult]]:
+    """Runs all cases in one go; results by case and rank."""
+    by_rank = pool.run(run_cases, list(cases))
+    by_case = [list(results) for results in zip(*by_rank, strict=True)]
+    for case, results in zip(cases, by_case, strict=True):
+        check_parallel(case, results)
+    return by_case
+
+
+def proof_cases(
+    layout: tuple[ParallelConfig, ExpertMap, tuple[int, ...] | None], packing_name: str
+) -> list[ParallelCase]:
+    config, expert_map, rows = layout
+    packing, dtype = PACKINGS[packing_name]
+    cases = [case_of(adapters, dtype) for adapters in ADAPTERS]
+    if config.tp > 1 and packing == "fp8 block":  # F is cut between blocks of scales
+        cases = [replace(case, config=replace(case.config, intermediate_size=256)) for case in cases]
+    return [ParallelCase(case=case, config=config, expert_map=expert_map, rows=rows, packing=packing) for case in cases]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_2)
+def test_two_ranks_equal_one_process(world2: WorldPool, layout: str, packing: str) -> None:
+    check_cases(world2, proof_cases(LAYOUTS_OF_2[layout], packing))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_4)
+def test_four_ranks_equal_one_process(world4: WorldPool, layout: str, packing: str) -> None:
+    check_cases(world4, proof_cases(LAYOUTS_OF_4[layout], packing))
+
+
+DISPATCHES = {
+    "replicated": (ParallelConfig(ep=2), None),
+    "all-gather": (data_parallel(2, "all_gather"), (10, 14)),
+    "all-to-all": (data_parallel(2), (10, 14)),
+}
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_every_kind_of_layer(world2: WorldPool, dispatch: str) -> None:
+    """Layouts, activations, biases, sentinels, weights on the input: the shipped table, where a rank can have rows."""
+    config, rows = DISPATCHES[dispatch]
+    cases = []
+    for case in MOE_CASES:
+        if case.config.num_experts < 2:
+            continue
+        tokens = case.num_tokens
+        shares = None if rows is None else (tokens // 3, tokens - tokens // 3)
+        expert_map = ExpertMap.contiguous(case.config.num_experts, 2)
+        cases.append(ParallelCase(case=case, config=config, expert_map=expert_map, rows=shares))
+    check_cases(world2, cases)
+
+
+def adversarial(ids: Sequence[Sequence[int]], *, slots: Sequence[int] | None = None, **changes: object) -> ParallelCase:
+    top_k = len(ids[0])
+    case = replace(case_of("all"), config=replace(CONFIG, top_k=top_k), num_tokens=len(ids))
+    found = ParallelCase(
+        case=case,
+        config=data_parallel(2),
+        expert_map=ExpertMap.contiguous(E, 2),
+        rows=(len(ids) // 2, len(ids) - len(ids) // 2),
+        ids=tuple(map(tuple, ids)),
+        slots=None if slots is None else tuple(slots),
+    )
+    return replace(found, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_adversarial_routing(world2: WorldPool, dispatch: str) -> None:
+    config, rows = DISPATCHES[dispatch]
+    anywhere = [[t % E, (t + 3) % E] for t in range(8)]
+    cases = [
+        adversarial([[5]] * 9),  # all tokens to one expert
+        adversarial([[0, 1]] * 5 + [[2, 3]] * 5),  # all experts of rank 1 idle
+        adversarial([[-1, E]] * 6),  # no token to any expert
+        adversarial([[2, 4], [-1, 0], [6, E + 5]], rows=(0, 3)),  # zero tokens on a rank
+        adversarial(anywhere, rows=(8, 0), slots=[-1] * 8),  # and no adapter anywhere
+        adversarial(anywhere, rows=(4, 4), slots=[-1] * 4 + [0, 1, 5, 6]),  # adapters on rank 1's rows alone
+        adversarial(anywhere, rows=(8, 0), slots=[7] * 8),  # an adapter that touches one expert, of rank 1
+        adversarial([[6, 0]], rows=(1, 0), slots=[2]),  # one token
+    ]
+    if rows is None:
+        cases = [replace(case, rows=None) for case in cases]
+    packed = [replace(case, packing="fp8 block") for case in cases]
+    check_cases(world2, [replace(case, config=config) for case in cases + packed])
+
+
+def test_a_hot_expert_with_copies(world4: WorldPool) -> None:
+    """All tokens choose one expert that every rank has: nothing needs to travel far, and each copy gets its share."""
+    everywhere = ExpertMap.contiguous(E, 4).with_copies({5: range(4)})
+    case = adversarial([[5]] * 16, expert_map=everywhere, config=data_parallel(4), rows=(4, 4, 4, 4))
+    (results,) = check_cases(world4, [case])
+    # A quarter of every rank's rows stays; the rest goes round, and back comes one sum for each.
+    row = 4 * CONFIG.hidden_size
+    header = 8 * 1 + 4
+    counts = 3 * 4 * 8
+    assert [result.base_bytes["all_to_all"] for result in results] == [3 * (row + header) + 3 * row + counts] * 4
+
+
+@pytest.mark.parametrize("packing", ["dense", "fp8 block"])
+@pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all"])
+def test_bits_of_base_rows_do_not_follow_the_routing_of_others(world2: WorldPool, dispatch: str, packing: str) -> None:
+    """In deeper layers adapters change where their rows go, and with it how many rows each rank gets."""
+    config, _ = DISPATCHES[dispatch]
+    base = [[0, 5], [6, 1], [2, 4], [3, 5]]
+    slots = [-1] * 4 + [0, 1, 3, 5, 7, 9, 2, 4]
+    calm = [[t % E, (t + 3) % E] for t in range(8)]
+    hot = [[0, 1]] * 8
+    cases = [
+        adversarial(base + others, slots=slots, config=config, rows=(6, 6), packing=packing) for others in (calm, hot)
+    ]
+    calm_results, hot_results = check_cases(world2, cases)
+    assert torch.equal(calm_results[0].found[:4], hot_results[0].found[:4])
+    assert not torch.equal(calm_results[0].found[4:], hot_results[0].found[4:])
+
+
+def test_rows_with_an_adapter_travel_unquantised_and_the_others_packed(world2: WorldPool) -> None:
+    """The bytes of one rank's rows: D + scales for a base row in fp8, 2 D where LoRA reads it."""
+    D = CONFIG.hidden_size
+    ids = [[4], [5], [6], [4]] + [[0]] * 4  # rank 0's rows all go to rank 1; rank 1's to rank 0
+    config = replace(CONFIG, dtype=torch.bfloat16, top_k=1)
+    case = adversarial(ids, slots=[-1, 0, -1, -1, 0, 0, -1, -1], packing="fp8 block", rows=(4, 4))
+    case = replace(case, case=replace(case.case, config=config))
+    ((first, second),) = check_cases(world2, [case])
+    header, back, counts = 8 + 4, 4 * 2 * D, 4 * 8
+    packed, plain = D + 4 + header, 2 * D + header
+    assert first.base_bytes == {"all_to_all": 4 * packed + back + counts}
+    assert first.lora_bytes["all_to_all"] == 3 * packed + plain + back + counts
+    assert second.lora_bytes["all_to_all"] == 2 * packed + 2 * plain + back + counts
+
+
+def test_each_rank_keeps_its_own_experts_pages_only(world2: WorldPool) -> None:
+    """Adapters of experts 1 and 4, of 6, and of all: pages by rank, not everything everywhere."""
+    specs = (LoRASpec(expert_ids=(1, 2)), LoRASpec(expert_ids=(6,)), LoRASpec())
+    case = replace(case_of("partial"), adapters=specs)
+    parallel = ParallelCase(case=case, config=data_parallel(2), expert_map=ExpertMap.contiguous(E, 2), rows=(13, 13))
+    ((first, second),) = check_cases(world2, [parallel])
+    assert first.adapter_pages[0] > 0 and second.adapter_pages[0] == 0
+    assert first.adapter_pages[1] == 0 and second.adapter_pages[1] > 0
+    assert first.adapter_pages[2] > second.adapter_pages[2] > 0  # 4 experts and 3
+
+
+def test_routing_of_sentinels_sends_nothing(world2: WorldPool) -> None:
+    case = replace(case_of("all"), routing=Routing.SENTINELS)
+    check_cases(
+        world2,
+        [ParallelCase(case=case, config=data_parallel(2), expert_map=ExpertMap.contiguous(E, 2), rows=(20, 6))],
+    )
+    nowhere = adversarial([[-1, E]] * 6)
+    ((first, _),) = check_cases(world2, [nowhere])
+    assert first.base_bytes == {"all_to_all": 4 * 8}  # the counts, and not a row
