@@ -1,6 +1,7 @@
 """moegraft: many LoRA adapters on one Mixture-of-Experts model, in one batch.
 
-``attach`` needs transformers and is looked up on first use, so that the layers and kernels work without it.
+``attach`` and ``load_quantised`` need transformers and are looked up on first use, so that the layers and kernels work
+without it.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moegraft.integrations.transformers import GraftedModel, attach
+    from moegraft.integrations.transformers import GraftedModel, attach, load_quantised
 
-__all__ = ["GraftedModel", "attach"]
+__all__ = ["GraftedModel", "attach", "load_quantised"]
 __version__ = "0.1.0"
 
 

@@ -293,9 +293,9 @@ _KEEP = ("A_log", "dt_bias", "dt_proj.bias", ".D", "slope_rate")
 _BALANCING = ("e_score_correction_bias", "expert_bias")
 
 
-def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """A float32 model of family ``name`` in eval mode; the same seed gives the same weights."""
-    config = CONFIG_MAPPING[name](**{**_COMMON, **FAMILIES[name].config})
+def build(name: str, seed: int = 0, **sizes: Any) -> PreTrainedModel:
+    """A float32 model of family ``name`` in eval mode; the same seed, the same weights. ``sizes``: config fields."""
+    config = CONFIG_MAPPING[name](**{**_COMMON, **FAMILIES[name].config, **sizes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for what keeps its own initialisation
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()

@@ -64,7 +64,7 @@ def discover_targets(model: PreTrainedModel) -> ModelTargets:
     routers = dict(_parameter_routers(scope))
     return ModelTargets(
         model_type=model.config.model_type,
-        experts={name: _experts_target(name, module) for name, module in scope.experts.items()},
+        experts=experts_targets(model),
         linears=_linear_targets(scope, routers),
         embeddings={
             name: EmbeddingTarget(name=name, num_embeddings=m.num_embeddings, embedding_dim=m.embedding_dim)
@@ -93,6 +93,11 @@ def find_unsupported(model: nn.Module) -> str | None:
         if reason is not None:
             return f"{model_class}: experts module '{name}' ({type(module).__name__}) {reason}"
     return None
+
+
+def experts_targets(model: PreTrainedModel) -> dict[str, ExpertsTarget]:
+    """The experts modules alone; their weights may lie on the meta device."""
+    return {name: _experts_target(name, module) for name, module in hooked_experts(model).items()}
 
 
 def experts_per_token(model: PreTrainedModel) -> int:

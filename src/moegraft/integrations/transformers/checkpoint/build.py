@@ -1,0 +1,98 @@
+"""transformers builds the model; the experts layers that stay packed are emptied before it loads the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moegraft.core.errors import CheckpointError
+from moegraft.integrations.transformers.storage import empty_experts
+
+METHOD = "moegraft"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """``layers``: the experts modules that moegraft keeps packed. ``format_name``: in which of its formats."""
+
+    def __init__(self, layers: Iterable[str] = (), format_name: str = "", **_: Any) -> None:
+        self.quant_method = METHOD
+        self.layers = list(layers)
+        self.format_name = format_name
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """transformers' seam for quantisation methods, used for one thing: to empty modules before weights are loaded."""
+
+    quantization_config: PackedConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name in self.quantization_config.layers:
+            empty_experts(model.get_submodule(name))
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """The packed weights are no parameters: a saved model would be without its experts."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config without what it says of quantisation: the model of the unquantised checkpoint."""
+    for holder in {id(one): one for one in (config, config.get_text_config())}.values():
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(holder, key):
+                delattr(holder, key)
+    return config
+
+
+def hollow_structure(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: its modules and shapes, no weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def build_model(
+    structure: PreTrainedModel, packed: PackedConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model of the class and config of ``structure`` from the weights that are not packed, in eval mode.
+
+    ``state`` has the names of the checkpoint; transformers renames and fuses as it does for any checkpoint. Raises
+    CheckpointError for a tensor of the model that is not in ``state``, and for one of ``state`` that the model lacks.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of keys is turned into an error below
+    try:
+        model, info = type(structure).from_pretrained(
+            None,
+            config=structure.config,
+            state_dict=dict(state),
+            dtype=dtype,
+            quantization_config=packed,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load what stands beside the experts: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    for key, what in (
+        ("missing_keys", "is missing in the checkpoint"),
+        ("unexpected_keys", "has no place in the model"),
+        ("mismatched_keys", "has another shape than the model"),
+    ):
+        found = sorted(map(str, info[key]))
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise CheckpointError(f"tensor {found[0]} {what} ({type(model).__name__}){more}")
+    return model.requires_grad_(False)

@@ -1,0 +1,128 @@
+"""``load_quantised``: a quantised checkpoint as a transformers model whose experts stay packed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from moegraft.core.errors import CheckpointError, UnsupportedModelError
+from moegraft.integrations.transformers.checkpoint.build import (
+    PackedConfig,
+    build_model,
+    hollow_structure,
+    plain_config,
+)
+from moegraft.integrations.transformers.checkpoint.files import (
+    CONFIG_FILE,
+    CheckpointTensors,
+    open_checkpoint,
+    read_json,
+)
+from moegraft.integrations.transformers.checkpoint.plan import CheckpointPlan, plan_checkpoint
+from moegraft.integrations.transformers.checkpoint.scheme import find_scheme, read_scheme
+from moegraft.integrations.transformers.checkpoint.unpack import dequantise_linear
+from moegraft.integrations.transformers.checkpoint.weights import read_layer
+from moegraft.integrations.transformers.experts import IMPLEMENTATION
+from moegraft.integrations.transformers.storage import WEIGHT_DTYPES, pack_experts
+from moegraft.integrations.transformers.targets import experts_targets
+
+_LOG = logging.getLogger("moegraft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointStructure:
+    """A quantised checkpoint without its weights: the model on the meta device, and where every tensor goes."""
+
+    folder: Path
+    model: PreTrainedModel
+    plan: CheckpointPlan
+
+
+def is_quantised(path: str | os.PathLike[str]) -> bool:
+    """Whether the checkpoint is quantised by a method of which moegraft reads layouts. Raises CheckpointError."""
+    folder = open_checkpoint(path)
+    return find_scheme(read_json(folder, CONFIG_FILE)) is not None
+
+
+def load_quantised(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A quantised Mixture-of-Experts checkpoint, its experts packed as they are stored, ready for ``attach``.
+
+    ``path``: a folder with config.json and safetensors, in a layout of docs/formats.md. transformers builds the model
+    and loads what is not quantised; moegraft reads the experts, layer by layer, into its own formats, and dequantises
+    linear maps beside them. ``dtype``: of activations and of all that is not packed; the config's by default.
+
+    The model is for inference and cannot be saved. Raises CheckpointError or UnsupportedModelError.
+    """
+    folder = open_checkpoint(path)
+    with CheckpointTensors(folder) as tensors:
+        structure = _structure(folder, tensors)
+        plan, target_dtype = structure.plan, _dtype(structure.model.config, dtype)
+        state = {name: tensors.read(name) for name in plan.plain}
+        for module, parts in plan.linears.items():
+            read = {part: tensors.read(name) for part, name in parts.items()}
+            state[f"{module}.weight"] = dequantise_linear(plan.scheme, read, module).to(target_dtype)
+        packed = PackedConfig(plan.experts, plan.scheme.format_name)
+        model = build_model(structure.model, packed, state, target_dtype)
+        del state
+        model = model.to(device)
+        for name, layer in plan.experts.items():
+            weights = read_layer(layer, plan.scheme, tensors.read, dtype=target_dtype, device=torch.device(device))
+            pack_experts(model.get_submodule(name), weights, target_dtype)
+        unread = tensors.unread - set(plan.ignored)
+        if unread:
+            raise CheckpointError(f"{tensors.infos[min(unread)].where}: was not applied")
+    model.set_experts_implementation(IMPLEMENTATION)
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    _LOG.info(
+        "%s: experts of %d layers read by moegraft and kept as %s (%s); %d linear maps dequantised to %s",
+        folder,
+        len(plan.experts),
+        plan.scheme.format_name,
+        plan.scheme.description,
+        len(plan.linears),
+        target_dtype,
+    )
+    return model
+
+
+def read_structure(path: str | os.PathLike[str]) -> CheckpointStructure:
+    """What ``load_quantised`` would do, from the config and the headers alone. Raises as it does."""
+    folder = open_checkpoint(path)
+    with CheckpointTensors(folder) as tensors:
+        return _structure(folder, tensors)
+
+
+def _structure(folder: Path, tensors: CheckpointTensors) -> CheckpointStructure:
+    scheme = read_scheme(read_json(folder, CONFIG_FILE))
+    try:
+        config = plain_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        model = hollow_structure(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: no config of a model that transformers knows: {error}") from error
+    targets = experts_targets(model)
+    if not targets:
+        raise UnsupportedModelError(f"{folder}: {type(model).__name__} has no experts that moegraft can reach")
+    plan = plan_checkpoint(
+        tensors.infos,
+        scheme,
+        targets,
+        model_type=model.config.model_type,
+        ignore=sorted(model._keys_to_ignore_on_load_unexpected or ()),
+    )
+    return CheckpointStructure(folder=folder, model=model, plan=plan)
+
+
+def _dtype(config: PreTrainedConfig, wanted: torch.dtype | None) -> torch.dtype:
+    dtype = wanted if wanted is not None else getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
+    if dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(f"dtype is {dtype}, expected one of {', '.join(map(str, WEIGHT_DTYPES))}")
+    return dtype

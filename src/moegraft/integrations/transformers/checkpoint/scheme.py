@@ -1,0 +1,265 @@
+"""``quantization_config`` of a checkpoint: which of the known layouts its quantised tensors are in, or why none."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moegraft.core.errors import CheckpointError
+from moegraft.lora.peft.strict_json import shorten
+
+GROUP_SIZES = (32, 64, 128)
+WHOLE_CHANNEL = -1
+
+
+class Layout(enum.StrEnum):
+    """How the tensors of one quantised matrix are stored."""
+
+    GPTQ = "gptq"
+    AWQ = "awq"
+    PACKED_INT4 = "pack-quantized"  # compressed-tensors
+    INT8 = "int-quantized"  # compressed-tensors
+    FP8 = "float-quantized"  # compressed-tensors
+    FP8_BLOCKS = "fp8"  # weight_scale_inv: DeepSeek, Qwen, MiniMax
+    MXFP4 = "mxfp4"  # gpt-oss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Tensors of one quantised matrix: last names. ``marker`` tells a quantised matrix from a plain one."""
+
+    marker: str
+    required: frozenset[str]
+    optional: frozenset[str] = frozenset()
+
+    @property
+    def known(self) -> frozenset[str]:
+        return self.required | self.optional
+
+
+def _parts(marker: str, required: str, optional: str = "") -> Parts:
+    return Parts(marker=marker, required=frozenset(required.split()), optional=frozenset(optional.split()))
+
+
+PARTS: Mapping[Layout, Parts] = {
+    Layout.GPTQ: _parts("qweight", "qweight qzeros scales", "g_idx"),
+    Layout.AWQ: _parts("qweight", "qweight qzeros scales"),
+    Layout.PACKED_INT4: _parts(
+        "weight_packed", "weight_packed weight_scale", "weight_shape weight_zero_point weight_g_idx"
+    ),
+    Layout.INT8: _parts("weight_scale", "weight weight_scale"),
+    Layout.FP8: _parts("weight_scale", "weight weight_scale", "input_scale"),
+    Layout.FP8_BLOCKS: _parts("weight_scale_inv", "weight weight_scale_inv", "activation_scale input_scale"),
+}
+FORMAT_NAMES: Mapping[Layout, str] = {
+    Layout.GPTQ: "int4",
+    Layout.AWQ: "int4",
+    Layout.PACKED_INT4: "int4",
+    Layout.INT8: "int8",
+    Layout.FP8: "fp8",
+    Layout.FP8_BLOCKS: "fp8",
+    Layout.MXFP4: "mxfp4",
+}
+"""``ExpertsWeights.format_name`` of each layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What the config says of every quantised matrix. ``group_size``: WHOLE_CHANNEL, or input columns a scale.
+
+    ``zeros_plus_one``: GPTQ's first format stores zero points less one. ``is_static``: activations have scales of
+    their own in the checkpoint.
+    """
+
+    layout: Layout
+    group_size: int = WHOLE_CHANNEL
+    is_symmetric: bool = True
+    zeros_plus_one: bool = False
+    block_size: tuple[int, int] | None = None
+    is_static: bool = False
+
+    @property
+    def format_name(self) -> str:
+        return FORMAT_NAMES[self.layout]
+
+    @property
+    def description(self) -> str:
+        """For messages and tables: the layout and what goes with it."""
+        if self.format_name == "int4":
+            size = "whole channels" if self.group_size == WHOLE_CHANNEL else f"groups of {self.group_size}"
+            return f"{self.layout} int4, {size}, {'symmetric' if self.is_symmetric else 'zero points'}"
+        if self.block_size is not None:
+            return f"{self.layout}, blocks of {self.block_size[0]} x {self.block_size[1]}"
+        return str(self.layout)
+
+
+def find_scheme(config: Mapping[str, Any]) -> Scheme | None:
+    """The scheme of a ``config.json``; None where it is not quantised, or by a method that is not known here.
+
+    Raises CheckpointError for a known method with options that are not served; the message names the field.
+    """
+    found = quantisation_fields(config)
+    if found is None:
+        return None
+    fields, text = found, config.get("text_config")
+    reader = _READERS.get(str(fields.get("quant_method")))
+    if reader is None or (text is not None and not isinstance(text, Mapping)):
+        return None
+    return reader(_Fields(fields))
+
+
+def read_scheme(config: Mapping[str, Any]) -> Scheme:
+    """The scheme of a ``config.json``. Raises CheckpointError where there is none to be served."""
+    fields = quantisation_fields(config)
+    if fields is None:
+        raise CheckpointError(
+            "config.json has no quantization_config: the checkpoint is not quantised; load it with transformers"
+        )
+    scheme = find_scheme(config)
+    if scheme is None:
+        method = shorten(fields.get("quant_method"))
+        raise CheckpointError(
+            f"config.json: quantization_config.quant_method is {method}, expected one of {', '.join(_READERS)}"
+        )
+    return scheme
+
+
+def quantisation_fields(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """``quantization_config`` of the model or of its text stack; None where there is none."""
+    text = config.get("text_config")
+    for holder in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("quantization_config", "compression_config"):
+            fields = holder.get(key)
+            if isinstance(fields, Mapping):
+                return fields
+    return None
+
+
+class _Fields:
+    """Fields of an untrusted object; each error names the field, what was found and what was expected."""
+
+    def __init__(self, fields: Mapping[str, Any], path: str = "quantization_config") -> None:
+        self.fields = fields
+        self.path = path
+
+    def get(self, name: str, *allowed: Any, default: Any) -> Any:
+        """A field that must equal one of ``allowed`` (of the same type)."""
+        value = self.fields.get(name, default)
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            raise self.refused(name, value, " or ".join(map(str, allowed)))
+        return value
+
+    def absent(self, name: str, why: str) -> None:
+        """A field that may be there only where it is null, false or empty."""
+        if self.fields.get(name):
+            raise self.refused(name, self.fields[name], f"none: {why}")
+
+    def object(self, name: str) -> _Fields:
+        value = self.fields.get(name)
+        if not isinstance(value, Mapping):
+            raise self.refused(name, value, "an object")
+        return _Fields(value, f"{self.path}.{name}")
+
+    def refused(self, name: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(f"config.json: {self.path}.{name} is {shorten(value)}, expected {expected}")
+
+
+def _read_gptq(fields: _Fields) -> Scheme:
+    fields.get("bits", 4, default=None)
+    fields.absent("dynamic", "rules that differ from module to module are not served")
+    form = fields.get("checkpoint_format", "gptq", "gptq_v2", default=fields.fields.get("format", "gptq"))
+    return Scheme(
+        layout=Layout.GPTQ,
+        group_size=fields.get("group_size", *GROUP_SIZES, WHOLE_CHANNEL, default=None),
+        is_symmetric=fields.get("sym", True, False, default=True),
+        zeros_plus_one=form == "gptq",
+    )
+
+
+def _read_awq(fields: _Fields) -> Scheme:
+    bits = "bits" if "bits" in fields.fields else "w_bit"
+    size = "group_size" if "group_size" in fields.fields else "q_group_size"
+    fields.get(bits, 4, default=None)
+    version = "version" if "version" in fields.fields else "format"
+    fields.get(version, "gemm", "GEMM", default="gemm")
+    return Scheme(
+        layout=Layout.AWQ,
+        group_size=fields.get(size, *GROUP_SIZES, WHOLE_CHANNEL, default=None),
+        is_symmetric=not fields.get("zero_point", True, False, default=True),
+    )
+
+
+def _read_fp8(fields: _Fields) -> Scheme:
+    fields.get("expert_dtype", "fp8", default="fp8")
+    fields.get("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
+    fields.absent("modules_to_convert", "tables in fp8 are not served")
+    block_size = fields.fields.get("weight_block_size", [128, 128])
+    if block_size is not None and block_size != [128, 128]:
+        raise fields.refused("weight_block_size", block_size, "[128, 128] or null")
+    return Scheme(
+        layout=Layout.FP8_BLOCKS,
+        block_size=None if block_size is None else (128, 128),
+        is_static=fields.get("activation_scheme", "dynamic", "static", default="dynamic") == "static",
+    )
+
+
+def _read_mxfp4(fields: _Fields) -> Scheme:
+    return Scheme(layout=Layout.MXFP4, group_size=32)
+
+
+def _read_compressed_tensors(fields: _Fields) -> Scheme:
+    fields.get("quantization_status", "compressed", default="compressed")
+    sparsity = fields.fields.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        raise fields.refused("sparsity_config", sparsity, "none: sparse weights are not served")
+    fields.absent("transform_config", "rotations of activations are not served")
+    fields.absent("kv_cache_scheme", "a quantised cache is not served")
+    groups = fields.object("config_groups")
+    schemes = []
+    for name in groups.fields:
+        group = groups.object(name)
+        form = group.fields.get("format") or fields.fields.get("format")
+        schemes.append(_read_group(group, form))
+    if not schemes or any(scheme != schemes[0] for scheme in schemes):
+        raise fields.refused("config_groups", sorted(groups.fields), "groups that quantise weights in one way")
+    return schemes[0]
+
+
+def _read_group(group: _Fields, form: Any) -> Scheme:
+    weights = group.object("weights")
+    layouts = {"pack-quantized": Layout.PACKED_INT4, "int-quantized": Layout.INT8, "float-quantized": Layout.FP8}
+    if not isinstance(form, str) or form not in layouts:
+        raise group.refused("format", form, " or ".join(layouts))
+    layout = layouts[form]
+    weights.get("num_bits", 4 if layout is Layout.PACKED_INT4 else 8, default=None)
+    weights.get("type", "float" if layout is Layout.FP8 else "int", default="int")
+    symmetric = weights.get("symmetric", *((True, False) if layout is Layout.PACKED_INT4 else (True,)), default=True)
+    inputs = None if group.fields.get("input_activations") is None else group.object("input_activations")
+    if layout is Layout.PACKED_INT4:
+        if inputs is not None:
+            raise group.refused("input_activations", inputs.fields, "null beside int4 weights")
+        strategy = weights.get("strategy", "group", "channel", default="group")
+        sizes = GROUP_SIZES if strategy == "group" else (None, WHOLE_CHANNEL)
+        size = weights.get("group_size", *sizes, default=None)
+        return Scheme(layout=layout, group_size=WHOLE_CHANNEL if size is None else size, is_symmetric=symmetric)
+    strategy = weights.get("strategy", "channel", "tensor", *(("block",) if layout is Layout.FP8 else ()), default=None)
+    block_size = None
+    if strategy == "block":
+        if weights.fields.get("block_structure") != [128, 128]:
+            raise weights.refused("block_structure", weights.fields.get("block_structure"), "[128, 128]")
+        block_size = (128, 128)
+    is_static = inputs is not None and not inputs.get("dynamic", True, False, default=False)
+    if layout is Layout.INT8 and is_static:
+        raise group.refused("input_activations", "static", "null, or dynamic ones (which are then read unquantised)")
+    return Scheme(layout=layout, block_size=block_size, is_static=is_static)
+
+
+_READERS = {
+    "fp8": _read_fp8,
+    "mxfp4": _read_mxfp4,
+    "gptq": _read_gptq,
+    "awq": _read_awq,
+    "compressed-tensors": _read_compressed_tensors,
+}

@@ -1,0 +1,152 @@
+"""Quantised checkpoints in every layout: loaded, grafted, and compared with the float32 weights that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from support.adapters import TensorFactory, save_with_peft, write_adapter
+from support.checkpoints import LAYOUTS, QuantisedCheckpoint, write_checkpoint
+from support.families import FAMILIES
+from support.fp8_truth import fp8_logits
+from support.mixed import random_ids
+from support.oracle import merge, merged_logits
+
+import moegraft
+from moegraft.integrations.transformers.storage import packed_experts
+from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.lora.peft import load_peft_adapter
+from moegraft.lora.targets import ModelTargets
+from moegraft.testing import assert_close_delta, relative_error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = ("everything", None, "experts", "dora", "part", "everything")
+# Relative: float32 sums in another order.
+TOL = 1e-5
+# A sum in another order now and then rounds one activation to the next of 8 bits, which is 1/16 away from it.
+TOL_FP8 = 2e-2
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> QuantisedCheckpoint:
+    return write_checkpoint(request.param, tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_one_mixed_batch(checkpoint: QuantisedCheckpoint, tmp_path: Path) -> None:
+    """Base and every kind of adapter, each made by PEFT (or by hand) for the unquantised model, in one batch."""
+    ids = random_ids(len(NAMES), 6)
+    truths = _save_adapters(checkpoint, tmp_path, ids)
+    base = _base_logits(checkpoint, ids)
+    model = moegraft.load_quantised(checkpoint.path, dtype=torch.float32)
+    before = model(input_ids=ids).logits
+    with moegraft.attach(model, adapter_memory="8MiB") as graft:
+        assert {choice.format_name for choice in graft.explain()} == {checkpoint.layout.format_name}
+        for name in truths:
+            report = graft.load_adapter(tmp_path / name)
+            assert report.tensors_applied == report.tensors_in_file > 0
+        mixed = graft(input_ids=ids, adapters=NAMES).logits
+        plain = graft(input_ids=ids, adapters=[None] * len(NAMES)).logits
+        for name in truths:
+            graft.unload_adapter(name)
+        assert torch.equal(graft(input_ids=ids).logits, plain)
+        assert graft.detach() is model
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+    tol = TOL if checkpoint.layout.fp8_group is None else TOL_FP8
+    assert relative_error(plain, base) <= tol
+    for i, name in enumerate(NAMES):
+        if name is None:
+            assert torch.equal(mixed[i], plain[i])
+        else:
+            assert_close_delta(mixed[i], plain[i], truths[name][i], base[i], tol)
+
+
+def test_mixed_generation_equals_merged_models(checkpoint: QuantisedCheckpoint, tmp_path: Path) -> None:
+    ids = random_ids(3, 5)
+    _save_adapters(checkpoint, tmp_path, ids)
+    names, options = [None, "everything", "part"], {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    options |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = moegraft.load_quantised(checkpoint.path, dtype=torch.float32)
+    with moegraft.attach(model, adapter_memory="8MiB") as graft:
+        for name in ("everything", "part"):
+            graft.load_adapter(tmp_path / name)
+        mixed = graft.generate(**options, adapters=names)
+        if checkpoint.layout.fp8_group is not None:
+            # Merged weights would read quantised activations altogether: the truth here is each adapter by itself.
+            alone = [graft.generate(**options, adapters=[name] * len(names))[i] for i, name in enumerate(names)]
+            assert mixed.tolist() == [row.tolist() for row in alone]
+            return
+    for i, name in enumerate(names):
+        weights = (
+            None if name is None else load_peft_adapter(tmp_path / name, _targets(checkpoint), dtype=torch.float32)[0]
+        )
+        expected = merge(checkpoint.dense, _targets(checkpoint), weights).generate(**options)
+        assert mixed[i].tolist() == expected[i].tolist(), name
+
+
+def test_bfloat16_by_default_and_never_dequantised(checkpoint: QuantisedCheckpoint) -> None:
+    model = moegraft.load_quantised(checkpoint.path)
+    assert model.dtype is torch.bfloat16
+    stored = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
+    for name, target in _targets(checkpoint).experts.items():
+        module = model.get_submodule(name)
+        packed = packed_experts(module)
+        assert packed is not None
+        assert not list(module.parameters())
+        count = target.num_experts * target.hidden_size * target.intermediate_size * 3
+        # Tiny matrices are padded to whole granules of 128 inputs; scales come on top.
+        assert packed.weights.num_bytes < min(2 * count, stored)
+    ids = random_ids(2)
+    found = model(input_ids=ids).logits
+    assert found.dtype is torch.bfloat16
+    # Two layers in bfloat16, with routers that may choose another expert: only a wrong weight is this far off.
+    assert relative_error(found[:, :1].float(), _base_logits(checkpoint, ids)[:, :1]) < 0.3
+
+
+def _targets(checkpoint: QuantisedCheckpoint) -> ModelTargets:
+    return discover_targets(checkpoint.dense)
+
+
+def _base_logits(checkpoint: QuantisedCheckpoint, ids: torch.Tensor) -> torch.Tensor:
+    if checkpoint.layout.fp8_group is None:
+        return merged_logits(checkpoint.dense, _targets(checkpoint), None, input_ids=ids)
+    return fp8_logits(checkpoint.dense, _targets(checkpoint), None, checkpoint.layout.fp8_group, input_ids=ids)
+
+
+def _save_adapters(checkpoint: QuantisedCheckpoint, folder: Path, ids: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """Four adapters for the unquantised model, and the logits with each on every row."""
+    targets = _targets(checkpoint)
+    experts = [f"{name}.{param}" for name, t in targets.experts.items() for param in (t.w13_param, t.w2_param)]
+    routers = [f"{name}.{linear.param}" for name, linear in targets.linears.items() if linear.router]
+    attention = [name for name in targets.linears if name.endswith(("q_proj", "q_a_proj", "o_proj"))]
+    configs = {
+        "everything": LoraConfig(r=4, lora_alpha=6, target_modules=attention, target_parameters=[*experts, *routers]),
+        "experts": LoraConfig(r=3, use_rslora=True, target_modules=[], target_parameters=experts),
+        "dora": LoraConfig(r=2, use_dora=True, target_modules=attention, modules_to_save=["norm"]),
+    }
+    truths = {name: save_with_peft(checkpoint.dense, c, folder / name, ids) for name, c in configs.items()}
+    _save_part(checkpoint, targets, folder / "part")
+    group = checkpoint.layout.fp8_group
+    for name in (*configs, "part"):
+        weights, _ = load_peft_adapter(folder / name, targets, dtype=torch.float32)
+        if group is not None:
+            truths[name] = fp8_logits(checkpoint.dense, targets, weights, group, input_ids=ids)
+        elif name == "part":
+            truths[name] = merged_logits(checkpoint.dense, targets, weights, input_ids=ids)
+    return truths
+
+
+def _save_part(checkpoint: QuantisedCheckpoint, targets: ModelTargets, folder: Path) -> None:
+    """One expert of the last layer under its transformers-4 names; all of one parameter where there were none."""
+    legacy, (name, target) = FAMILIES[checkpoint.layout.family].legacy, list(targets.experts.items())[-1]
+    factory = TensorFactory(seed=7)
+    if legacy is None:
+        factory.fused(name, target.num_experts, target.hidden_size, target.intermediate_size)
+        write_adapter(folder, factory.tensors, target_modules=[], target_parameters=[f"{name}.{target.w2_param}"])
+    else:
+        factory.expert(name.replace("mlp", legacy.block), target.num_experts - 1, target, legacy)
+        write_adapter(folder, factory.tensors, target_modules=[legacy.gate, legacy.up, legacy.down])
