@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from support.families import build
 from typer.testing import CliRunner, Result
 
+from moegraft.build.tile_compiler import TileCompiler
 from moegraft.build.tile_timer import TileTimer, TunedLayer
 from moegraft.cli import tune as tune_module
 from moegraft.cli.app import app
@@ -25,6 +28,7 @@ from moegraft.tuning import table
 from moegraft.tuning.heuristic import heuristic_tiles
 from moegraft.tuning.search import (
     BLOCK_MS,
+    MAX_DEFAULT_RATIO,
     MIN_GAIN,
     DeviceLostError,
     Journal,
@@ -177,6 +181,32 @@ def test_where_nothing_runs_there_is_no_entry(tmp_path: Path) -> None:
     assert [entry["num_tokens"] for entry in search.entries()] == [1, 512]
 
 
+def test_a_block_m_that_is_far_behind_is_not_searched(tmp_path: Path) -> None:
+    def measure(shape: TuningShape, tiles: MoETiles) -> float:
+        return 100.0 if tiles.block_m == 32 else 100.0 * MAX_DEFAULT_RATIO + 1
+
+    (trials,) = searched(measure, tmp_path / "journal", [SHAPE]).trials.values()
+    tried = Counter(tiles.block_m for tiles in trials)
+    assert tried.keys() == set(block_ms(SHAPE))
+    assert all((count > 1) == (block_m == 32) for block_m, count in tried.items())
+
+
+def test_trials_are_prepared_once_and_before_they_are_measured(tmp_path: Path) -> None:
+    prepared: list[tuple[TuningShape, MoETiles]] = []
+
+    class Timer(FakeTimer):
+        def __call__(self, shape: TuningShape, tiles: MoETiles) -> float:
+            assert (shape, tiles) in prepared
+            return super().__call__(shape, tiles)
+
+    with pytest.raises(KeyboardInterrupt):
+        TileSearch(SHAPES, Timer(20), Journal(tmp_path / "journal"), prepared.extend).run()
+    prepared.clear()
+    timer = Timer()
+    assert TileSearch(SHAPES, timer, Journal(tmp_path / "journal"), prepared.extend).run()
+    assert timer.calls == prepared
+
+
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 60])
 def test_an_interrupted_search_repeats_no_trial(tmp_path: Path, stop_at: int) -> None:
     journal, whole = tmp_path / "journal", FakeTimer()
@@ -219,9 +249,10 @@ def test_a_lost_device_ends_the_search_and_its_trial_is_not_repeated(tmp_path: P
     assert len(search.trials[SHAPE]) == 2
     timer = FakeTimer()
     again = searched(timer, tmp_path / "journal", [SHAPE])
-    lost = again.trials[SHAPE][candidates(SHAPE)[2]]
+    third = candidates(SHAPE)[1]  # after the two defaults
+    lost = again.trials[SHAPE][third]
     assert (lost.verdict, lost.us, lost.reason) == (Verdict.FAILED, math.inf, "DeviceLostError: stopped")
-    assert candidates(SHAPE)[2] not in [tiles for _, tiles in timer.calls]
+    assert third not in [tiles for _, tiles in timer.calls]
 
 
 # Tables
@@ -304,7 +335,7 @@ UNGATED = Activation(kind=ActivationKind.RELU2, gated=False)
 def test_the_timer_measures_calls_without_and_with_adapters(layer: TunedLayer) -> None:
     outs: list[torch.Tensor] = []
 
-    def once(call: Any) -> float:
+    def once(call: Any, limit: float) -> float:
         outs[:] = call()
         return 7.0
 
@@ -326,7 +357,7 @@ def test_the_timer_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch, scale:
         return real(*args, tiles=tiles, lora=lora, **options) * (scale if is_wrong else 1.0)
 
     monkeypatch.setattr(host, "fused_moe_lora", wrong_with_adapters)
-    timer = TileTimer(layer, device="cpu", time_call=lambda call: 7.0)
+    timer = TileTimer(layer, device="cpu", time_call=lambda call, limit: 7.0)
     shape = layer.shape(2)
     assert timer(shape, heuristic_tiles(shape)) == 7.0
     with pytest.raises(WrongResultError):
@@ -342,7 +373,9 @@ def test_rows_that_no_program_writes_are_wrong(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(host, "fused_moe_lora", lazy)
     shape = layer.shape(2)
     with pytest.raises(WrongResultError):
-        TileTimer(layer, device="cpu", time_call=lambda call: 7.0)(shape, replace(heuristic_tiles(shape), block_m=32))
+        TileTimer(layer, device="cpu", time_call=lambda call, limit: 7.0)(
+            shape, replace(heuristic_tiles(shape), block_m=32)
+        )
 
 
 @pytest.mark.gpu
@@ -350,6 +383,46 @@ def test_the_timer_runs_on_the_gpu() -> None:
     layer = tiny_layer(config=replace(tiny_layer().config, dtype=torch.bfloat16, hidden_size=128))
     shape = layer.shape(5)
     assert 0 < TileTimer(layer, device="cuda")(shape, heuristic_tiles(shape)) < 1e5
+
+
+@pytest.mark.gpu
+def test_kernels_are_compiled_side_by_side() -> None:
+    layer = tiny_layer(config=replace(tiny_layer().config, dtype=torch.bfloat16, hidden_size=144))
+    shape = layer.shape(5)
+    timer, trials = TileTimer(layer, device="cuda"), [(shape, tiles) for tiles in candidates(shape)[:4]]
+    timer(*trials[0])
+    with TileCompiler(2) as compiler:
+        compiler.compile(layer, trials)
+    compiled: list[str] = []
+    triton = pytest.importorskip("triton")
+    with patch.object(
+        triton.knobs.compilation,
+        "listener",
+        lambda *, src, cache_hit, **_: compiled.extend([src.name] * (not cache_hit)),
+    ):
+        for trial in trials:
+            assert timer(*trial) > 0
+    assert compiled == []
+
+
+@pytest.mark.gpu
+def test_a_search_on_the_gpu_is_resumed_and_its_table_is_picked_up(
+    own_tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command itself: stopped by its deadline, then finished."""
+    monkeypatch.setattr(table, "_device_name", torch.cuda.get_device_name)
+    args = ("--shape", "8,256,128,2", "--tokens", "4,64", "--adapters", 2, "--rank", 8, "--json")
+    (first,) = json.loads(run(*args, "--seconds", 0.001).stdout)
+    assert not first["is_complete"]
+    (result,) = json.loads(run(*args).stdout)
+    assert result["is_complete"] and result["wrong"] == 0 and result["measured"] >= 20
+    (entry, _) = result["entries"]
+    assert 0 < entry["us"] <= entry["heuristic_us"]
+    (again,) = json.loads(run(*args).stdout)
+    assert again == result
+    shape = replace(SHAPE, num_tokens=4, num_experts=8, top_k=2, hidden_size=256, intermediate_size=128)
+    best = read_table(Path(result["table"]))["entries"][0]
+    assert choose_tiles(shape).gemm13.block_n == best["gemm13"]["block_n"]
 
 
 # The command

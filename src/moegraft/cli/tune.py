@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from moegraft.build.tile_compiler import TileCompiler
 from moegraft.build.tile_timer import TileTimer, TunedLayer
 from moegraft.cli.console import CommandError, first_line, progress_bars
 from moegraft.core.config import DeviceTarget, MoEConfig
@@ -151,10 +153,19 @@ def run_tune(
 ) -> list[TuneResult]:
     """Searches layer after layer; each table is written when its search ends, also where it is interrupted.
 
-    ``device``: the name in the table; by default the current GPU's. Raises CommandError, TileTableError for a file in
-    the table's place, DeviceLostError.
+    ``device``: the name in the table; by default the current GPU's, for which kernels are compiled side by side.
+    Raises CommandError, TileTableError for a file in the table's place, DeviceLostError.
     """
-    device = device or check_gpu()
+    if device is not None:
+        return _tune_layers(request, device, make_measure, None)
+    device = check_gpu()
+    with TileCompiler() as compiler:
+        return _tune_layers(request, device, make_measure, compiler)
+
+
+def _tune_layers(
+    request: TuneRequest, device: str, make_measure: MakeMeasure, compiler: TileCompiler | None
+) -> list[TuneResult]:
     deadline = None if request.seconds is None else time.monotonic() + request.seconds
     outputs = [request.output or USER_TABLES / table_name(device, layer) for layer in request.layers]
     for layer, output in zip(request.layers, outputs, strict=True):
@@ -164,7 +175,8 @@ def run_tune(
         _make_room(output)
         shapes = [layer.shape(num_tokens) for num_tokens in dict.fromkeys(request.tokens)]
         journal = Journal(state_path(output), json.dumps([device, versions(), str(layer)]))
-        search = TileSearch(shapes, make_measure(layer), journal)
+        prepare = partial(compiler.compile, layer) if compiler is not None else lambda trials: None
+        search = TileSearch(shapes, make_measure(layer), journal, prepare)
         results.append(_search_layer(search, layer, output, device, deadline))
         if results[-1].is_interrupted:
             break

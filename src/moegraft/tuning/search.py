@@ -6,7 +6,7 @@ import enum
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -23,7 +23,14 @@ Raises WrongResultError where it was not, DeviceLostError where no later trial c
 tiles do not fit the device.
 """
 
+Prepare = Callable[[Sequence[tuple[TuningShape, MoETiles]]], None]
+"""Told which trials come next, so that their kernels can be compiled side by side."""
+
 BLOCK_MS = (16, 32, 64, 128)
+MAX_DEFAULT_RATIO = 1.3
+"""A ``block_m`` whose default tiles take this much longer than another's is not searched further."""
+CHUNK = 64
+"""Trials that are prepared together: what a search that is stopped may have compiled for nothing."""
 MIN_GAIN = 0.01
 """Tiles replace the heuristic's where they are faster by this share: less is noise."""
 
@@ -99,17 +106,25 @@ class Journal:
 class TileSearch:
     """Tries ``candidates`` of every shape (which differ in ``num_tokens``), then joins the best of either GEMM.
 
-    Shapes take turns, so that a search that is stopped early has spent as much on each.
+    First each ``block_m`` with its default tiles, then their neighbours for those that are not far behind. Shapes take
+    turns, so that a search that is stopped early has spent as much on each.
     """
 
-    def __init__(self, shapes: Sequence[TuningShape], measure: Measure, journal: Journal) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[TuningShape],
+        measure: Measure,
+        journal: Journal,
+        prepare: Prepare = lambda trials: None,
+    ) -> None:
         self._measure = measure
+        self._prepare = prepare
         self._journal = journal
         self.trials: dict[TuningShape, dict[MoETiles, Trial]] = {shape: {} for shape in shapes}
 
     @property
     def max_trials(self) -> int:
-        """Trials of a search that comes to its end; fewer where no tile of some ``block_m`` runs."""
+        """A bound of the trials of a search that comes to its end."""
         return sum(len(candidates(shape)) + len(block_ms(shape)) for shape in self.trials)
 
     @property
@@ -120,14 +135,19 @@ class TileSearch:
         self, *, on_trial: Callable[[Trial], None] = lambda trial: None, is_over: Callable[[], bool] = lambda: False
     ) -> bool:
         """Whether the search came to its end before ``is_over``. Raises DeviceLostError; what was tried is kept."""
-        for shape, tiles in self._plan():
-            trial = self._journal.find(shape, tiles)
-            if trial is None:
-                if is_over():
-                    return False
-                trial = self._try(shape, tiles)
-            self.trials[shape][tiles] = trial
-            on_trial(trial)
+        for plan in (self._defaults, self._neighbours, self._joined):
+            for chunk in _chunks(plan()):
+                missing = [(shape, tiles) for shape, tiles in chunk if self._journal.find(shape, tiles) is None]
+                if missing and not is_over():
+                    self._prepare(missing)
+                for shape, tiles in chunk:
+                    trial = self._journal.find(shape, tiles)
+                    if trial is None:
+                        if is_over():
+                            return False
+                        trial = self._try(shape, tiles)
+                    self.trials[shape][tiles] = trial
+                    on_trial(trial)
         return True
 
     def entries(self) -> list[dict[str, Any]]:
@@ -135,16 +155,24 @@ class TileSearch:
         best = (best_trial(shape, list(trials.values())) for shape, trials in self.trials.items())
         return [_entry(trial, self.trials[trial.shape]) for trial in best if trial is not None]
 
-    def _plan(self) -> Iterator[tuple[TuningShape, MoETiles]]:
-        for round_ in zip_longest(*map(candidates, self.trials)):
-            for shape, tiles in zip(self.trials, round_, strict=True):
-                if tiles is not None:
-                    yield shape, tiles
+    def _defaults(self) -> list[tuple[TuningShape, MoETiles]]:
+        return _in_turns({shape: [default_at(shape, block_m) for block_m in block_ms(shape)] for shape in self.trials})
+
+    def _neighbours(self) -> list[tuple[TuningShape, MoETiles]]:
+        plan = {}
         for shape, trials in self.trials.items():
-            for block_m in block_ms(shape):
-                joined = join_best(shape, block_m, list(trials.values()))
-                if joined is not None:
-                    yield shape, joined
+            times = {trial.tiles.block_m: trial.us for trial in trials.values() if trial.verdict is Verdict.MEASURED}
+            limit = MAX_DEFAULT_RATIO * min(times.values(), default=math.inf)
+            left = {block_m for block_m in block_ms(shape) if times.get(block_m, 0.0) <= limit}
+            plan[shape] = [t for t in candidates(shape) if t.block_m in left and t not in trials]
+        return _in_turns(plan)
+
+    def _joined(self) -> list[tuple[TuningShape, MoETiles]]:
+        joined = {
+            shape: [join_best(shape, block_m, list(trials.values())) for block_m in block_ms(shape)]
+            for shape, trials in self.trials.items()
+        }
+        return _in_turns({shape: [t for t in tiles if t is not None] for shape, tiles in joined.items()})
 
     def _try(self, shape: TuningShape, tiles: MoETiles) -> Trial:
         lost: DeviceLostError | None = None
@@ -159,6 +187,16 @@ class TileSearch:
         if lost is not None:
             raise lost
         return trial
+
+
+def _chunks(plan: Sequence[tuple[TuningShape, MoETiles]]) -> Iterator[Sequence[tuple[TuningShape, MoETiles]]]:
+    """CHUNK trials at a time."""
+    return (plan[start : start + CHUNK] for start in range(0, len(plan), CHUNK))
+
+
+def _in_turns(plan: Mapping[TuningShape, Sequence[MoETiles]]) -> list[tuple[TuningShape, MoETiles]]:
+    rounds = zip_longest(*plan.values())
+    return [(s, t) for round_ in rounds for s, t in zip(plan, round_, strict=True) if t is not None]
 
 
 def block_ms(shape: TuningShape) -> tuple[int, ...]:
