@@ -57,13 +57,13 @@ class PunicaWrapperCPU(PunicaWrapperBase):
         num_halves: int = 2,
         is_interleaved: bool = False,
     ) -> None:
-        v_LR = _shrink(x_ND, segments, mapping, tables, ExpertsFactor.A13)
+        v_LR = shrink_rows(x_ND, segments, mapping, tables, ExpertsFactor.A13)
         if v_LR is None:
             return
         gate_NF, up_NF = split_halves(u_NGF, num_halves=num_halves, is_interleaved=is_interleaved)
         if num_halves == 2:
-            _add_expanded(gate_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_GATE)
-        _add_expanded(up_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_UP)
+            add_expanded(gate_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_GATE)
+        add_expanded(up_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_UP)
 
     def add_lora_w2(
         self,
@@ -73,9 +73,9 @@ class PunicaWrapperCPU(PunicaWrapperBase):
         mapping: AdapterMapping,
         tables: ExpertsTables,
     ) -> None:
-        v_LR = _shrink(h_NF, segments, mapping, tables, ExpertsFactor.A2)
+        v_LR = shrink_rows(h_NF, segments, mapping, tables, ExpertsFactor.A2)
         if v_LR is not None:
-            _add_expanded(y_ND, v_LR, segments, mapping, tables, ExpertsFactor.B2)
+            add_expanded(y_ND, v_LR, segments, mapping, tables, ExpertsFactor.B2)
 
     def add_lora_linear(
         self,
@@ -87,70 +87,91 @@ class PunicaWrapperCPU(PunicaWrapperBase):
         bias_O: torch.Tensor | None = None,
         rank_bound: int | None = None,
     ) -> None:
-        segments, factors = mapping.segments, _factors_of(mapping)
-        delta_LO = _linear_delta(y_MO, x_MI, mapping, factors, tables)
-        gain_SO = factors.whole(tables, LinearFactor.GAIN, y_MO.shape[1])
-        if gain_SO is not None:
-            rank_S = tables.factors[list(mapping.active_slots), LinearFactor.GAIN, Field.RANK]
-            gain_SO = gain_SO.squeeze(1).masked_fill((rank_S == 0)[:, None], 1.0)
-            base_LO = y_MO.index_select(0, segments.rows_L).float()
-            base_LO = base_LO if bias_O is None else base_LO - bias_O
-            dora_LO = (segments.per_row(gain_SO[segments.adapter_G]) - 1) * base_LO
-            delta_LO = dora_LO if delta_LO is None else dora_LO + delta_LO
+        v_LR = shrink_linear(x_MI, mapping, tables)
+        v_LR = None if v_LR is None else v_LR.to(x_MI.dtype)
+        delta_LO = linear_delta(y_MO, v_LR, mapping, tables, bias_O=bias_O)
         if delta_LO is None:
             return
         if mapping.is_in_order:
             y_MO.add_(delta_LO)
         else:
-            _add_rows(y_MO, segments.rows_L, delta_LO)
+            add_rows(y_MO, mapping.segments.rows_L, delta_LO)
 
 
-def _factors_of(mapping: AdapterMapping) -> PagedFactors:
+def factors_of(mapping: AdapterMapping) -> PagedFactors:
+    """The factor indices that all layers of a batch share."""
     factors: PagedFactors = mapping.shared.setdefault("paged_factors", PagedFactors(mapping.active_slots))
     return factors
 
 
-def _shrink(
+def shrink_rows(
     x_NI: torch.Tensor, segments: LoRASegments, mapping: AdapterMapping, tables: ExpertsTables, factor: int
 ) -> torch.Tensor | None:
-    """Low-rank rows [L, widest rank]; lanes past a segment's rank hold finite values without meaning."""
-    factors = _factors_of(mapping)
+    """Low-rank rows [L, widest rank] in the dtype of x; lanes past a segment's rank hold finite values without meaning.
+
+    None where no row has the factor.
+    """
+    factors = factors_of(mapping)
     index = factors.index(tables, factor, x_NI.shape[1])
     if index is None or segments.is_empty or segments.position_G is None:
         return None
     a_GRI = factors.gather(tables, index, segments.adapter_G, segments.position_G, x_NI.shape[1])
-    return grouped_mm(x_NI.index_select(0, segments.rows_L), a_GRI.transpose(1, 2), segments.offsets)
+    x_LI = x_NI.index_select(0, segments.rows_L)
+    return grouped_mm(x_LI, a_GRI.to(x_LI.dtype).transpose(1, 2), segments.offsets)
 
 
-def _add_expanded(
+def add_expanded(
     y_NO: torch.Tensor,
     v_LR: torch.Tensor,
     segments: LoRASegments,
     mapping: AdapterMapping,
     tables: ExpertsTables,
     factor: int,
+    *,
+    row_len: int | None = None,
 ) -> None:
-    factors = _factors_of(mapping)
-    index = factors.index(tables, factor, y_NO.shape[1])
+    """y[rows] += the factor times the low-rank rows. ``row_len``: of the factor, where y has fewer columns."""
+    factors, row_len = factors_of(mapping), row_len or y_NO.shape[1]
+    index = factors.index(tables, factor, row_len)
     if index is None or segments.position_G is None:
         return
-    b_GRO = factors.gather(tables, index, segments.adapter_G, segments.position_G, y_NO.shape[1])
-    lanes_LR = _select_lanes(v_LR, index, segments)
-    _add_rows(y_NO, segments.rows_L, _expand(lanes_LR, b_GRO, segments))
+    b_GRO = factors.gather(tables, index, segments.adapter_G, segments.position_G, row_len)
+    delta_LO = _expand(_select_lanes(v_LR, index, segments), b_GRO, segments)
+    add_rows(y_NO, segments.rows_L, delta_LO[:, : y_NO.shape[1]])
 
 
-def _linear_delta(
-    y_MO: torch.Tensor, x_MI: torch.Tensor, mapping: AdapterMapping, factors: PagedFactors, tables: LinearTables
-) -> torch.Tensor | None:
-    a_SRI = factors.whole(tables, LinearFactor.A, x_MI.shape[1])
-    b_SRO = factors.whole(tables, LinearFactor.B, y_MO.shape[1])
-    index = factors.index(tables, LinearFactor.B, y_MO.shape[1])
-    if a_SRI is None or b_SRO is None or index is None:
+def shrink_linear(x_MI: torch.Tensor, mapping: AdapterMapping, tables: LinearTables) -> torch.Tensor | None:
+    """Low-rank rows [L, widest rank] of the rows with an adapter, in float32, not rounded; None without an A."""
+    a_SRI = factors_of(mapping).whole(tables, LinearFactor.A, x_MI.shape[1])
+    if a_SRI is None:
         return None
-    segments = mapping.segments
-    x_LI = x_MI if mapping.is_in_order else x_MI.index_select(0, segments.rows_L)
-    v_LR = grouped_mm(x_LI.float(), a_SRI.transpose(1, 2), segments.offsets).to(x_MI.dtype)
-    return _expand(_select_lanes(v_LR, index, segments), b_SRO, segments)
+    x_LI = x_MI if mapping.is_in_order else x_MI.index_select(0, mapping.segments.rows_L)
+    return grouped_mm(x_LI.float(), a_SRI.transpose(1, 2), mapping.segments.offsets)
+
+
+def linear_delta(
+    y_MO: torch.Tensor,
+    v_LR: torch.Tensor | None,
+    mapping: AdapterMapping,
+    tables: LinearTables,
+    *,
+    bias_O: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """What LoRA and DoRA add to the rows with an adapter: [L, O] in float32, from their low-rank rows."""
+    segments, factors, width = mapping.segments, factors_of(mapping), y_MO.shape[1]
+    delta_LO = None
+    b_SRO, index = factors.whole(tables, LinearFactor.B, width), factors.index(tables, LinearFactor.B, width)
+    if v_LR is not None and b_SRO is not None and index is not None:
+        delta_LO = _expand(_select_lanes(v_LR, index, segments), b_SRO, segments)
+    gain_SO = factors.whole(tables, LinearFactor.GAIN, width)
+    if gain_SO is None:
+        return delta_LO
+    rank_S = tables.factors[list(mapping.active_slots), LinearFactor.GAIN, Field.RANK]
+    gain_SO = gain_SO.squeeze(1).masked_fill((rank_S == 0)[:, None], 1.0)
+    base_LO = y_MO.index_select(0, segments.rows_L).float()
+    base_LO = base_LO if bias_O is None else base_LO - bias_O
+    dora_LO = (segments.per_row(gain_SO[segments.adapter_G]) - 1) * base_LO
+    return dora_LO if delta_LO is None else dora_LO + delta_LO
 
 
 def _expand(v_LR: torch.Tensor, b_GRO: torch.Tensor, segments: LoRASegments) -> torch.Tensor:
@@ -168,6 +189,6 @@ def _select_lanes(v_LR: torch.Tensor, index: FactorIndex, segments: LoRASegments
     return lanes_LR.masked_fill_(lane_R >= segments.per_row(index.rank_S[segments.adapter_G])[:, None], 0)
 
 
-def _add_rows(y_NO: torch.Tensor, rows_L: torch.Tensor, delta_LO: torch.Tensor) -> None:
+def add_rows(y_NO: torch.Tensor, rows_L: torch.Tensor, delta_LO: torch.Tensor) -> None:
     """y[rows] += delta, each row once: a copy back is several times faster on the CPU than index_add_."""
     y_NO.index_copy_(0, rows_L, (y_NO.index_select(0, rows_L) + delta_LO).to(y_NO.dtype))

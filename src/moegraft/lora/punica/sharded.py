@@ -1,0 +1,188 @@
+"""LoRA whose factors are shared out over a tensor-parallel group, in plain torch: right on every device.
+
+Where every rank can add its part of a delta without asking the others (B of w13 and A of w2 cut along F, maps that are
+column parallel), the wrappers for one process serve as they are, over local sizes. These are for what needs the group:
+fully sharded experts (S-LoRA, arXiv 2311.03285) and maps whose low-rank rows are partial sums.
+
+All ranks of the group bring the same rows and the same adapters, and call together.
+
+Shape letters: N routed rows · L rows with an adapter · M rows · R rank lanes · D hidden size · F local columns of F ·
+I, O local input and output features · V vocabulary · W ranks of the group
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moegraft.core.activation import split_halves
+from moegraft.core.errors import BatchError
+from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
+from moegraft.lora.mapping import AdapterMapping, LoRASegments
+from moegraft.lora.punica.cpu import (
+    PunicaWrapperCPU,
+    add_expanded,
+    add_rows,
+    factors_of,
+    linear_delta,
+    shrink_linear,
+    shrink_rows,
+)
+from moegraft.lora.punica.paged import FactorIndex
+from moegraft.lora.slicing import cut_tensor, pad_axis
+from moegraft.parallel.collectives import Communicator
+from moegraft.parallel.rank_slice import LinearSlice, Share
+from moegraft.parallel.slices import Shard, shard
+
+
+class ShardedExpertsPunica(PunicaWrapperCPU):
+    """Fully sharded experts: every rank holds a share of the lanes of A of w13 and of the columns D of B of w2.
+
+    w13: each rank shrinks to its lanes, the ranks gather them, each expands to its columns of F. w2: each rank shrinks
+    its columns of F to partial low-rank rows, which are summed; each expands them to its columns of D, and the sum of
+    the layer's partial outputs puts these together.
+    """
+
+    def __init__(self, tp: Communicator, hidden_size: int) -> None:
+        self._tp = tp
+        self._hidden: Shard = shard(hidden_size, tp.size, tp.rank)
+
+    def add_lora_w13(
+        self,
+        u_NGF: torch.Tensor,
+        x_ND: torch.Tensor,
+        segments: LoRASegments,
+        mapping: AdapterMapping,
+        tables: ExpertsTables,
+        *,
+        num_halves: int = 2,
+        is_interleaved: bool = False,
+    ) -> None:
+        v_LR = shrink_rows(x_ND, segments, mapping, tables, ExpertsFactor.A13)
+        index = factors_of(mapping).index(tables, ExpertsFactor.A13, x_ND.shape[1])
+        if v_LR is None or index is None:
+            return
+        v_LR = gather_lanes(v_LR, index, segments, self._tp)
+        gate_NF, up_NF = split_halves(u_NGF, num_halves=num_halves, is_interleaved=is_interleaved)
+        if num_halves == 2:
+            add_expanded(gate_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_GATE)
+        add_expanded(up_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_UP)
+
+    def add_lora_w2(
+        self,
+        y_ND: torch.Tensor,
+        h_NF: torch.Tensor,
+        segments: LoRASegments,
+        mapping: AdapterMapping,
+        tables: ExpertsTables,
+    ) -> None:
+        # Partial sums are added up before the one rounding of the low-rank vector.
+        v_LR = shrink_rows(h_NF.float(), segments, mapping, tables, ExpertsFactor.A2)
+        if v_LR is None:
+            return
+        v_LR = self._tp.all_reduce(v_LR.contiguous()).to(h_NF.dtype)
+        mine_ND = y_ND.narrow(1, self._hidden.start, self._hidden.size)
+        add_expanded(mine_ND, v_LR, segments, mapping, tables, ExpertsFactor.B2, row_len=self._hidden.padded)
+
+
+class ShardedLinearPunica(PunicaWrapperCPU):
+    """A linear map of which each rank holds ``mine``.
+
+    ``is_reduced``: y has all output features and is final on every rank (behind the host's own all-reduce or gather);
+    the delta is then put together here. Else y is what the rank's own GEMM gave: its columns (column parallel), or a
+    partial sum over its inputs (row parallel), which the host adds up afterwards, and with it the delta exactly once.
+    """
+
+    def __init__(self, tp: Communicator, mine: LinearSlice, *, is_reduced: bool) -> None:
+        self._tp = tp
+        self._mine = mine
+        self._is_reduced = is_reduced
+
+    def add_lora_linear(
+        self,
+        y_MO: torch.Tensor,
+        x_MI: torch.Tensor,
+        mapping: AdapterMapping,
+        tables: LinearTables,
+        *,
+        bias_O: torch.Tensor | None = None,
+        rank_bound: int | None = None,
+    ) -> None:
+        """See the base class. A partial y is without its bias, and ``bias_O`` None."""
+        mine, rows_L = self._mine, mapping.segments.rows_L
+        is_wide = mine.outputs is not None and (self._is_reduced or mine.inputs is not None)
+        own_MO, own_bias_O = y_MO, bias_O
+        if is_wide and mine.outputs is not None:
+            own_MO = cut_tensor(y_MO, {1: mine.outputs})
+            own_bias_O = None if bias_O is None else cut_tensor(bias_O, {0: mine.outputs})
+        v_LR = self._low_rank(x_MI, mapping, tables)
+        self._check_gain(mapping, tables)
+        delta_LO = linear_delta(own_MO, v_LR, mapping, tables, bias_O=own_bias_O)
+        if delta_LO is None:
+            return
+        if not is_wide or mine.outputs is None:
+            add_rows(y_MO, rows_L, delta_LO)
+        elif not self._is_reduced:
+            own_LO = (own_MO.index_select(0, rows_L) + delta_LO).to(y_MO.dtype)
+            start = 0
+            for first, last in mine.outputs:
+                y_MO[:, first:last].index_copy_(0, rows_L, own_LO[:, start : start + last - first])
+                start += last - first
+        else:
+            own_LO = (own_MO.index_select(0, rows_L) + delta_LO).to(y_MO.dtype)
+            y_MO.index_copy_(0, rows_L, gather_columns(own_LO, y_MO.shape[1], self._tp))
+
+    def _low_rank(self, x_MI: torch.Tensor, mapping: AdapterMapping, tables: LinearTables) -> torch.Tensor | None:
+        v_LR = shrink_linear(x_MI, mapping, tables)
+        index = factors_of(mapping).index(tables, LinearFactor.A, x_MI.shape[1])
+        if v_LR is None or index is None:
+            return None
+        if self._mine.inputs is not None and (self._is_reduced or self._mine.outputs is not None):
+            v_LR = self._tp.all_reduce(v_LR.contiguous())
+        v_LR = v_LR.to(x_MI.dtype)
+        return v_LR if self._mine.lanes is None else gather_lanes(v_LR, index, mapping.segments, self._tp)
+
+    def _check_gain(self, mapping: AdapterMapping, tables: LinearTables) -> None:
+        """DoRA scales all columns of a partial y, of which this rank's gain has only some."""
+        if self._mine.inputs is None or self._mine.outputs is None or self._is_reduced:
+            return
+        if tables.factors[list(mapping.active_slots), LinearFactor.GAIN, Field.RANK].any():
+            raise BatchError(
+                "DoRA on a fully sharded row-parallel map needs the reduced output: apply it behind the all-reduce"
+            )
+
+
+def gather_lanes(v_LR: torch.Tensor, index: FactorIndex, segments: LoRASegments, tp: Communicator) -> torch.Tensor:
+    """Low-rank rows of all ranks side by side, in the order of each adapter's lanes: [L, W * R].
+
+    ``index`` is of A, whose rank here is the share of a rank; see ``parallel.slices.gathered_lanes``.
+    """
+    rows, widest = v_LR.shape
+    gathered_WLR = tp.all_gather(v_LR.contiguous()).view(tp.size, rows, widest)
+    lanes_LV = gathered_WLR.transpose(0, 1).reshape(rows, tp.size * widest)
+    if index.is_uniform:
+        return lanes_LV
+    own_L1 = segments.per_row(index.rank_S[segments.adapter_G]).clamp(min=1)[:, None]
+    lane_V = torch.arange(lanes_LV.shape[1], device=v_LR.device)
+    place_LV = lane_V // own_L1 * widest + lane_V % own_L1
+    return lanes_LV.gather(1, place_LV.clamp(max=lanes_LV.shape[1] - 1))
+
+
+def gather_columns(own_LO: torch.Tensor, num_columns: int, tp: Communicator) -> torch.Tensor:
+    """[L, num_columns] from every rank's share of the columns, cut by ``slices.shard``."""
+    padded = shard(num_columns, tp.size, tp.rank).padded
+    own_LO = pad_axis(own_LO, 1, padded).contiguous()
+    gathered_WLO = tp.all_gather(own_LO).view(tp.size, own_LO.shape[0], padded)
+    return gathered_WLO.transpose(0, 1).reshape(own_LO.shape[0], tp.size * padded)[:, :num_columns]
+
+
+def vocabulary_rows(
+    a_RV: torch.Tensor, ids_L: torch.Tensor, share: Share, num_embeddings: int, tp: Communicator
+) -> torch.Tensor:
+    """Low-rank rows [L, R] of tokens, from an A [R, V of this rank] that is cut along the vocabulary.
+
+    A token is looked up on the one rank that has it; the others add zeros.
+    """
+    mine = share.of(num_embeddings)
+    is_mine_L = (ids_L >= mine.start) & (ids_L < mine.stop)
+    v_LR = a_RV[:, torch.where(is_mine_L, ids_L - mine.start, 0)].t()
+    return tp.all_reduce(v_LR.masked_fill(~is_mine_L[:, None], 0).contiguous())
