@@ -81,13 +81,14 @@ class RankLayer:
     base: FusedMoE
     bank: CollectiveBank
     inputs: MoEInputs
+    groups: ParallelGroups
 
     def run(self, names: Sequence[str | None] | None) -> torch.Tensor:
         """The rank's rows with the adapters of their names; None: a call without a context."""
         x, weights, ids = self.inputs.x_TD, self.inputs.topk_weights_TK, self.inputs.topk_ids_TK
         if names is None:
             return self.base.apply_experts(x, weights, ids)
-        with_lora = build_fused_moe_with_lora(self.base, self.bank.bank.experts_tables(MODULE))
+        with_lora = build_fused_moe_with_lora(self.base, self.bank.bank.experts_tables(MODULE), self.groups)
         with self.bank.acquire(names) as batch:
             ranks = batch.union.max_ranks(MODULE)
             bound = max(ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else 0
@@ -112,6 +113,7 @@ def rank_slice(case: MoECase, expert_map: ExpertMap, config: ParallelConfig, ran
         ep=Share(config.ep, config.ep_rank_of(rank)),
         granule=granule,
         experts=expert_map.experts_of_rank[config.ep_rank_of(rank)],
+        fully_sharded=config.fully_sharded,
     )
     return RankSlice(experts={MODULE: mine})
 
@@ -165,7 +167,7 @@ def build_rank_layer(parallel: ParallelCase, groups: ParallelGroups) -> RankLaye
         topk_weights_TK=inputs.topk_weights_TK[tokens],
         token_slots_T=inputs.token_slots_T[tokens],
     )
-    return RankLayer(base=base, bank=bank, inputs=mine_only)
+    return RankLayer(base=base, bank=bank, inputs=mine_only, groups=groups)
 
 
 def run_cases(cases: Sequence[ParallelCase]) -> list[RankResult]:

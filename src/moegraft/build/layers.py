@@ -8,12 +8,15 @@ from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.tables import ExpertsTables
 from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.punica import PunicaWrapperBase, PunicaWrapperCPU, PunicaWrapperGPU
+from moegraft.lora.punica.sharded import ShardedExpertsPunica
 from moegraft.moe.experts.triton_experts import MIN_CAPABILITY
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.moe.method import FusedMoEModularMethod
 from moegraft.moe.prepare_finalize import FusedMoEPrepareAndFinalize, NoDispatchPrepareAndFinalize
 from moegraft.moe.router import RouterConfig
 from moegraft.oracle import Decision, select_experts
+from moegraft.parallel import ParallelConfig
+from moegraft.parallel import ParallelGroups
 
 
 def punica_for(device: torch.device) -> PunicaWrapperBase:
@@ -33,19 +36,25 @@ def build_fused_moe(
     adapters_touch_experts: bool = True,
     backend: str | None = None,
     prepare_finalize: FusedMoEPrepareAndFinalize | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> tuple[FusedMoE, Decision]:
     """A FusedMoE over ``weights`` (kept, not copied) and the oracle's decision.
 
     ``lora``: only backends that take LoRA are considered, unless no adapter will touch the experts
     (``adapters_touch_experts``). ``backend``: a class by name. ``prepare_finalize``: how rows meet experts of
-    other ranks; by default all experts are here. Raises NoBackendError.
+    other ranks; by default all experts are here. ``parallel``: the world that the weights are a slice for. Raises
+    NoBackendError.
     """
+    parallel = parallel or ParallelConfig()
     request = BackendRequest(
         config=config,
         device=DeviceTarget.of(weights.device),
         format_name=weights.format_name,
         lora=lora,
         adapters_touch_experts=adapters_touch_experts,
+        tp_size=parallel.tp,
+        ep_size=parallel.ep,
+        fully_sharded=parallel.fully_sharded and parallel.tp > 1,
     )
     decision = select_experts(request, backend=backend)
     prepare_finalize = prepare_finalize or NoDispatchPrepareAndFinalize(config)
@@ -53,6 +62,14 @@ def build_fused_moe(
     return FusedMoE(config, method, router, correction_bias_E), decision
 
 
-def build_fused_moe_with_lora(layer: FusedMoE, tables: ExpertsTables) -> FusedMoEWithLoRA:
-    """The layer with LoRA from the bank's tables (``AdapterBank.experts_tables``)."""
-    return FusedMoEWithLoRA(layer, tables, punica_for(tables.pool.device))
+def build_fused_moe_with_lora(
+    layer: FusedMoE, tables: ExpertsTables, groups: ParallelGroups | None = None
+) -> FusedMoEWithLoRA:
+    """The layer with LoRA from the bank's tables (``AdapterBank.experts_tables``).
+
+    ``groups``: of a rank; where they are fully sharded, the tables hold this rank's share of the low-rank side.
+    """
+    punica = punica_for(tables.pool.device)
+    if groups is not None and groups.config.fully_sharded and groups.tp.size > 1:
+        punica = ShardedExpertsPunica(groups.tp, layer.config.hidden_size)
+    return FusedMoEWithLoRA(layer, tables, punica)

@@ -77,7 +77,7 @@ class BackendRequest:
 
     ``config`` has the sizes of the rank's own slice. ``tp_size``, ``ep_size``: ranks that share every expert, and that
     share the experts out. ``lora``: adapters may come; ``adapters_touch_experts``: and they may bring deltas of the
-    experts, not of other modules only.
+    experts, not of other modules only. ``fully_sharded``: the ranks of ``tp_size`` share the low-rank side too.
     """
 
     config: MoEConfig
@@ -87,6 +87,7 @@ class BackendRequest:
     adapters_touch_experts: bool = True
     tp_size: int = 1
     ep_size: int = 1
+    fully_sharded: bool = False
 
     @property
     def needs_delta(self) -> bool:

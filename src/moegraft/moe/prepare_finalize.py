@@ -102,6 +102,9 @@ def weighted_sum(output: ExpertsOutput, rows: PreparedRows) -> torch.Tensor:
     """[M, D]: the sum over K, in the dtype of the experts' output."""
     if output.is_reduced:
         return output.y
-    # One batched product in float32: a fixed order over K and one rounding at the end.
-    out_MD = torch.bmm(rows.topk_weights_MK.unsqueeze(1), output.y.float()).squeeze(1)
-    return out_MD.to(output.y.dtype)
+    return weighted_sum_float32(output, rows).to(output.y.dtype)
+
+
+def weighted_sum_float32(output: ExpertsOutput, rows: PreparedRows) -> torch.Tensor:
+    """[M, D] float32 of an output that is not reduced: one batched product, with a fixed order over K."""
+    return torch.bmm(rows.topk_weights_MK.unsqueeze(1), output.y.float()).squeeze(1)

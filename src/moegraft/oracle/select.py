@@ -69,6 +69,8 @@ def _why_not(cls: type[FusedMoEExpertsModular], request: BackendRequest) -> str 
         return "it is monolithic: no delta can be added inside"
     if request.needs_delta and not cls.supports_lora():
         return "it does not take LoRA"
+    if request.needs_delta and request.fully_sharded and not cls.adds_lora_separately():
+        return "it adds deltas inside its GEMMs, where the ranks of fully sharded LoRA cannot exchange low-rank rows"
     if request.ep_size > 1 and cls.is_monolithic:
         return f"it is monolithic: rows cannot be sent to {request.ep_size} ranks between routing and experts"
     ok, reason = cls.is_supported_config(request)

@@ -31,6 +31,11 @@ class FusedMoEExpertsModular(ABC):
         """True only where an adapter really changes the output; ``LoRAExpertsMixin`` says so."""
         return False
 
+    @staticmethod
+    def adds_lora_separately() -> bool:
+        """True where every delta goes through the mixin's ``apply_*_lora``, as fully sharded LoRA needs it."""
+        return False
+
     @classmethod
     @abstractmethod
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:

@@ -76,6 +76,10 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     the same bits whatever its neighbours do.
     """
 
+    @staticmethod
+    def adds_lora_separately() -> bool:
+        return True
+
     @classmethod
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
         if request.format_name not in FORMAT_NAMES:

@@ -1,0 +1,130 @@
+"""F of every expert on several ranks, in real processes: equal to one process, base rows to the bit, memory shared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.expert_parallel import ParallelCase, RankResult
+from test_expert_parallel import ADAPTERS, PACKINGS, case_of, check_cases, proof_cases
+
+from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
+from moegraft.core.errors import NoBackendError
+from moegraft.moe.experts import TorchExperts, TritonExperts
+from moegraft.oracle import select_experts
+from moegraft.parallel import ParallelConfig
+from moegraft.parallel.expert_map import ExpertMap
+from moegraft.testing import LoRASpec, MoECase
+from moegraft.testing.cases import MOE_CASES
+
+if TYPE_CHECKING:
+    from support.distributed import WorldPool
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHARDING = [pytest.param(False, id="b_and_a_cut"), pytest.param(True, id="fully_sharded")]
+
+
+def tensor_parallel(case: MoECase, tp: int, *, fully_sharded: bool, packing: str = "dense") -> ParallelCase:
+    return ParallelCase(
+        case=case,
+        config=ParallelConfig(tp=tp, fully_sharded=fully_sharded),
+        expert_map=ExpertMap.contiguous(case.config.num_experts, 1),
+        packing=packing,
+    )
+
+
+def in_world(tp: int, world2: WorldPool, world4: WorldPool) -> WorldPool:
+    return {2: world2, 4: world4}[tp]
+
+
+@pytest.mark.parametrize("fully_sharded", SHARDING)
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_ranks_equal_one_process(
+    world2: WorldPool, world4: WorldPool, packing: str, tp: int, fully_sharded: bool
+) -> None:
+    """Per-expert, fused, shared-outer, partial and mixed-rank adapters, all of them in one batch, and base rows."""
+    config = ParallelConfig(tp=tp, fully_sharded=fully_sharded)
+    layout = (config, ExpertMap.contiguous(case_of("all").config.num_experts, 1), None)
+    check_cases(in_world(tp, world2, world4), proof_cases(layout, packing))
+
+
+@pytest.mark.parametrize("fully_sharded", SHARDING)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_every_kind_of_layer(world2: WorldPool, world4: WorldPool, tp: int, fully_sharded: bool) -> None:
+    """No tokens, one token, sizes and ranks that no world divides, every activation and stored layout, biases."""
+    cases = [tensor_parallel(case, tp, fully_sharded=fully_sharded) for case in MOE_CASES]
+    check_cases(in_world(tp, world2, world4), cases)
+
+
+@pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
+def test_fully_sharded_inside_expert_parallel(world4: WorldPool, dispatch: str) -> None:
+    config = ParallelConfig(tp=2, ep=2, fully_sharded=True)
+    rows = None
+    if dispatch != "replicated":
+        config, rows = replace(config, data_parallel=True, dispatch=dispatch), (5, 21)
+    expert_map = ExpertMap.round_robin(case_of("all").config.num_experts, 2)
+    cases = [
+        ParallelCase(case=case_of(adapters), config=config, expert_map=expert_map, rows=rows) for adapters in ADAPTERS
+    ]
+    check_cases(world4, cases)
+
+
+@pytest.mark.parametrize("fully_sharded", SHARDING)
+def test_fewer_columns_than_ranks(world4: WorldPool, fully_sharded: bool) -> None:
+    """Ranks with padding only, of F, of D and of the low-rank lanes."""
+    tiny = MoEConfig(num_experts=2, top_k=1, hidden_size=3, intermediate_size=2)
+    adapters = (LoRASpec(r_gate=1, r_up=1, r2=1), LoRASpec(r_gate=0, r_up=1, r2=0), LoRASpec(shared_a13=True, r2=3))
+    case = MoECase(name="tiny", config=tiny, num_tokens=9, adapters=adapters)
+    check_cases(world4, [tensor_parallel(case, 4, fully_sharded=fully_sharded)])
+
+
+def test_each_rank_holds_its_share_of_an_adapter(world4: WorldPool) -> None:
+    """Pages of 1 KiB. A of w13 and B of w2 lie on every rank, unless fully sharded."""
+    config = MoEConfig(num_experts=4, top_k=2, hidden_size=64, intermediate_size=128)
+    case = MoECase(name="shares", config=config, adapters=(LoRASpec(),))
+    pages = {}
+    for fully_sharded in (False, True):
+        ((*results,),) = check_cases(world4, [tensor_parallel(case, 4, fully_sharded=fully_sharded)])
+        assert len({result.adapter_pages for result in results}) == 1
+        pages[fully_sharded] = results[0].adapter_pages[0]
+    floats_13, floats_2 = 4 * 16 * 64, 4 * 8 * 64  # A of w13, of gate and up; B of w2
+    floats_f = 3 * 4 * 8 * 128  # B of gate and of up, A of w2
+    assert pages[False] == (floats_13 + floats_2 + floats_f // 4) * 4 // 1024
+    assert pages[True] == (floats_13 + floats_2 + floats_f) // 4 * 4 // 1024
+
+
+def sent(result: RankResult) -> tuple[int, int]:
+    return sum(result.base_bytes.values()), sum(result.lora_bytes.values())
+
+
+def test_what_adapters_add_to_the_traffic(world2: WorldPool) -> None:
+    """Nothing where factors are cut along F; the low-rank rows of the rows with an adapter where fully sharded."""
+    config = MoEConfig(num_experts=3, top_k=2, hidden_size=48, intermediate_size=24)
+    case = MoECase(name="traffic", config=config, num_tokens=10, adapters=(LoRASpec(),), base_share=0.4)
+    plain, sharded = check_cases(world2, [tensor_parallel(case, 2, fully_sharded=fs) for fs in (False, True)])
+    all_reduce = 2 * (10 * 48 * 4) // 2
+    names = 25  # the ranks agree on the adapters of the batch
+    assert sent(plain[0]) == (all_reduce, all_reduce + names)
+    base, lora = sent(sharded[0])
+    rows, rest = divmod(lora - base - names, 4 * (8 + 8))  # 8 of 16 lanes of A of w13 gathered; 8 lanes of A2 summed
+    assert (base, rest) == (all_reduce, 0)
+    assert rows % 2 == 0 and 0 < rows < 20  # some of the 10 tokens, to 2 experts each
+
+
+def test_backends_that_add_deltas_inside_their_gemms_are_refused_when_fully_sharded() -> None:
+    config = MoEConfig(num_experts=4, top_k=2, hidden_size=64, intermediate_size=32)
+    gpu = DeviceTarget(kind="cuda", capability=(9, 0), has_triton=True)
+    request = BackendRequest(config=replace(config, dtype=torch.bfloat16), device=gpu, tp_size=2)
+    assert select_experts(request).experts_cls is TritonExperts
+    decision = select_experts(replace(request, fully_sharded=True))
+    assert decision.experts_cls is TorchExperts
+    (why,) = [r.reason for r in decision.rejections if r.backend == "TritonExperts"]
+    assert "adds deltas inside its GEMMs" in why
+    with pytest.raises(NoBackendError, match="cannot exchange low-rank rows"):
+        select_experts(replace(request, fully_sharded=True), backend="TritonExperts")
+    without_lora = replace(request, fully_sharded=True, lora=False)
+    assert select_experts(without_lora).experts_cls is TritonExperts
