@@ -139,7 +139,9 @@ def quantise_rows(
     groups_MQG = pad(x_MI.float(), (0, num_groups * group - I)).view(M, num_groups, group)
     if static_scale is None:
         largest_MQ = groups_MQG.abs().amax(2).clamp(min=SMALLEST_AMAX)
-        inverse_MQ, scale_MQ = FP8_MAX / largest_MQ, largest_MQ / FP8_MAX
+        # By a tensor: torch multiplies with the reciprocal of a number, whose last bit may differ.
+        fp8_max_MQ = torch.full_like(largest_MQ, FP8_MAX)
+        inverse_MQ, scale_MQ = fp8_max_MQ / largest_MQ, largest_MQ / fp8_max_MQ
     else:
         scale_MQ = static_scale.float().expand(M, num_groups)
         inverse_MQ = 1.0 / scale_MQ

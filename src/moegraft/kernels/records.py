@@ -33,6 +33,8 @@ class WeightFormat(enum.StrEnum):
     DENSE = "dense"
     INT8 = "int8"
     FP8 = "fp8"
+    INT4 = "int4"
+    MXFP4 = "mxfp4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +125,15 @@ class LoRABatch:
     """The adapters of one call: bank tables, slot of each token [T] int32 (-1 = base), and what the host must know.
 
     ``rank13``, ``rank2``: no adapter that may be resident while this call, or a graph that captured it, runs has more
-    rank rows in A13 or A2. They size buffers and grids; the kernels walk the true ranks.
+    rank rows in A13 or A2. They size buffers and grids; the kernels walk the true ranks. ``x_TD``: the rows that A13
+    reads, where the base reads others (rows that were quantised on their way here).
     """
 
     tables: ExpertsTables
     token_slots_T: torch.Tensor
     rank13: int
     rank2: int
+    x_TD: torch.Tensor | None = None
 
     @property
     def num_slots(self) -> int:
@@ -160,6 +164,14 @@ class LowRank:
 
     u_NW: torch.Tensor
     partial_SNW: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedRows:
+    """``stored_MI``: rows in fp8 · ``scale_MQ``: float32, one a row or one a group of its columns."""
+
+    stored_MI: torch.Tensor
+    scale_MQ: torch.Tensor
 
 
 def low_rank_width(rank: int, *, num_halves: int) -> int:

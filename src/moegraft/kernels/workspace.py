@@ -12,7 +12,8 @@ import torch
 from moegraft.core.routing import LANE_GRANULE, RECORD_INTS, Count, Lanes, max_groups
 from moegraft.kernels.launch import cdiv
 from moegraft.kernels.moe_routing.host import RoutingBuffers
-from moegraft.kernels.records import LowRank, low_rank_width
+from moegraft.kernels.records import LowRank, QuantisedRows, low_rank_width
+from moegraft.tuning.eight_bit import quantises_apart
 from moegraft.tuning.tiles import MoETiles, TuningShape
 
 _ALIGNMENT_BYTES = 256
@@ -31,10 +32,12 @@ class LoRABuffers:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBuffers(LoRABuffers):
-    """Views into a workspace for one call of a layer."""
+    """Views into a workspace for one call of a layer; ``quantised_*``: of formats whose rows a kernel quantises."""
 
     h_NF: torch.Tensor
     y_ND: torch.Tensor
+    quantised_x: QuantisedRows | None
+    quantised_h: QuantisedRows | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,13 @@ def layer_buffers(
     }
     if with_base:
         buffers |= {"h": ((N, shape.intermediate_size), dtype), "y": ((N, shape.hidden_size), dtype)}
+        if quantises_apart(shape.weight_format, shape.scale_group, tiles.block_m):
+            for name, rows, columns in (
+                ("_x", shape.num_tokens, shape.hidden_size),
+                ("_h", N, shape.intermediate_size),
+            ):
+                buffers["stored" + name] = ((rows, columns), torch.float8_e4m3fn)
+                buffers["scale" + name] = ((rows, cdiv(columns, shape.scale_group or columns)), torch.float32)
     if S:
         segments = min(N, E * S)
         for name, rank, halves, tile in (
@@ -123,6 +133,8 @@ class Workspace:
             low_rank2=_low_rank(views, "2"),
             h_NF=views["h"],
             y_ND=views["y"],
+            quantised_x=_quantised(views, "_x"),
+            quantised_h=_quantised(views, "_h"),
         )
 
     def carve_lora(self, shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, *, num_halves: int) -> LoRABuffers:
@@ -162,6 +174,12 @@ def _lanes(views: Mapping[str, torch.Tensor], name: str) -> Lanes | None:
         granule=views["lane_granule" + name],
         element=views["lane_element" + name],
     )
+
+
+def _quantised(views: Mapping[str, torch.Tensor], name: str) -> QuantisedRows | None:
+    if "stored" + name not in views:
+        return None
+    return QuantisedRows(stored_MI=views["stored" + name], scale_MQ=views["scale" + name])
 
 
 def _low_rank(views: Mapping[str, torch.Tensor], name: str) -> LowRank | None:

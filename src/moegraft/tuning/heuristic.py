@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from moegraft.tuning.eight_bit import fp8_tiles, int8_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TuningShape
 
+OF_FORMAT = {"fp8": fp8_tiles, "int8": int8_tiles}
+"""Tiles of the GEMMs over quantised weights."""
 NUM_SMS = 132
 """Programs that one wave should hold; the H200's count serves as the measure for all."""
 
@@ -29,6 +32,8 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
 
 def gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
     """(GEMM 13, GEMM 2). Decode keeps many bytes of weights in flight; prefill has tiles that feed two warp groups."""
+    if shape.weight_format in OF_FORMAT:
+        return OF_FORMAT[shape.weight_format](block_m, shape)
     if block_m == 16:
         num_rows, block_l = shape.num_tokens * shape.top_k, 64 if shape.rank13 > 32 else 32
         return (

@@ -10,6 +10,7 @@ class GemmTile:
     """One grouped GEMM: block_n columns and block_k inputs a step, ``group`` blocks sharing a column of weights.
 
     ``block_l``: lanes a step of the expand. ``tma``: weights through TMA descriptors where their layout allows it.
+    ``swapped``: weights are the left operand of the matrix unit, whose 64 rows are then columns of the result.
     """
 
     block_n: int = 64
@@ -19,6 +20,7 @@ class GemmTile:
     num_warps: int = 4
     num_stages: int = 3
     tma: bool = False
+    swapped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moegraft.kernels.eight_bit_product.device import fp8_product, int8_product
+from moegraft.kernels.four_bit_product.device import int4_product, mxfp4_product
+
 # Codes of WeightFormat.
 DENSE = tl.constexpr(0)
 INT8 = tl.constexpr(1)
 FP8 = tl.constexpr(2)
+INT4 = tl.constexpr(3)
+MXFP4 = tl.constexpr(4)
 
 
 @triton.jit
@@ -27,6 +32,30 @@ def base_product(x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_p
     """
     if FORMAT == DENSE:
         acc_gate, acc_up = dense_product(
+            x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we,
+            stride_wn, stride_wk, up_offset, LENGTH, COLUMNS, GATED, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
+            SWAPPED, PRECISION,
+        )  # fmt: skip
+    elif FORMAT == INT8:
+        acc_gate, acc_up = int8_product(
+            x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we,
+            stride_wn, stride_wk, up_offset, LENGTH, COLUMNS, GATED, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
+            SWAPPED, PRECISION,
+        )  # fmt: skip
+    elif FORMAT == FP8:
+        acc_gate, acc_up = fp8_product(
+            x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we,
+            stride_wn, stride_wk, up_offset, LENGTH, COLUMNS, GATED, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
+            SWAPPED, PRECISION,
+        )  # fmt: skip
+    elif FORMAT == INT4:
+        acc_gate, acc_up = int4_product(
+            x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we,
+            stride_wn, stride_wk, up_offset, LENGTH, COLUMNS, GATED, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
+            SWAPPED, PRECISION,
+        )  # fmt: skip
+    elif FORMAT == MXFP4:
+        acc_gate, acc_up = mxfp4_product(
             x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we,
             stride_wn, stride_wk, up_offset, LENGTH, COLUMNS, GATED, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
             SWAPPED, PRECISION,

@@ -7,10 +7,12 @@ import torch
 from moegraft.kernels.lora_shrink.host import lora_shrink2, lora_shrink13
 from moegraft.kernels.moe_gemm2.host import moe_gemm2
 from moegraft.kernels.moe_gemm13.host import moe_gemm13
+from moegraft.kernels.moe_quantise.host import moe_quantise
 from moegraft.kernels.moe_routing.host import route_rows
 from moegraft.kernels.moe_sum.host import moe_sum
-from moegraft.kernels.records import Expand, LoRABatch, MoEWeights
+from moegraft.kernels.records import Expand, LoRABatch, MoEWeights, Quantisation, QuantisedRows
 from moegraft.kernels.workspace import LayerBuffers, Workspace
+from moegraft.tuning.eight_bit import fit_tiles
 from moegraft.tuning.table import choose_tiles
 from moegraft.tuning.tiles import MoETiles, TuningShape
 
@@ -29,7 +31,7 @@ def run_layer(
     """See ``host.fused_moe_lora``."""
     _check(x_TD, weights, topk_ids_TK, topk_weights_TK, lora)
     shape = tuning_shape(x_TD, weights, topk_ids_TK, lora)
-    tiles = tiles or choose_tiles(shape)
+    tiles = fit_tiles(tiles or choose_tiles(shape), shape)
     num_halves = weights.activation.num_halves
     workspace = workspace or Workspace.for_layer(shape, tiles, x_TD.dtype, x_TD.device, num_halves=num_halves)
     buffers = workspace.carve(shape, tiles, x_TD.dtype, num_halves=num_halves)
@@ -84,6 +86,11 @@ def _check(
             f"fused_moe_lora: token_slots {list(lora.token_slots_T.shape)} {lora.token_slots_T.dtype}, expected [{T}] "
             "torch.int32"
         )
+    if lora.x_TD is not None and (lora.x_TD.shape != x_TD.shape or lora.x_TD.dtype != x_TD.dtype):
+        raise ValueError(
+            f"fused_moe_lora: LoRA reads rows {list(lora.x_TD.shape)} {lora.x_TD.dtype}, expected {list(x_TD.shape)} "
+            f"{x_TD.dtype}, as x"
+        )
     if lora.tables.pool.dtype != x_TD.dtype:
         raise ValueError(f"fused_moe_lora: x is {x_TD.dtype}, the adapters are {lora.tables.pool.dtype}")
 
@@ -101,15 +108,36 @@ def _launch(
 ) -> None:
     h_NF, y_ND, low_rank13, low_rank2 = buffers.h_NF, buffers.y_ND, buffers.low_rank13, buffers.low_rank2
     expand13 = expand2 = None
+    # Before the routing: with programmatic launch GEMM 13 waits for no kernel but the last two before it.
+    x, x_scales = _quantise(x_TD, buffers.quantised_x, weights.quantisation, of_w2=False)
     routing = route_rows(topk_ids_TK, weights.sizes, lora, buffers.routing, block_m=tiles.block_m, tile_m=tiles.tile_m)
     if lora is not None and low_rank13 is not None and routing.lanes13 is not None:
-        lora_shrink13(low_rank13, x_TD, routing, lora, tile=tiles.shrink13)
+        lora_x_TD = x_TD if lora.x_TD is None else lora.x_TD
+        lora_shrink13(low_rank13, lora_x_TD, routing, lora, tile=tiles.shrink13)
         expand13 = Expand(lora=lora, u_NW=low_rank13.u_NW, lanes=routing.lanes13)
     input_weights = topk_weights_TK if weight_on_input else None
-    moe_gemm13(h_NF, x_TD, weights, routing, expand=expand13, input_weights_TK=input_weights, tile=tiles.gemm13)
+    moe_gemm13(
+        h_NF, x, weights, routing, x_scales=x_scales, expand=expand13, input_weights_TK=input_weights,
+        tile=tiles.gemm13,
+    )  # fmt: skip
+    h, h_scales = _quantise(h_NF, buffers.quantised_h, weights.quantisation, of_w2=True)
     if lora is not None and low_rank2 is not None and routing.lanes2 is not None:
         lora_shrink2(low_rank2, h_NF, routing, lora, tile=tiles.shrink2)
         expand2 = Expand(lora=lora, u_NW=low_rank2.u_NW, lanes=routing.lanes2)
     output_weights = None if weight_on_input else topk_weights_TK
-    moe_gemm2(y_ND, h_NF, weights, routing, expand=expand2, output_weights_TK=output_weights, tile=tiles.gemm2)
+    moe_gemm2(
+        y_ND, h, weights, routing, h_scales=h_scales, expand=expand2, output_weights_TK=output_weights,
+        tile=tiles.gemm2,
+    )  # fmt: skip
     moe_sum(out_TD, y_ND, topk_ids_TK, num_experts=weights.num_experts)
+
+
+def _quantise(
+    x_MI: torch.Tensor, rows: QuantisedRows | None, quantisation: Quantisation | None, *, of_w2: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a GEMM reads in place of x, and its scales: x itself where nobody quantises it, or the GEMM does."""
+    if rows is None or quantisation is None:
+        return x_MI, None
+    static_scale = quantisation.input_scale2 if of_w2 else quantisation.input_scale13
+    moe_quantise(rows.stored_MI, rows.scale_MQ, x_MI, group_size=quantisation.scale_group, static_scale=static_scale)
+    return rows.stored_MI, rows.scale_MQ

@@ -1,12 +1,17 @@
-"""TritonExperts: grouped GEMMs with the adapters' deltas inside them. The backend of dense weights on CUDA."""
+"""TritonExperts: grouped GEMMs with the adapters' deltas inside them. The backend of dense, fp8 and int8 on CUDA."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from moegraft.core.config import BackendRequest, MoEConfig
+from moegraft.core.config import Activation, BackendRequest, MoEConfig
+from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
-from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.formats.fp8 import Fp8Experts
+from moegraft.formats.scaled import BLOCK, ScaledExperts
+from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.mixin import LoRAExpertsMixin
 from moegraft.moe.experts.base import FusedMoEExpertsModular
@@ -14,42 +19,43 @@ from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows
 
 MIN_CAPABILITY = (8, 0)
 """Ampere: bfloat16 matrix units and asynchronous copies, which the kernels' tiles count on."""
+MIN_CAPABILITIES = {"dense": MIN_CAPABILITY, "int8": MIN_CAPABILITY, "fp8": (8, 9)}
+"""Of each format; Ada: conversions and matrix units of fp8."""
 
 
 class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     """Rows sorted by (expert, adapter), two grouped GEMMs that walk the lanes of the adapters behind their own K.
 
-    Weights are read where the checkpoint put them, by strides. Buffers of a call come from torch's caching allocator
-    in one piece: streams and threads do not share them, and a captured CUDA graph keeps its own. A call without
-    adapters launches the base kernels only. Needs Triton when it is called, not when it is imported.
+    Weights are read where the checkpoint put them, by strides. fp8 weights meet rows quantised as their format says,
+    int8 weights become numbers of the rows' dtype in registers; LoRA reads the rows as they came. Buffers of a call
+    come from torch's caching allocator in one piece: streams and threads do not share them, and a captured CUDA graph
+    keeps its own. A call without adapters launches the base kernels only. Needs Triton when it is called, not when it
+    is imported.
     """
 
-    def __init__(self, config: MoEConfig, weights: DenseExperts) -> None:
+    def __init__(self, config: MoEConfig, weights: ExpertsWeights) -> None:
         super().__init__(config, weights)
-        self._kernel_weights = MoEWeights(
-            w13=weights.w13,
-            w2=weights.w2,
-            b13=weights.b13,
-            b2=weights.b2,
-            activation=config.activation,
-            is_transposed=weights.is_transposed,
-            is_interleaved=weights.is_interleaved,
-        )
+        self._kernel_weights = kernel_weights(weights, config.activation)
 
     @classmethod
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
         device, dtype = request.device, request.config.dtype
-        if request.format_name != "dense":
-            return False, f"weights are {request.format_name}, TritonExperts reads dense weights only"
+        if request.format_name not in MIN_CAPABILITIES:
+            return False, f"weights are {request.format_name}, it reads {', '.join(MIN_CAPABILITIES)}"
         if device.kind != "cuda":
             return False, f"it runs on CUDA devices, the layer is on {device}"
         if not device.has_triton:
             return False, "triton cannot be imported; install moegraft[gpu]"
-        if device.capability is None or device.capability < MIN_CAPABILITY:
-            return False, f"it needs compute capability 8.0, the device is {device}"
+        needed = MIN_CAPABILITIES[request.format_name]
+        if device.capability is None or device.capability < needed:
+            reads = "" if request.format_name == "dense" else f" for {request.format_name} weights"
+            return False, f"it needs compute capability {needed[0]}.{needed[1]}{reads}, the device is {device}"
         if dtype not in (torch.bfloat16, torch.float16):
             # The kernels compute float32 exactly (as the tests' interpreter does), which no matrix unit offers.
-            return False, f"weights are {dtype}, its tiles are made for the matrix units of bfloat16 and float16"
+            return (
+                False,
+                f"it would compute in {dtype}, its tiles are for the matrix units of bfloat16 and float16",
+            )
         return True, ""
 
     def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
@@ -68,4 +74,44 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
         if context is None:
             return None
         slots_M = context.mapping.token_slots if rows.slots_M is None else rows.slots_M
-        return LoRABatch(tables=context.tables, token_slots_T=slots_M, rank13=context.rank_bound, rank2=context.rank2)
+        return LoRABatch(
+            tables=context.tables,
+            token_slots_T=slots_M,
+            rank13=context.rank_bound,
+            rank2=context.rank2,
+            x_TD=None if rows.unquantised_MD is rows.x_MD else rows.unquantised_MD.contiguous(),
+        )
+
+
+def kernel_weights(weights: ExpertsWeights, activation: Activation) -> MoEWeights:
+    """The weights as the kernels take them; nothing is copied. Raises TypeError for another format."""
+    if isinstance(weights, DenseExperts):
+        return MoEWeights(
+            w13=weights.w13,
+            w2=weights.w2,
+            b13=weights.b13,
+            b2=weights.b2,
+            activation=activation,
+            is_transposed=weights.is_transposed,
+            is_interleaved=weights.is_interleaved,
+        )
+    if not isinstance(weights, ScaledExperts):
+        raise TypeError(f"TritonExperts: found {weights.format_name} weights, expected {', '.join(MIN_CAPABILITIES)}")
+    quantisation = Quantisation(
+        format=WeightFormat(weights.format_name),
+        scales13=weights.w13_scale,
+        scales2=weights.w2_scale,
+        hidden_size=weights.hidden_size,
+        intermediate_size=weights.intermediate_size,
+        scale_group=BLOCK if weights.is_block_scaled else 0,
+    )
+    if isinstance(weights, Fp8Experts):
+        quantisation = replace(quantisation, input_scale13=weights.x_scale, input_scale2=weights.h_scale)
+    return MoEWeights(
+        w13=weights.w13,
+        w2=weights.w2,
+        b13=weights.b13,
+        b2=weights.b2,
+        activation=activation,
+        quantisation=quantisation,
+    )

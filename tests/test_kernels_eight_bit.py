@@ -1,0 +1,174 @@
+"""int8 and fp8 weights in the MoE kernels, in Triton's interpreter or on the GPU, against the dequantised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from support.fp8_interpreter import round_fp8_exactly
+from support.kernels import DEVICE, make_lora_batch
+from support.layers import dense_weights, dequantised
+
+from moegraft.core.config import Activation, ActivationKind, MoEConfig
+from moegraft.formats.base import ExpertsWeights
+from moegraft.formats.dense import DenseExperts
+from moegraft.formats.fp8 import Fp8Experts
+from moegraft.formats.int8 import Int8Experts
+from moegraft.formats.scaled import Granularity
+from moegraft.kernels.moe_forward.host import fused_moe_lora
+from moegraft.kernels.moe_quantise.host import moe_quantise
+from moegraft.kernels.moe_quantise.reference import moe_quantise_reference
+from moegraft.kernels.records import LoRABatch
+from moegraft.moe.experts.triton_experts import kernel_weights
+from moegraft.testing import (
+    LoRASpec,
+    MoECase,
+    MoEInputs,
+    assert_close,
+    assert_close_delta,
+    make_inputs,
+    moe_reference,
+    poison_allocations,
+)
+from moegraft.testing.cases import Routing
+from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile
+
+CONFIG = MoEConfig(num_experts=4, top_k=2, hidden_size=160, intermediate_size=144)
+CASE = MoECase(
+    name="eight_bit",
+    config=CONFIG,
+    num_tokens=10,
+    adapters=(LoRASpec(r_gate=3, r_up=5, r2=2), LoRASpec(expert_ids=(1, 3), r2=20), LoRASpec(r_gate=0, r_up=0)),
+    routing=Routing.SENTINELS,
+)
+CASES = {
+    "silu": CASE,
+    "gpt_oss": replace(
+        CASE, config=replace(CONFIG, activation=Activation(kind=ActivationKind.SWIGLU_OAI), has_bias=True)
+    ),
+    "relu2": replace(CASE, config=replace(CONFIG, activation=Activation(kind=ActivationKind.RELU2, gated=False))),
+    "odd_sizes": replace(CASE, config=replace(CONFIG, hidden_size=37, intermediate_size=19)),
+    "one_token": replace(CASE, num_tokens=1, routing=Routing.RANDOM, base_share=0.0),
+    "no_tokens": replace(CASE, num_tokens=0),
+}
+# float32: sums in another order; an activation at the edge of two codes may fall to the other side (2**-3 of it).
+TOL = {"int8": 1e-5, "fp8": 2e-3}
+
+
+def pack(name: str, dense: DenseExperts) -> ExpertsWeights:
+    w13, w2 = dense.dequantise(torch.float32)
+    rest = {"b13": dense.b13, "b2": dense.b2, "num_halves": dense.num_halves}
+    if name == "int8":
+        return Int8Experts.pack(w13, w2, **rest)  # type: ignore[arg-type]
+    if name == "fp8 static":
+        scales = torch.tensor([4 / 448, 6 / 448], device=w13.device)
+        return Fp8Experts.pack(w13, w2, granularity=Granularity.TENSOR, **rest).with_static_scales(*scales)  # type: ignore[arg-type]
+    return Fp8Experts.pack(w13, w2, granularity=Granularity(name.removeprefix("fp8 ")), **rest)  # type: ignore[arg-type]
+
+
+FORMATS = ("int8", "fp8 block", "fp8 channel", "fp8 static")
+
+
+@pytest.fixture(autouse=True)
+def _exact_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        round_fp8_exactly(monkeypatch)
+
+
+def tiles(*, block_m: int = 16, swapped: bool = False) -> MoETiles:
+    gemm = GemmTile(block_n=32, block_k=128, block_l=16, num_stages=2, swapped=swapped)
+    shrink = ShrinkTile(block_r=16, block_k=64)
+    return MoETiles(block_m=block_m, tile_m=16, gemm13=gemm, gemm2=gemm, shrink13=shrink, shrink2=shrink)
+
+
+def check(case: MoECase, name: str, call_tiles: MoETiles | None = None) -> None:
+    inputs = make_inputs(case, device=DEVICE)
+    weights = pack(name, dense_weights(case, inputs))
+    records = kernel_weights(weights, case.config.activation)
+    lora = make_lora_batch(case, inputs)
+    inputs = replace(inputs, weights=dequantised(weights))
+
+    def run(lora: LoRABatch | None) -> torch.Tensor:
+        with poison_allocations():
+            return fused_moe_lora(
+                inputs.x_TD, records, inputs.topk_ids_TK, inputs.topk_weights_TK, lora=lora, tiles=call_tiles
+            )
+
+    base, out, tol = run(None), run(lora), TOL[weights.format_name]
+    base_ref = reference(case, inputs, with_lora=False)
+    assert_close(base, base_ref, tol, what="base")
+    assert_close_delta(out, base, reference(case, inputs, with_lora=True), base_ref, tol)
+    if DEVICE == "cuda":  # the interpreter's matrix product gives a row other bits at another place of a tile
+        is_base = inputs.token_slots_T < 0
+        assert torch.equal(out[is_base], base[is_base])
+
+
+def reference(case: MoECase, inputs: MoEInputs, *, with_lora: bool) -> torch.Tensor:
+    return moe_reference(
+        inputs.x_TD,
+        inputs.topk_ids_TK,
+        inputs.topk_weights_TK,
+        inputs.weights,
+        case.config,
+        adapters=inputs.adapters if with_lora else (),
+        token_slots_T=inputs.token_slots_T if with_lora else None,
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", CASES)
+def test_layer_matches_dequantised_weights(case: str, name: str) -> None:
+    check(CASES[case], name)
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_form_of_the_products(name: str, block_m: int, swapped: bool) -> None:
+    """Rows quantised inside a GEMM (16) or by a kernel before it (64); weights on either side of the product."""
+    check(CASE, name, tiles(block_m=block_m, swapped=swapped))
+
+
+def test_lora_reads_its_own_rows() -> None:
+    """Rows that were quantised on their way here: the base reads them, A13 the rows as they were."""
+    inputs = make_inputs(CASE, device=DEVICE)
+    weights = pack("fp8 static", dense_weights(CASE, inputs))
+    records, lora = kernel_weights(weights, CASE.config.activation), make_lora_batch(CASE, inputs)
+    args = (records, inputs.topk_ids_TK, inputs.topk_weights_TK)
+    expected = fused_moe_lora(inputs.x_TD, *args, lora=lora)
+    sent_TD = weights.quantise_input(inputs.x_TD)
+    assert torch.equal(fused_moe_lora(sent_TD, *args, lora=replace(lora, x_TD=inputs.x_TD)), expected)
+    assert not torch.equal(fused_moe_lora(sent_TD, *args, lora=lora), expected)
+    with pytest.raises(ValueError, match="LoRA reads rows"):
+        fused_moe_lora(sent_TD, *args, lora=replace(lora, x_TD=inputs.x_TD[:3]))
+
+
+QUANTISED_ROWS: list[tuple[int, int, int, Callable[[], torch.Tensor | None]]] = [
+    (5, 300, 128, lambda: None),
+    (3, 300, 0, lambda: None),
+    (7, 37, 0, lambda: torch.tensor(0.01)),
+    (1, 128, 128, lambda: None),
+    (0, 64, 0, lambda: None),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns", "group_size", "scale"), QUANTISED_ROWS)
+def test_rows_are_quantised_to_the_bit(
+    rows: int, columns: int, group_size: int, scale: Callable[[], torch.Tensor | None], dtype: torch.dtype
+) -> None:
+    x_MI = torch.randn(rows, columns + 8, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)[:, :columns]
+    x_MI[:1] *= 1e-7
+    static_scale = scale()
+    static_scale = None if static_scale is None else static_scale.to(DEVICE)
+    stored_MI = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scale_MQ = torch.full((rows, -(-columns // (group_size or columns))), torch.nan, device=DEVICE)
+    moe_quantise(stored_MI, scale_MQ, x_MI, group_size=group_size, static_scale=static_scale)
+    expected_MI, expected_MQ = moe_quantise_reference(x_MI, group_size=group_size, static_scale=static_scale)
+    assert torch.equal(stored_MI.view(torch.uint8), expected_MI.view(torch.uint8))
+    assert torch.equal(scale_MQ, expected_MQ)
