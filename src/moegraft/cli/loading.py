@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from moegraft.cli.console import CommandError, first_line
+from moegraft.integrations.transformers import is_quantised, load_quantised
 
 _DTYPES: Mapping[str, torch.dtype | Literal["auto"]] = {
     "auto": "auto",
@@ -49,8 +50,14 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def load_model(folder: Path, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
-    """A causal language model in eval mode. Raises CommandError where the folder does not hold one."""
+    """A causal language model in eval mode; a quantised one keeps its experts packed.
+
+    Raises CommandError where the folder does not hold one, CheckpointError where a quantised one cannot be read.
+    """
     target = resolve_device(device)
+    if (folder / "config.json").is_file() and is_quantised(folder):
+        wanted = resolve_dtype(dtype)
+        return load_quantised(folder, dtype=None if wanted == "auto" else wanted, device=target)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype), local_files_only=True)
     except (OSError, ValueError) as error:

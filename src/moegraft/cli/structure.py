@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moegraft.cli.console import CommandError, first_line
 from moegraft.cli.loading import quiet_transformers, resolve_device, resolve_dtype
-from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers import Explanation, attach
+from moegraft.integrations.transformers import LayerChoice, is_quantised
+from moegraft.integrations.transformers.checkpoint import plain_config, read_structure
+from moegraft.integrations.transformers.explain import explain_structure
 from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.lora.targets import ModelTargets
 
@@ -21,14 +23,25 @@ def base_targets(folder: Path) -> ModelTargets:
     return discover_targets(hollow_model(folder))
 
 
-def explain_model(folder: Path, *, dtype: str, device: str | None) -> Explanation:
-    """What ``attach`` would choose for the checkpoint. Raises UnsupportedModelError or NoBackendError."""
+@dataclass(frozen=True, kw_only=True)
+class ModelExplanation:
+    """``stored``: the layout of a quantised checkpoint, in words; empty where it is not quantised."""
+
+    stored: str
+    choices: tuple[LayerChoice, ...]
+
+
+def explain_model(folder: Path, *, dtype: str, device: str | None) -> ModelExplanation:
+    """What ``attach`` would choose for the checkpoint, from its config and the headers of its weights.
+
+    Raises CheckpointError, UnsupportedModelError or NoBackendError.
+    """
     model = hollow_model(folder, dtype=dtype, device=device)
-    quantisation = getattr(model.config, "quantization_config", None)
-    if quantisation is not None:
-        raise UnsupportedModelError(f"{folder}: the checkpoint is quantised, expected float32, bfloat16 or float16")
-    with attach(model, adapter_memory="64MiB") as graft:
-        return graft.explain()
+    if not is_quantised(folder):
+        return ModelExplanation(stored="", choices=explain_structure(model, {}).choices)
+    plan = read_structure(folder).plan
+    packed = dict.fromkeys(plan.experts, plan.scheme.format_name)
+    return ModelExplanation(stored=plan.scheme.description, choices=explain_structure(model, packed).choices)
 
 
 def hollow_model(folder: Path, *, dtype: str = "auto", device: str | None = "cpu") -> PreTrainedModel:
@@ -38,7 +51,7 @@ def hollow_model(folder: Path, *, dtype: str = "auto", device: str | None = "cpu
     """
     quiet_transformers()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = plain_config(AutoConfig.from_pretrained(folder, local_files_only=True))
         options = {} if dtype == "auto" else {"dtype": resolve_dtype(dtype)}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from moegraft.cli.compare import Agreement
     from moegraft.cli.demo import DemoResult
     from moegraft.cli.generate import Answers
+    from moegraft.cli.structure import ModelExplanation
     from moegraft.cli.tune import TuneResult
-    from moegraft.integrations.transformers import Explanation
     from moegraft.lora.peft import AdapterInspection, ModuleSummary
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_SHORT = ("adapter", "kind", "ranks", "rows of A", "modules", "size", "layers", "backend", "weights")
+_SHORT = ("adapter", "kind", "ranks", "rows of A", "modules", "size", "layers", "format", "device", "backend")
 _DETAIL = re.compile(r"\d+|lora_[AB]|(gate|up|down)_proj|w[123]")
 
 
@@ -148,17 +148,26 @@ def _modules_table(modules: Iterable[ModuleSummary]) -> Table:
     return table
 
 
-def show_explanation(explanation: Explanation) -> None:
-    """One line a layer; layers of one choice folded together."""
-    groups: dict[tuple[str, str, str, str], list[str]] = {}
-    for choice in explanation:
-        refused = "\n".join(f"{rejection.backend}: {rejection.reason}" for rejection in choice.rejections)
-        weights = f"{choice.format_name} on {choice.device}"
-        groups.setdefault((_folded(choice.layer), choice.backend, weights, refused), []).append(choice.layer)
-    table = _table("", "layer", "layers", "backend", "weights", "refused")
-    for (name, backend, weights, refused), layers in groups.items():
-        table.add_row(name, str(len(layers)), Text(backend, style="green"), weights, Text(refused or "none"))
+def show_explanation(explanation: ModelExplanation) -> None:
+    """One line a layer; layers of one choice folded together. Below it, how a quantised checkpoint is read."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for choice in explanation.choices:
+        reasons = "\n".join(f"not {rejection.backend}: {rejection.reason}" for rejection in choice.rejections)
+        kind = (_folded(choice.layer), choice.format_name, choice.device, choice.backend, reasons)
+        groups.setdefault(kind, []).append(choice.layer)
+    table = _table("", "layer", "layers", "format", "device", "backend", "reasons")
+    for (name, format_name, device, backend, reasons), layers in groups.items():
+        served = Text(backend, style="green")
+        table.add_row(name, str(len(layers)), format_name, device, served, Text(reasons or "the only backend"))
     stdout.print(table)
+    packed = sum(choice.kept_by == "moegraft" for choice in explanation.choices)
+    if explanation.stored:
+        stdout.print(
+            f"Stored as {explanation.stored}. moegraft reads {packed} experts layers itself and keeps them packed; "
+            "quantised linear maps beside them are dequantised when they are loaded.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def show_tuning(results: Sequence[TuneResult]) -> None:

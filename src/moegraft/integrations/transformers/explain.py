@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from moegraft.oracle import Decision, Rejection
+from transformers import PreTrainedModel
+
+from moegraft.core.config import BackendRequest, DeviceTarget
+from moegraft.core.errors import UnsupportedModelError
+from moegraft.integrations.transformers.experts import moe_config
+from moegraft.integrations.transformers.storage import experts_placement
+from moegraft.integrations.transformers.targets import experts_per_token, find_unsupported, hooked_experts
+from moegraft.oracle import Decision, Rejection, select_experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChoice:
-    """The oracle's word on one experts layer."""
+    """The oracle's word on one experts layer.
+
+    ``kept_by``: who holds its weights, "transformers" (parameters of the module) or "moegraft" (packed, as
+    ``load_quantised`` leaves them).
+    """
 
     layer: str
     backend: str
     format_name: str
     device: str
+    kept_by: str
     rejections: tuple[Rejection, ...]
 
     @classmethod
-    def of(cls, layer: str, decision: Decision) -> LayerChoice:
+    def of(cls, layer: str, decision: Decision, *, is_packed: bool) -> LayerChoice:
         return cls(
             layer=layer,
             backend=decision.backend,
             format_name=decision.request.format_name,
             device=str(decision.request.device),
+            kept_by="moegraft" if is_packed else "transformers",
             rejections=decision.rejections,
         )
 
@@ -44,6 +57,28 @@ class Explanation:
     def __str__(self) -> str:
         lines = []
         for choice in self.choices:
-            lines.append(f"{choice.layer}: {choice.backend} ({choice.format_name} weights on {choice.device})")
+            weights = f"{choice.format_name} weights on {choice.device}, kept by {choice.kept_by}"
+            lines.append(f"{choice.layer}: {choice.backend} ({weights})")
             lines += [f"    not {rejection.backend}: {rejection.reason}" for rejection in choice.rejections]
         return "\n".join(lines)
+
+
+def explain_structure(model: PreTrainedModel, packed: Mapping[str, str]) -> Explanation:
+    """What ``attach`` would choose for a model of which only the structure is there: shapes, a device and dtypes.
+
+    ``packed``: name of an experts module -> name of the format in which ``load_quantised`` would keep it. Raises
+    UnsupportedModelError or NoBackendError.
+    """
+    reason = find_unsupported(model)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    top_k, choices = experts_per_token(model), []
+    for name, module in hooked_experts(model).items():
+        device, dtype = experts_placement(model, module)
+        request = BackendRequest(
+            config=moe_config(module, top_k, dtype),
+            device=DeviceTarget.of(device),
+            format_name=packed.get(name, "dense"),
+        )
+        choices.append(LayerChoice.of(name, select_experts(request), is_packed=name in packed))
+    return Explanation(choices=tuple(choices))

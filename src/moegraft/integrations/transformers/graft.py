@@ -25,7 +25,7 @@ from moegraft.integrations.transformers.experts import (
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
 from moegraft.integrations.transformers.generation import batch_rows, check_generation
 from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, SavedSeam, Seam
-from moegraft.integrations.transformers.storage import check_uniform
+from moegraft.integrations.transformers.storage import check_uniform, packed_experts
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.peft import LoadReport, load_peft_adapter
@@ -176,7 +176,11 @@ class GraftedModel:
 
     def explain(self) -> Explanation:
         """For each experts layer the chosen backend and why every other was refused."""
-        return Explanation(choices=tuple(LayerChoice.of(name, site.decision) for name, site in self._sites.items()))
+        choices = []
+        for name, site in self._sites.items():
+            is_packed = packed_experts(self.model.get_submodule(name)) is not None
+            choices.append(LayerChoice.of(name, site.decision, is_packed=is_packed))
+        return Explanation(choices=tuple(choices))
 
     def detach(self) -> PreTrainedModel:
         """Take everything out again: the original model, bit for bit. Raises AdapterInUseError during a batch."""

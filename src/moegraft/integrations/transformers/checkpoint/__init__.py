@@ -1,5 +1,6 @@
 """Quantised checkpoints of transformers models, read by moegraft."""
 
+from moegraft.integrations.transformers.checkpoint.build import plain_config
 from moegraft.integrations.transformers.checkpoint.load import (
     CheckpointStructure,
     is_quantised,
@@ -7,4 +8,4 @@ from moegraft.integrations.transformers.checkpoint.load import (
     read_structure,
 )
 
-__all__ = ["CheckpointStructure", "is_quantised", "load_quantised", "read_structure"]
+__all__ = ["CheckpointStructure", "is_quantised", "load_quantised", "plain_config", "read_structure"]

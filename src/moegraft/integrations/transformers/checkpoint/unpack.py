@@ -40,6 +40,7 @@ def int4_matrix(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> Int4Matrix
             parts.get("weight_zero_point"),
             parts.get("weight_g_idx"),
             num_inputs=num_inputs,
+            group=group,
         )
     _check_groups(
         parts["scales"].shape[-2], parts["qweight"].shape[-2] * (8 if scheme.layout is Layout.GPTQ else 1), group
