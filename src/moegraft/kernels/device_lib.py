@@ -6,25 +6,36 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Columns of a factor descriptor and rows of ``ExpertsTables.factors``, as core/tables.py has them.
-FIELD_FIRST_PAGE = tl.constexpr(0)
-FIELD_OFFSET = tl.constexpr(1)
-FIELD_RANK = tl.constexpr(2)
-FIELD_EXPERT_STRIDE = tl.constexpr(3)
-FIELD_LANE = tl.constexpr(4)
-NUM_FIELDS = tl.constexpr(8)
-B_GATE = tl.constexpr(1)
-B_UP = tl.constexpr(2)
-B2 = tl.constexpr(4)
 
-GRANULE = tl.constexpr(16)
+class Constant(tl.constexpr):  # type: ignore[misc]
+    """A constant of a module. Triton compares each with a copy at every launch; by value that takes a microsecond."""
+
+    def __copy__(self) -> Constant:
+        return self
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other and bool(super().__ne__(other))
+
+
+# Columns of a factor descriptor and rows of ``ExpertsTables.factors``, as core/tables.py has them.
+FIELD_FIRST_PAGE = Constant(0)
+FIELD_OFFSET = Constant(1)
+FIELD_RANK = Constant(2)
+FIELD_EXPERT_STRIDE = Constant(3)
+FIELD_LANE = Constant(4)
+NUM_FIELDS = Constant(8)
+B_GATE = Constant(1)
+B_UP = Constant(2)
+B2 = Constant(4)
+
+GRANULE = Constant(16)
 
 # Codes of ActivationKind.
-SILU = tl.constexpr(0)
-GELU = tl.constexpr(1)
-GELU_TANH = tl.constexpr(2)
-RELU2 = tl.constexpr(3)
-SWIGLU_OAI = tl.constexpr(4)
+SILU = Constant(0)
+GELU = Constant(1)
+GELU_TANH = Constant(2)
+RELU2 = Constant(3)
+SWIGLU_OAI = Constant(4)
 
 
 @triton.jit

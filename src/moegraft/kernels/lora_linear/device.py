@@ -18,17 +18,18 @@ import triton.language as tl
 from moegraft.kernels.device_lib import (
     FIELD_RANK,
     NUM_FIELDS,
+    Constant,
     await_prior_kernel,
     rank_row_elements,
     release_next_kernel,
 )
 
 # Rows of ``LinearTables.factors``, as core/tables.py has them.
-A = tl.constexpr(0)
-B = tl.constexpr(1)
-GAIN = tl.constexpr(2)
+A = Constant(0)
+B = Constant(1)
+GAIN = Constant(2)
 
-NO_SLOT = tl.constexpr(2**31 - 1)
+NO_SLOT = Constant(2**31 - 1)
 
 
 @triton.jit

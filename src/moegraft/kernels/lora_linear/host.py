@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -59,7 +60,9 @@ def add_lora_linear(
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
     """
-    torch.ops.moegraft.add_lora_linear(
+    # Outside a compiled graph the implementation itself: the dispatcher costs as much as half a launch.
+    run = torch.ops.moegraft.add_lora_linear if torch.compiler.is_compiling() else run_lora_linear
+    run(
         y_MO, x_MI, token_slots_M, tables.pool, tables.page_table, tables.factors, bias_O, tables.page_elems,
         rank_bound, run_length,
     )  # fmt: skip
@@ -118,6 +121,7 @@ def _check(y_MO: torch.Tensor, x_MI: torch.Tensor, token_slots_M: torch.Tensor, 
         raise ValueError(f"add_lora_linear: rows of x {x_MI.stride()} and y {y_MO.stride()} must be contiguous")
 
 
+@lru_cache(maxsize=4096)
 def choose_tile(num_rows: int, in_features: int, out_features: int, rank_bound: int, run_length: int) -> LinearTile:
     """Decode: small tiles, a program for every row that may lead. Prefill: tiles that one sequence mostly fills."""
     choose = _prefill_tile if run_length >= 32 else _decode_tile

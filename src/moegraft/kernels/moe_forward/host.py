@@ -39,7 +39,8 @@ def fused_moe_lora(
     ``tuning.table.choose_tiles``. Topk ids int32 or int64; ids, weights and the rows of x contiguous.
     Raises ValueError for shapes, dtypes or strides that do not fit, or a workspace that is too small.
     """
-    if workspace is None and tiles is None:
+    # Outside a compiled graph the implementation itself: packing and unpacking 30 operands costs as much as a launch.
+    if torch.compiler.is_compiling() and workspace is None and tiles is None:
         return call_op(x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input=apply_router_weight_on_input)
     return run_layer(
         x_TD,
