@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-class Constant(tl.constexpr):  # type: ignore[misc]
+class Constant(tl.constexpr):
     """A constant of a module. Triton compares each with a copy at every launch; by value that takes a microsecond."""
 
     def __copy__(self) -> Constant:
