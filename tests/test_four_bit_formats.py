@@ -111,6 +111,7 @@ def test_compressed_tensors(with_zeros: bool) -> None:
         pack_words(padded_zeros).T if with_zeros else None,
         torch.full((200,), -1),
         num_inputs=200,
+        group=32,
     )
     of = torch.arange(200) // 32
     signed_zeros = zeros[:, of] - 8 if with_zeros else 0
@@ -255,6 +256,8 @@ def test_matrices_join_as_a_checkpoint_has_them() -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     matrix, _ = random_matrix(4, 128, 32, with_zeros=False)
+    with pytest.raises(ValueError, match="found groups of 32 inputs in w13 and 64 in w2"):
+        Int4Experts(w13=matrix, w2=random_matrix(128, 2, 64, with_zeros=False)[0])
     with pytest.raises(ValueError, match=r"found scales .*expected"):
         Int4Matrix(packed=matrix.packed, scales=matrix.scales[:, :, :3], num_inputs=128, group=32)
     with pytest.raises(ValueError, match="group of 48"):

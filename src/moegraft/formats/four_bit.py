@@ -215,6 +215,11 @@ class FourBitExperts(ExpertsWeights):
         expected = ((E, self.num_halves * F, D), (E, D, F))
         if found != expected or self.w13.packed.dim() != 4 or self.w2.packed.dim() != 4:
             raise ValueError(f"{self.format_name} experts: found w13 {found[0]} and w2 {found[1]}, expected {expected}")
+        if self.w13.group != self.w2.group:
+            raise ValueError(
+                f"{self.format_name} experts: found groups of {self.w13.group} inputs in w13 and {self.w2.group} in "
+                "w2, expected the same"
+            )
         for name, bias, width in (("b13", self.b13, self.num_halves * F), ("b2", self.b2, D)):
             if bias is not None and tuple(bias.shape) != (E, width):
                 raise ValueError(f"{self.format_name} experts: found {name} {tuple(bias.shape)}, expected {(E, width)}")

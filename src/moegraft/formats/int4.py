@@ -104,18 +104,13 @@ class Int4Matrix(FourBitMatrix):
         weight_g_idx: torch.Tensor | None = None,
         *,
         num_inputs: int,
+        group: int,
     ) -> Int4Matrix:
         """pack-quantized: weight_packed int32 [..., R, ceil(I/8)], weight_scale [..., R, groups], weight_g_idx
-        [..., I], weight_zero_point int32 [..., ceil(R/8), groups]. ``num_inputs``: the last of weight_shape. Raises
-        ValueError for act-order, or a number of groups that none of 32, 64, 128 and all inputs gives.
+        [..., I], weight_zero_point int32 [..., ceil(R/8), groups]. ``num_inputs``: the last of weight_shape. ``group``
+        as in ``from_gptq``. Raises ValueError for act-order.
         """
-        groups = weight_scale.shape[-1]
-        fits = [size for size in (32, 64, 128) if -(-num_inputs // size) == groups]
-        if groups != 1 and not fits:
-            raise ValueError(
-                f"int4 weights: found {groups} scales a row of {num_inputs} inputs, expected groups of 32, 64 or 128"
-            )
-        group = 0 if groups == 1 else fits[0]
+        group = max(group, 0)
         _refuse_act_order("weight_g_idx", weight_g_idx, num_inputs, group)
         codes = _nibbles(weight_packed, -1)[..., :num_inputs]
         zeros = None

@@ -6,16 +6,14 @@ import torch
 
 from moegraft.core.config import ActivationKind
 from moegraft.core.routing import MoERouting
+from moegraft.kernels.base_product.host import base_operand13
 from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
 from moegraft.kernels.moe_gemm13.device import gemm13_kernel
-from moegraft.kernels.records import Expand, MoEWeights, WeightFormat
-from moegraft.kernels.tma import weight_operand
+from moegraft.kernels.records import Expand, MoEWeights
 from moegraft.tuning.tiles import GemmTile
 
 KIND_CODES = {kind: code for code, kind in enumerate(ActivationKind)}
 """As device_lib.py numbers them."""
-FORMAT_CODES = {format: code for code, format in enumerate(WeightFormat)}
-"""As base_product/device.py numbers them."""
 
 
 def moe_gemm13(
@@ -43,27 +41,17 @@ def moe_gemm13(
     if routing.num_rows == 0:
         return
     D, F = weights.hidden_size, weights.intermediate_size
-    w, quantisation = weights.w13_EGFD, weights.quantisation
-    stride_wf, up_offset = weights.half_strides(w.stride(1))
+    base = base_operand13(weights, tile)
     stride_bf, bias_up_offset = weights.half_strides(1 if weights.b13 is None else weights.b13.stride(1))
-    w_operand, use_tma = weight_operand(w, tile, is_plain=quantisation is None and not weights.is_interleaved)
     gemm13_kernel[(routing.max_blocks * cdiv(F, tile.block_n),)](
-        h_NF, x_TD, x_scales, w_operand, None if quantisation is None else quantisation.scales13,
-        None if quantisation is None else quantisation.zeros13, weights.b13, input_weights_TK, routing.order,
-        routing.segment, routing.blocks, routing.counts, *lora_operands(expand), x_TD.stride(0), w.stride(0),
-        stride_wf, w.stride(2), up_offset, 0 if weights.b13 is None else weights.b13.stride(0), stride_bf,
-        bias_up_offset, 0 if expand is None else expand.lanes.segment.shape[0], weights.activation.alpha,
-        weights.activation.limit,
+        h_NF, x_TD, x_scales, *base.tensors, weights.b13, input_weights_TK, routing.order, routing.segment,
+        routing.blocks, routing.counts, *lora_operands(expand), x_TD.stride(0), *base.strides, base.up_offset,
+        0 if weights.b13 is None else weights.b13.stride(0), stride_bf, bias_up_offset,
+        0 if expand is None else expand.lanes.segment.shape[0], weights.activation.alpha, weights.activation.limit,
         D=D, F=F, K=routing.top_k, GATED=weights.activation.gated, KIND=KIND_CODES[weights.activation.kind],
-        HAS_BIAS=weights.b13 is not None, WEIGHT_ON_INPUT=input_weights_TK is not None, USE_TMA=use_tma,
-        BLOCK_M=routing.block_m, **format_options(weights), **lora_sizes(expand, F), **tile_options(tile, x_TD),
+        HAS_BIAS=weights.b13 is not None, WEIGHT_ON_INPUT=input_weights_TK is not None,
+        BLOCK_M=routing.block_m, **base.options, **lora_sizes(expand, F), **tile_options(tile, x_TD),
     )  # fmt: skip
-
-
-def format_options(weights: MoEWeights) -> dict[str, int]:
-    """Constants of the base product."""
-    scale_group = 0 if weights.quantisation is None else weights.quantisation.scale_group
-    return {"FORMAT": FORMAT_CODES[weights.format], "SCALE_GROUP": scale_group, "SWAPPED": False}
 
 
 def lora_operands(expand: Expand | None) -> tuple[torch.Tensor | None, ...]:
@@ -88,6 +76,7 @@ def tile_options(tile: GemmTile, x: torch.Tensor) -> dict[str, object]:
         "BLOCK_K": tile.block_k,
         "BLOCK_L": tile.block_l,
         "GROUP": tile.group,
+        "SWAPPED": tile.swapped,
         "PRECISION": dot_precision(x.dtype),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

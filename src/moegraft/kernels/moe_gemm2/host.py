@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from moegraft.core.routing import MoERouting
+from moegraft.kernels.base_product.host import base_operand2
 from moegraft.kernels.launch import cdiv
 from moegraft.kernels.moe_gemm2.device import gemm2_kernel
-from moegraft.kernels.moe_gemm13.host import format_options, lora_operands, lora_sizes, tile_options
+from moegraft.kernels.moe_gemm13.host import lora_operands, lora_sizes, tile_options
 from moegraft.kernels.records import Expand, MoEWeights
-from moegraft.kernels.tma import weight_operand
 from moegraft.tuning.tiles import GemmTile
 
 
@@ -35,15 +35,11 @@ def moe_gemm2(
     if routing.num_rows == 0:
         return
     D, F = weights.hidden_size, weights.intermediate_size
-    w, quantisation = weights.w2_EDF, weights.quantisation
-    w_operand, use_tma = weight_operand(w, tile, is_plain=quantisation is None)
+    base = base_operand2(weights, tile)
     stride_be, stride_bd = (0, 0) if weights.b2 is None else weights.b2.stride()
     gemm2_kernel[(routing.max_blocks * cdiv(D, tile.block_n),)](
-        y_ND, h_NF, h_scales, w_operand, None if quantisation is None else quantisation.scales2,
-        None if quantisation is None else quantisation.zeros2, weights.b2, output_weights_TK, routing.order,
-        routing.segment, routing.blocks, routing.counts, *lora_operands(expand), h_NF.stride(0), w.stride(0),
-        w.stride(1), w.stride(2), stride_be, stride_bd,
+        y_ND, h_NF, h_scales, *base.tensors, weights.b2, output_weights_TK, routing.order, routing.segment,
+        routing.blocks, routing.counts, *lora_operands(expand), h_NF.stride(0), *base.strides, stride_be, stride_bd,
         D=D, F=F, HAS_BIAS=weights.b2 is not None, HAS_WEIGHT=output_weights_TK is not None,
-        USE_TMA=use_tma, BLOCK_M=routing.block_m, **format_options(weights), **lora_sizes(expand, D),
-        **tile_options(tile, h_NF),
+        BLOCK_M=routing.block_m, **base.options, **lora_sizes(expand, D), **tile_options(tile, h_NF),
     )  # fmt: skip
