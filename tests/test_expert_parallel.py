@@ -8,10 +8,24 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from support.expert_parallel import ParallelCase, RankResult, check_parallel, run_cases
+from support.expert_parallel import (
+    ParallelCase,
+    RankResult,
+    build_rank_layer,
+    check_parallel,
+    groups_of,
+    run_cases,
+)
+from support.layers import MODULE, build_layer
 
+from moegraft.build import build_fused_moe_with_lora
 from moegraft.core.config import MoEConfig
-from moegraft.parallel import ParallelConfig
+from moegraft.core.errors import BatchError
+from moegraft.formats.dense import DenseExperts
+from moegraft.moe.expert_parallel import AllToAllPrepareAndFinalize
+from moegraft.moe.expert_parallel.exchange import split_rows
+from moegraft.moe.expert_parallel.packing import PlainRows
+from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.config import Dispatch
 from moegraft.parallel.expert_map import ExpertMap
 from moegraft.testing import LoRASpec, MoECase, Popularity, Routing
@@ -105,7 +119,7 @@ def test_two_ranks_equal_one_process(world2: WorldPool, layout: str, packing: st
     check_cases(world2, proof_cases(LAYOUTS_OF_2[layout], packing))
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("layout", LAYOUTS_OF_4)
 def test_four_ranks_equal_one_process(world4: WorldPool, layout: str, packing: str) -> None:
     check_cases(world4, proof_cases(LAYOUTS_OF_4[layout], packing))
@@ -185,11 +199,11 @@ def test_bits_of_base_rows_do_not_follow_the_routing_of_others(world2: WorldPool
     """In deeper layers adapters change where their rows go, and with it how many rows each rank gets."""
     config, _ = DISPATCHES[dispatch]
     base = [[0, 5], [6, 1], [2, 4], [3, 5]]
-    slots = [-1] * 4 + [0, 1, 3, 5, 7, 9, 2, 4]
-    calm = [[t % E, (t + 3) % E] for t in range(8)]
-    hot = [[0, 1]] * 8
+    slots = [-1] * 4 + [0, 1, 3, 5, 7, 9, 2, 4] * 2
+    # On rank 0, few enough rows for one form of its GEMMs, and so many that by themselves they would take the other.
+    calm, hot = [[4, 5]] * 16, [[0, 1]] * 16
     cases = [
-        adversarial(base + others, slots=slots, config=config, rows=(6, 6), packing=packing) for others in (calm, hot)
+        adversarial(base + others, slots=slots, config=config, rows=(10, 10), packing=packing) for others in (calm, hot)
     ]
     calm_results, hot_results = check_cases(world2, cases)
     assert torch.equal(calm_results[0].found[:4], hot_results[0].found[:4])
@@ -231,3 +245,40 @@ def test_routing_of_sentinels_sends_nothing(world2: WorldPool) -> None:
     nowhere = adversarial([[-1, E]] * 6)
     ((first, _),) = check_cases(world2, [nowhere])
     assert first.base_bytes == {"all_to_all": 4 * 8}  # the counts, and not a row
+
+
+def _disagree(parallel: ParallelCase) -> str:
+    """Rank 0 runs its batch, rank 1 forgets to pass its context."""
+    layer = build_rank_layer(parallel, groups_of(parallel.config))
+    with_lora = build_fused_moe_with_lora(layer.base, layer.bank.bank.experts_tables(MODULE))
+    x, weights, ids = layer.inputs.x_TD, layer.inputs.topk_weights_TK, layer.inputs.topk_ids_TK
+    with layer.bank.acquire(layer.names) as batch, pytest.raises(BatchError) as caught:
+        mapping = batch.mapping(len(layer.names))
+        context = None if groups_of(parallel.config).rank else with_lora.lora_context(mapping, 64)
+        layer.base.apply_experts(x, weights, ids, context)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all"])
+def test_ranks_that_disagree_about_adapters_are_told(world2: WorldPool, dispatch: str) -> None:
+    config, rows = DISPATCHES[dispatch]
+    case = replace(case_of("partial"), num_tokens=24)
+    parallel = ParallelCase(case=case, config=config, expert_map=ExpertMap.contiguous(E, 2), rows=rows)
+    first, second = world2.run(_disagree, parallel)
+    assert first.startswith("ranks [1] run a batch without adapters, rank 0 one with; acquire it on all ranks together")
+    assert second.startswith("ranks [0] run a batch with adapters, rank 1 one without; ")
+
+
+def test_a_mapping_without_ids_cannot_travel() -> None:
+    layer = build_layer(case_of("partial"))
+    with layer.context() as context, pytest.raises(BatchError, match="acquire the batch from a CollectiveBank"):
+        split_rows(PlainRows(), T, context, torch.device("cpu"))
+
+
+def test_maps_and_weights_that_do_not_fit_are_refused() -> None:
+    weights = DenseExperts(w13=torch.ones(2, 8, 6), w2=torch.ones(2, 6, 4))
+    groups = ParallelGroups.alone()
+    with pytest.raises(ValueError, match="the expert map is for 2 ranks, the group has 1"):
+        AllToAllPrepareAndFinalize(CONFIG, weights, groups, ExpertMap.contiguous(4, 2))
+    with pytest.raises(ValueError, match="the weights are of 2 experts, the map gives this rank 4"):
+        AllToAllPrepareAndFinalize(CONFIG, weights, groups, ExpertMap.contiguous(4, 1))

@@ -1,0 +1,350 @@
+"""Adapters that all ranks load, use and forget together, or none of them, in real processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from support.distributed import Outcome
+
+from moegraft.core.errors import (
+    AdapterError,
+    AdapterFileError,
+    AdapterInUseError,
+    AdapterMemoryError,
+    AdapterNameError,
+    AdapterTensorError,
+    BatchError,
+    ParallelError,
+    UnknownAdapterError,
+)
+from moegraft.lora.bank import AdapterBank, BankLayout
+from moegraft.lora.collective_bank import CollectiveBank
+from moegraft.lora.local_targets import local_targets
+from moegraft.lora.mapping import GroupAdapters, GroupMapping
+from moegraft.lora.peft import load_peft_adapter
+from moegraft.lora.peft.digest import adapter_digest
+from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
+from moegraft.parallel import ParallelConfig, ParallelGroups
+from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice
+
+if TYPE_CHECKING:
+    from support.distributed import WorldPool
+
+EXPERTS = "model.layers.0.mlp.experts"
+NUM_EXPERTS, HIDDEN, INTER = 5, 16, 12
+TARGETS = ModelTargets(
+    model_type="mixtral",
+    experts={
+        EXPERTS: ExpertsTarget(name=EXPERTS, num_experts=NUM_EXPERTS, hidden_size=HIDDEN, intermediate_size=INTER)
+    },
+)
+PAGE_BYTES = 512
+DATA_PARALLEL = ParallelConfig(ep=2, data_parallel=True)
+
+
+def save_adapter(folder: Path, *, experts: Sequence[int] = range(NUM_EXPERTS), rank: int = 2, seed: int = 0) -> Path:
+    from support.adapters import TensorFactory, write_adapter
+
+    factory = TensorFactory(seed)
+    for expert in experts:
+        factory.linear(f"{EXPERTS}.{expert}.gate_proj", HIDDEN, INTER, r=rank)
+        factory.linear(f"{EXPERTS}.{expert}.down_proj", INTER, HIDDEN, r=rank)
+    return write_adapter(folder, factory.tensors, r=rank)
+
+
+@cache
+def groups_of(config: ParallelConfig) -> ParallelGroups:
+    return ParallelGroups.create(config)
+
+
+class Rank:
+    """One rank's bank, over its slice of the experts, and what tests look at."""
+
+    def __init__(self, config: ParallelConfig, *, pages: int = 40) -> None:
+        self.groups = groups_of(config)
+        mine = experts_slice(
+            num_experts=NUM_EXPERTS,
+            intermediate_size=INTER,
+            tp=Share(config.tp, self.groups.tp_rank),
+            ep=Share(config.ep, self.groups.ep_rank),
+        )
+        self.targets = TARGETS
+        self.slice = RankSlice(experts={EXPERTS: mine})
+        layout = BankLayout(local_targets(TARGETS, self.slice), dtype=torch.float32, page_bytes=PAGE_BYTES)
+        self.local = AdapterBank(
+            layout, capacity_bytes=pages * layout.page_bytes, device="cpu", max_slots=4, poison=True
+        )
+        self.bank = CollectiveBank(self.local, self.groups)
+
+    def load(self, path: Path, name: str, **options: Any) -> None:
+        def read() -> tuple[AdapterWeights, object]:
+            return load_peft_adapter(path, TARGETS, dtype=torch.float32, name=name, rank_slice=self.slice)
+
+        self.bank.load(name, read, digest=lambda: adapter_digest(path), **options)
+
+    def refused(self, act: Callable[[], object]) -> tuple[type[BaseException], str]:
+        """The error of an act that must fail, and leave this rank's bank as it is."""
+        before = self.state()
+        with pytest.raises((AdapterError, BatchError, ParallelError)) as caught:
+            act()
+        assert self.state() == before
+        return caught.type, str(caught.value)
+
+    def state(self) -> tuple[Any, ...]:
+        self.local.check_integrity()
+        held = {name: self.local.info(name) for name in self.local.names()}
+        return held, self.bank.ids, self.local.pool.num_free
+
+
+def same_error(refusals: Sequence[tuple[type[BaseException], str]]) -> tuple[type[BaseException], str]:
+    """The one error that all ranks had."""
+    assert len(set(refusals)) == 1, refusals
+    return refusals[0]
+
+
+def _load_and_forget(paths: Sequence[Path]) -> dict[str, Any]:
+    rank = Rank(DATA_PARALLEL)
+    for i, path in enumerate(paths):
+        rank.load(path, f"a{i}")
+    first = rank.bank.ids
+    rank.bank.unload("a1")
+    rank.load(paths[1], "again")
+    pages = {name: rank.local.info(name).num_pages for name in rank.local.names()}
+    return {"first": first, "then": rank.bank.ids, "pages": pages}
+
+
+def test_ids_are_the_same_on_all_ranks_and_the_smallest_free(world2: WorldPool, tmp_path: Path) -> None:
+    paths = [save_adapter(tmp_path / str(i), experts=held) for i, held in enumerate((range(5), (0,), (3, 4)))]
+    found = world2.run(_load_and_forget, paths)
+    for rank in found:
+        assert rank["first"] == {"a0": 0, "a1": 1, "a2": 2}
+        assert rank["then"] == {"a0": 0, "a2": 2, "again": 1}
+    # Experts 0, 1, 2 stand on rank 0, 3 and 4 on rank 1.
+    assert found[0]["pages"]["a2"] == 0 < found[1]["pages"]["a2"]
+    assert found[0]["pages"]["again"] > 0 == found[1]["pages"]["again"]
+
+
+def _load_own(path: Path) -> tuple[type[BaseException], str]:
+    rank = Rank(DATA_PARALLEL)
+    rank.load(path.parent / "good", "kept")
+    refusal = rank.refused(lambda: rank.load(path, "a"))
+    rank.load(path.parent / "good", "a")  # everything still works
+    return refusal
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "nan", "config"])
+def test_a_bad_file_on_one_rank_is_refused_by_all(world2: WorldPool, tmp_path: Path, fault: str) -> None:
+    good, bad = save_adapter(tmp_path / "good"), save_adapter(tmp_path / "bad")
+    weights, config = bad / "adapter_model.safetensors", bad / "adapter_config.json"
+    if fault == "missing":
+        weights.unlink()
+    elif fault == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif fault == "config":
+        config.write_text("{")
+    else:
+        data = bytearray(weights.read_bytes())
+        data[-4:] = b"\xff\xff\xff\x7f"
+        weights.write_bytes(data)
+    outcomes = world2.outcomes(_load_own, per_rank=[(good,), (bad,)])
+    kind, message = same_error([_result(outcome) for outcome in outcomes])
+    assert issubclass(kind, AdapterTensorError if fault == "nan" else AdapterError)
+    assert message.startswith("rank 1: ")
+
+
+def _result(outcome: Outcome) -> Any:
+    assert outcome.error is None and not outcome.died, outcome.trace
+    return outcome.result
+
+
+def test_files_that_differ_between_ranks_are_refused(world2: WorldPool, tmp_path: Path) -> None:
+    """Both are whole and fit the model; a rank of 2 here would meet a rank of 3 there."""
+    one, other = save_adapter(tmp_path / "good"), save_adapter(tmp_path / "other", rank=3)
+    outcomes = world2.outcomes(_load_own, per_rank=[(one,), (other,)])
+    kind, message = same_error([_result(outcome) for outcome in outcomes])
+    assert kind is AdapterFileError
+    assert "adapter 'a': config or tensor headers differ between ranks: ranks [0]: " in message
+    assert "; ranks [1]: " in message
+
+
+def test_the_digest_reads_names_types_shapes_and_config(tmp_path: Path) -> None:
+    from support.adapters import TensorFactory, write_adapter
+
+    factory = TensorFactory()
+    factory.linear("q", 4, 6)
+    tensors = factory.tensors
+    plain = adapter_digest(write_adapter(tmp_path / "plain", tensors))
+    assert adapter_digest(write_adapter(tmp_path / "same", dict(reversed(tensors.items())))) == plain
+    renamed = {name.replace("q.", "k."): tensor for name, tensor in tensors.items()}
+    halved = {name: tensor.half() for name, tensor in tensors.items()}
+    wider = {name: torch.ones(8, 8) for name in tensors}
+    for i, changed in enumerate((renamed, halved, wider)):
+        assert adapter_digest(write_adapter(tmp_path / str(i), changed)) != plain
+    assert adapter_digest(write_adapter(tmp_path / "alpha", tensors, lora_alpha=5)) != plain
+
+
+def _fill(path: Path, pages: int) -> Any:
+    rank = Rank(DATA_PARALLEL, pages=pages)
+    return rank.refused(lambda: rank.load(path, "a"))
+
+
+def test_a_rank_without_room_for_an_adapter(world2: WorldPool, tmp_path: Path) -> None:
+    """The slices are read and rank 0 has installed its own, when rank 1 has to say no."""
+    path = save_adapter(tmp_path / "a")
+    outcomes = world2.outcomes(_fill, path, per_rank=[(40,), (1,)])
+    kind, message = same_error([_result(outcome) for outcome in outcomes])
+    assert kind is AdapterMemoryError
+    assert message.startswith("rank 1: adapter 'a' needs")
+
+
+def _install(path: Path, fails: bool) -> Any:
+    rank = Rank(DATA_PARALLEL)
+
+    def install(weights: AdapterWeights) -> None:
+        if fails:
+            raise ZeroDivisionError("seam")
+        rank.local.load("a", weights)
+
+    return rank.refused(lambda: rank.load(path, "a", install=install))
+
+
+def test_an_error_that_nobody_foresaw_reaches_all_ranks(world2: WorldPool, tmp_path: Path) -> None:
+    outcomes = world2.outcomes(_install, save_adapter(tmp_path / "a"), per_rank=[(False,), (True,)])
+    assert same_error([_result(outcome) for outcome in outcomes]) == (ParallelError, "rank 1: ZeroDivisionError: seam")
+
+
+def _misuse(path: Path) -> dict[str, Any]:
+    rank = Rank(DATA_PARALLEL)
+    mine = rank.groups.rank
+    found = {"names differ": rank.refused(lambda: rank.load(path, f"a{mine}"))}
+    rank.load(path, "a")
+    found["taken"] = rank.refused(lambda: rank.load(path, "a"))
+    found["unknown on one rank"] = rank.refused(lambda: rank.bank.acquire(["a"] if mine else ["a", "b", None]))
+    found["unknown on all"] = rank.refused(lambda: rank.bank.acquire(["b"]))
+    found["unload unknown"] = rank.refused(lambda: rank.bank.unload("b"))
+    found["unload others"] = rank.refused(lambda: rank.bank.unload("a" if mine else "b"))
+    with rank.bank.acquire(["a"]) as batch:
+        if mine:
+            batch.release()
+        found["in use on one rank"] = rank.refused(lambda: rank.bank.unload("a"))
+    rank.bank.unload("a")
+    assert rank.local.names() == ()
+    return found
+
+
+def test_wrong_calls_end_in_one_error_on_all_ranks(world2: WorldPool, tmp_path: Path) -> None:
+    first, second = world2.run(_misuse, save_adapter(tmp_path / "a"))
+    found = {what: same_error([first[what], second[what]]) for what in first}
+    assert found["names differ"] == (
+        AdapterNameError,
+        "the ranks name different adapters in one call: rank 0: 'a0', rank 1: 'a1'",
+    )
+    assert found["taken"] == (AdapterNameError, "an adapter 'a' is already loaded; unload it first")
+    assert found["unknown on one rank"] == (UnknownAdapterError, "rank 0: no adapter 'b' is loaded; loaded: 'a'")
+    assert found["unknown on all"] == (UnknownAdapterError, "no adapter 'b' is loaded; loaded: 'a'")
+    assert found["unload unknown"] == (UnknownAdapterError, "no adapter 'b' is loaded; loaded: 'a'")
+    assert found["unload others"] == (UnknownAdapterError, "rank 0: no adapter 'b' is loaded; loaded: 'a'")
+    assert found["in use on one rank"] == (
+        AdapterInUseError,
+        "rank 0: adapter 'a' serves a batch and cannot be unloaded now",
+    )
+
+
+def _share_rows(names: list[str]) -> Any:
+    rank = Rank(ParallelConfig(tp=2))
+    return rank.refused(lambda: rank.bank.acquire(names))
+
+
+def test_ranks_with_the_same_rows_must_name_the_same_adapters(world2: WorldPool) -> None:
+    outcomes = world2.outcomes(_share_rows, per_rank=[([None],), ([None, None],)])
+    kind, message = same_error([_result(outcome) for outcome in outcomes])
+    assert kind is BatchError
+    assert message == "ranks 0 and 1 share their rows, but adapters= differs between them"
+
+
+def _use(paths: Sequence[Path], pages: int, batches: Sequence[Sequence[str | None]]) -> list[Any]:
+    rank = Rank(DATA_PARALLEL, pages=pages)
+    for i, path in enumerate(paths):
+        rank.load(path, f"a{i}")
+    found: list[Any] = []
+    for names in batches:
+        before = rank.state()[1]
+        try:
+            with rank.bank.acquire(names) as batch:
+                used = {name: rank.local.info(name).in_use for name in rank.local.names()}
+                mapping = batch.mapping(2 * len(names))
+                found.append((batch.group.ids, used, mapping.token_ids.tolist(), mapping.has_adapters))
+        except AdapterError as error:
+            found.append((type(error), str(error)))
+        assert rank.state()[1] == before
+        assert not any(rank.local.info(name).in_use for name in rank.local.names())
+    return found
+
+
+def test_a_batch_holds_what_any_rank_uses(world2: WorldPool, tmp_path: Path) -> None:
+    paths = [save_adapter(tmp_path / str(i), seed=i) for i in range(3)]
+    batches = [
+        ([["a2", None, "a0"], []]),  # rank 1 has no rows
+        ([[None], ["a1"]]),
+        ([[None, None], []]),
+        ([["a0", "a1"], ["a1", "a2", "a0"]]),
+    ]
+    outcomes = world2.outcomes(_use, paths, 40, per_rank=[([b[rank] for b in batches],) for rank in range(2)])
+    first, second = (_result(outcome) for outcome in outcomes)
+    assert [row[0] for row in first] == [(0, 2), (1,), (), (0, 1, 2)]
+    assert [row[:2] for row in first] == [row[:2] for row in second]
+    assert first[0][1] == {"a0": True, "a1": False, "a2": True}
+    assert [row[2] for row in first] == [[2, 2, -1, -1, 0, 0], [-1, -1], [-1] * 4, [0, 0, 1, 1]]
+    assert [row[2] for row in second] == [[], [1, 1], [], [1, 1, 2, 2, 0, 0]]
+    assert [row[3] for row in first] == [row[3] for row in second] == [True, True, False, True]
+
+
+def test_a_batch_that_does_not_fit_on_one_rank_is_held_by_none(world2: WorldPool, tmp_path: Path) -> None:
+    """Each adapter fits; two at once fit into rank 0's pool only."""
+    paths = [save_adapter(tmp_path / str(i), seed=i) for i in range(2)]
+    batches = [["a0"], ["a1"]], [["a0"], []]
+    outcomes = world2.outcomes(_use, paths, per_rank=[(40, [b[0] for b in batches]), (3, [b[1] for b in batches])])
+    first, second = (_result(outcome) for outcome in outcomes)
+    kind, message = same_error([first[0], second[0]])
+    assert kind is AdapterMemoryError and message.startswith("rank 1: adapters ")
+    assert first[1][0] == second[1][0] == (0,)
+
+
+def test_many_adapters_have_ids_beyond_one_word(tmp_path: Path) -> None:
+    """A world of one: 130 loaded adapters, the batch names the first and the last."""
+    path = save_adapter(tmp_path / "a", experts=(0,), rank=1)
+    rank = Rank(ParallelConfig(), pages=8)
+    for i in range(130):
+        rank.load(path, f"a{i}")
+    with rank.bank.acquire(["a129", None, "a0", "a63"]) as batch:
+        assert batch.group.ids == (0, 63, 129)
+        assert batch.mapping(4).token_ids.tolist() == [129, -1, 0, 63]
+
+
+def test_a_bank_that_one_rank_filled_alone_is_refused(tmp_path: Path) -> None:
+    rank = Rank(ParallelConfig())
+    rank.load(save_adapter(tmp_path / "a"), "a")
+    with pytest.raises(AdapterNameError, match="begin with an empty bank"):
+        CollectiveBank(rank.local, rank.groups)
+
+
+def test_a_group_mapping_counts_adapters_of_other_ranks() -> None:
+    group = GroupAdapters((2, 5, 7), (1, 4, 0), torch.device("cpu"))
+    mapping = GroupMapping.for_group((4, -1), 6, group)
+    assert mapping.active_slots == (1, 4, 0) and mapping.has_adapters
+    assert mapping.token_slots.tolist() == [4, 4, 4, -1, -1, -1]
+    assert mapping.token_ids.tolist() == [5, 5, 5, -1, -1, -1]
+    ids = torch.tensor([7, -1, 2, 5])
+    assert group.slot_of_id[ids].tolist() == [0, -1, 1, 4]
+    assert mapping.adapter_of_slot.tolist() == [2, 0, -1, -1, 1, -1]
+    empty = GroupMapping.for_group((), 0, group)
+    assert empty.has_adapters and empty.token_ids.tolist() == []
+    with pytest.raises(BatchError, match="3 rows cannot be shared out to the 2 entries"):
+        GroupMapping.for_group((4, -1), 3, group)
+    with pytest.raises(BatchError, match="4 rows cannot be shared out to the 0 entries"):
+        GroupMapping.for_group((), 4, group)
