@@ -129,7 +129,7 @@ def unsupported_storage(module: nn.Module) -> str | None:
             return f"has no three-dimensional parameter '{param}'"
         if weight.is_meta:
             return f"is not loaded: '{param}' is on the meta device"
-        if weight.dtype not in WEIGHT_DTYPES and not _is_fp8(module):
+        if weight.dtype not in WEIGHT_DTYPES and not _is_scaled_fp8(module, param):
             expected = "float32, bfloat16, float16, or float8_e4m3fn with scales"
             return f"is quantised: '{param}' is {weight.dtype}; expected {expected}"
     if _is_fp8(module):
@@ -160,12 +160,14 @@ def experts_weights(module: nn.Module, target: ExpertsTarget) -> ExpertsWeights:
 
 
 def _is_fp8(module: nn.Module) -> bool:
-    """transformers' FP8Experts, whichever fields its version has: e4m3 weights with ``_scale_inv`` beside them."""
-    names = (w13_param(module), "down_proj")
-    return all(
-        getattr(module, name, torch.empty(0)).dtype is torch.float8_e4m3fn and hasattr(module, f"{name}_scale_inv")
-        for name in names
-    )
+    """transformers' FP8Experts, whichever fields its version has."""
+    return _is_scaled_fp8(module, w13_param(module)) and _is_scaled_fp8(module, "down_proj")
+
+
+def _is_scaled_fp8(module: nn.Module, param: str) -> bool:
+    weight = getattr(module, param, None)
+    is_fp8 = isinstance(weight, torch.Tensor) and weight.dtype is torch.float8_e4m3fn
+    return is_fp8 and hasattr(module, f"{param}_scale_inv")
 
 
 def _fp8_weights(module: nn.Module) -> ExpertsWeights:
