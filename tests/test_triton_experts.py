@@ -22,7 +22,7 @@ from moegraft.lora.punica import PunicaWrapperCPU
 from moegraft.moe.experts import TorchExperts, TritonExperts
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.moe.method import FusedMoEModularMethod
-from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize
+from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize, PreparedRows
 from moegraft.oracle import select_experts
 from moegraft.testing import MOE_CASES, assert_close, assert_close_delta
 
@@ -80,6 +80,31 @@ def test_a_batch_without_adapters_asks_for_no_lora(monkeypatch: pytest.MonkeyPat
     assert torch.equal(layer.run(torch.full_like(layer.inputs.token_slots_T, -1)), base)
     assert not torch.equal(layer.run(torch.zeros_like(layer.inputs.token_slots_T)), base)
     assert asked == [False, False, True]
+
+
+def test_tiles_of_dispatched_rows_follow_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows other ranks send here follows their routing; a row's bits must not."""
+    layer = over_triton(build_layer(CASES["one_token"], device=DEVICE))
+    experts, inputs, asked = layer.base.method.experts, layer.inputs, []
+
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(kwargs["tiles"])
+        return fused_moe_lora(*args, **kwargs)
+
+    monkeypatch.setattr(moe_forward, "fused_moe_lora", record)
+    for copies, expected in ((1, None), (1, 2), (9, 2), (0, 2), (1, 4096)):
+        rows = PreparedRows(
+            x_MD=inputs.x_TD.repeat(copies, 1),
+            unquantised_MD=inputs.x_TD.repeat(copies, 1),
+            topk_ids_MK=inputs.topk_ids_TK.repeat(copies, 1),
+            topk_weights_MK=inputs.topk_weights_TK.repeat(copies, 1),
+            slots_M=None,
+            expected_choices=expected,
+        )
+        out = experts.apply(rows).y
+        assert_close(out, layer.run_with(None).repeat(copies, 1), 1e-6)
+    asked = [tiles for tiles in asked if tiles is not None]
+    assert asked[0] == asked[1] == asked[2] != asked[3]
 
 
 def test_bound_context_serves_hosts_without_an_argument() -> None:

@@ -16,6 +16,8 @@ from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.mixin import LoRAExpertsMixin
 from moegraft.moe.experts.base import FusedMoEExpertsModular
 from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows
+from moegraft.tuning.table import choose_tiles
+from moegraft.tuning.tiles import MoETiles
 
 MIN_CAPABILITY = (8, 0)
 """Ampere: bfloat16 matrix units and asynchronous copies, which the kernels' tiles count on."""
@@ -61,12 +63,14 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
         from moegraft.kernels.moe_forward.host import fused_moe_lora
 
+        lora = self._lora_batch(rows, self.active_context(lora_context))
         out_MD = fused_moe_lora(
             rows.x_MD.contiguous(),
             self._kernel_weights,
             rows.topk_ids_MK.contiguous(),
             rows.topk_weights_MK.contiguous(),
-            lora=self._lora_batch(rows, self.active_context(lora_context)),
+            lora=lora,
+            tiles=tiles_of_batch(rows, self._kernel_weights, lora),
         )
         return ExpertsOutput(y=out_MD, is_reduced=True)
 
@@ -81,6 +85,19 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
             rank2=context.rank2,
             x_TD=None if rows.unquantised_MD is rows.x_MD else rows.unquantised_MD.contiguous(),
         )
+
+
+def tiles_of_batch(rows: PreparedRows, weights: MoEWeights, lora: LoRABatch | None) -> MoETiles | None:
+    """Where the number of rows follows the routing, the tiles of a batch of this size: tiles decide a row's bits.
+
+    None: the number of rows says it.
+    """
+    if rows.expected_choices is None:
+        return None
+    from moegraft.kernels.moe_forward.run import tuning_shape
+
+    shape = tuning_shape(rows.x_MD, weights, rows.topk_ids_MK, lora)
+    return choose_tiles(replace(shape, num_tokens=-(-rows.expected_choices // shape.top_k)))
 
 
 def kernel_weights(weights: ExpertsWeights, activation: Activation) -> MoEWeights:
