@@ -15,8 +15,7 @@ from moegraft.moe.method import FusedMoEModularMethod
 from moegraft.moe.prepare_finalize import FusedMoEPrepareAndFinalize, NoDispatchPrepareAndFinalize
 from moegraft.moe.router import RouterConfig
 from moegraft.oracle import Decision, select_experts
-from moegraft.parallel import ParallelConfig
-from moegraft.parallel import ParallelGroups
+from moegraft.parallel import ParallelConfig, ParallelGroups
 
 
 def punica_for(device: torch.device) -> PunicaWrapperBase:
@@ -33,17 +32,15 @@ def build_fused_moe(
     router: RouterConfig | None = None,
     correction_bias_E: torch.Tensor | None = None,
     lora: bool = True,
-    adapters_touch_experts: bool = True,
     backend: str | None = None,
     prepare_finalize: FusedMoEPrepareAndFinalize | None = None,
     parallel: ParallelConfig | None = None,
 ) -> tuple[FusedMoE, Decision]:
     """A FusedMoE over ``weights`` (kept, not copied) and the oracle's decision.
 
-    ``lora``: only backends that take LoRA are considered, unless no adapter will touch the experts
-    (``adapters_touch_experts``). ``backend``: a class by name. ``prepare_finalize``: how rows meet experts of
-    other ranks; by default all experts are here. ``parallel``: the world that the weights are a slice for. Raises
-    NoBackendError.
+    ``lora``: only backends that take LoRA are considered; False also where adapters will touch no expert.
+    ``backend``: a class by name. ``prepare_finalize``: how rows meet experts of other ranks; by default all experts
+    are here. ``parallel``: the world that the weights are a slice for. Raises NoBackendError.
     """
     parallel = parallel or ParallelConfig()
     request = BackendRequest(
@@ -51,7 +48,6 @@ def build_fused_moe(
         device=DeviceTarget.of(weights.device),
         format_name=weights.format_name,
         lora=lora,
-        adapters_touch_experts=adapters_touch_experts,
         tp_size=parallel.tp,
         ep_size=parallel.ep,
         fully_sharded=parallel.fully_sharded and parallel.tp > 1,
