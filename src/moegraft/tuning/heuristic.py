@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from moegraft.tuning.eight_bit import fp8_tiles, int8_tiles
+from moegraft.tuning.four_bit import four_bit_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TuningShape
 
-OF_FORMAT = {"fp8": fp8_tiles, "int8": int8_tiles}
+OF_FORMAT = {"fp8": fp8_tiles, "int8": int8_tiles, "int4": four_bit_tiles, "mxfp4": four_bit_tiles}
 """Tiles of the GEMMs over quantised weights."""
 NUM_SMS = 132
 """Programs that one wave should hold; the H200's count serves as the measure for all."""

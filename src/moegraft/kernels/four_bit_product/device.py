@@ -56,6 +56,7 @@ def _four_bit_product(x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expe
     IS_WHOLE: tl.constexpr = STEPS * UNROLL * GRANULE == LENGTH
     ROWS: tl.constexpr = COLUMNS * (1 + GATED)
     SCALES: tl.constexpr = NUM if SCALE_GROUP > 0 else 1
+    AHEAD: tl.constexpr = LATE or SCALE_GROUP == 0
     row = tl.minimum(n * BLOCK_N + tl.arange(0, BLOCK_N), COLUMNS - 1)
     i = tl.arange(0, RUN)
     x_ptrs = x_ptr + x_index.to(tl.int64)[:, None] * stride_x + i[None, :]
@@ -67,19 +68,27 @@ def _four_bit_product(x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expe
     acc_up = _zeros(BLOCK_M, BLOCK_N, SWAPPED)
     acc_gate = acc_up
     up_row = row + GATED * COLUMNS
-    up_scale = _load_words(w_scale_ptr, first + up_row)
-    up_zero = _load_words(w_zero_ptr, first + up_row)
-    scale, zero = up_scale, up_zero
-    if GATED:
-        scale = _load_words(w_scale_ptr, first + row)
-        zero = _load_words(w_zero_ptr, first + row)
+    if AHEAD:
+        up_scale = _load_words(w_scale_ptr, first + up_row)
+        up_zero = _load_words(w_zero_ptr, first + up_row)
+        scale, zero = up_scale, up_zero
+        if GATED:
+            scale = _load_words(w_scale_ptr, first + row)
+            zero = _load_words(w_zero_ptr, first + row)
     for step in range(STEPS):
         for part in tl.static_range(UNROLL):
             granule = step * UNROLL + part
             if STEPS * UNROLL != NUM:
                 granule = tl.minimum(granule, NUM - 1)
             k = (step * UNROLL + part) * GRANULE
+            here = first + granule * ROWS
+            if not AHEAD:
+                up_scale = _load_words(w_scale_ptr, here + up_row)
+                up_zero = _load_words(w_zero_ptr, here + up_row)
             if GATED:
+                if not AHEAD:
+                    scale = _load_words(w_scale_ptr, here + row)
+                    zero = _load_words(w_zero_ptr, here + row)
                 w = _load_tile(w_ptrs, expert, granule, 0, n, NUM, ROWS, COLUMNS, BLOCK_N, USE_TMA)
                 acc_gate = _add_granule(
                     acc_gate, x_ptrs, live, k, w, w_scale_ptr, scale, zero, E2M1, LENGTH, IS_WHOLE, SCALE_GROUP,
@@ -90,11 +99,10 @@ def _four_bit_product(x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expe
                 acc_up, x_ptrs, live, k, w, w_scale_ptr, up_scale, up_zero, E2M1, LENGTH, IS_WHOLE, SCALE_GROUP,
                 BLOCK_M, BLOCK_N, SWAPPED, PRECISION, LATE, DTYPE,
             )  # fmt: skip
-            if SCALE_GROUP > 0:
+            if AHEAD and SCALE_GROUP > 0:
                 ahead = first + tl.minimum(granule + 1, NUM - 1) * ROWS
                 up_scale = _load_words(w_scale_ptr, ahead + up_row)
                 up_zero = _load_words(w_zero_ptr, ahead + up_row)
-                scale, zero = up_scale, up_zero
                 if GATED:
                     scale = _load_words(w_scale_ptr, ahead + row)
                     zero = _load_words(w_zero_ptr, ahead + row)
@@ -165,21 +173,23 @@ def _scale_of(ptr, words, which: tl.constexpr, SCALES: tl.constexpr, E2M1: tl.co
     """[BLOCK_N] in the dtype of x."""
     if E2M1:
         byte = ((words >> 8 * which) & 0xFF).to(tl.int32)
-        if tl.float32 == DTYPE:
+        if DTYPE.is_fp32():
             scale = ((byte + 126) << 23).to(tl.float32, bitcast=True)
         else:
             scale = ((byte + 126) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    elif tl.float32 == DTYPE:
+    elif DTYPE.is_fp32():
         scale = tl.load(ptr + words * SCALES + which)
+    elif SCALES == 1 and words.dtype == tl.int32:
+        scale = words.to(tl.float32, bitcast=True).to(DTYPE)
     else:
-        scale = ((words >> 16 * which) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+        scale = (words >> 16 * which).to(tl.int16).to(DTYPE, bitcast=True)
     return scale
 
 
 @triton.jit
 def _zero_of(words, which: tl.constexpr, DTYPE: tl.constexpr):
     """What ``_runs`` makes of the zero point."""
-    OFFSET: tl.constexpr = 0.0 if tl.float32 == DTYPE else (128.0 if tl.bfloat16 == DTYPE else 1024.0)
+    OFFSET: tl.constexpr = 0.0 if DTYPE.is_fp32() else (128.0 if DTYPE.is_bf16() else 1024.0)
     if words.dtype == tl.int64:  # positions, for want of zero points
         zero = tl.full([1, 1], OFFSET + 8.0, DTYPE)
     else:
@@ -221,7 +231,7 @@ def _runs(words, E2M1: tl.constexpr, DTYPE: tl.constexpr):
     int4: the code, in half precision plus 128 (bfloat16) or 1024 (float16), where it is the lowest bits of a mantissa.
     e2m1: 2**-126 of the number.
     """
-    if tl.float32 == DTYPE:
+    if DTYPE.is_fp32():
         runs = _plain_runs(words, E2M1)
     elif E2M1:
         runs = tl.inline_asm_elementwise(
@@ -241,11 +251,11 @@ def _runs(words, E2M1: tl.constexpr, DTYPE: tl.constexpr):
             }""",
             "=r,=r,=r,=r,r",
             [words],
-            dtype=(DTYPE, DTYPE, DTYPE, DTYPE),
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True,
             pack=2,
         )
-    elif tl.bfloat16 == DTYPE:
+    elif DTYPE.is_bf16():
         runs = tl.inline_asm_elementwise(
             """{
             .reg .b32 one, two, three;
@@ -259,7 +269,7 @@ def _runs(words, E2M1: tl.constexpr, DTYPE: tl.constexpr):
             }""",
             "=r,=r,=r,=r,r",
             [words],
-            dtype=(DTYPE, DTYPE, DTYPE, DTYPE),
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True,
             pack=2,
         )
@@ -277,7 +287,7 @@ def _runs(words, E2M1: tl.constexpr, DTYPE: tl.constexpr):
             }""",
             "=r,=r,=r,=r,r",
             [words],
-            dtype=(DTYPE, DTYPE, DTYPE, DTYPE),
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
             pack=2,
         )
