@@ -80,6 +80,7 @@ def build_model(
             state_dict=dict(state),
             dtype=dtype,
             quantization_config=packed,
+            ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
         )
     except (RuntimeError, ValueError) as error:
@@ -87,11 +88,11 @@ def build_model(
     finally:
         logging.set_verbosity(verbosity)
     for key, what in (
+        ("mismatched_keys", "has another shape than in the model"),
         ("missing_keys", "is missing in the checkpoint"),
         ("unexpected_keys", "has no place in the model"),
-        ("mismatched_keys", "has another shape than the model"),
     ):
-        found = sorted(map(str, info[key]))
+        found = sorted(item if isinstance(item, str) else item[0] for item in info[key])
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise CheckpointError(f"tensor {found[0]} {what} ({type(model).__name__}){more}")

@@ -1,0 +1,260 @@
+"""Damaged, hostile and unserved quantised checkpoints: one error that names the file, tensor or field."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoints import LAYOUTS, edit_config, is_quantised_matrix, write_checkpoint
+from support.mixed import random_ids
+
+import moegraft
+from moegraft.core.errors import CheckpointError, UnsupportedModelError
+from moegraft.integrations.transformers.storage import packed_experts
+from moegraft.testing import relative_error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GPTQ, CT_INT4, CT_FP8, FP8, MXFP4 = "gptq", "compressed-tensors int4", "compressed-tensors fp8", "fp8 blocks", "mxfp4"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Sound checkpoints by layout, written on first use; each test works on a copy."""
+    written: dict[str, Path] = {}
+
+    def folder(layout: str) -> Path:
+        if layout not in written:
+            written[layout] = write_checkpoint(layout, tmp_path_factory.mktemp("sound")).path
+        copy = tmp_path_factory.mktemp("damaged") / "base"
+        return Path(shutil.copytree(written[layout], copy))
+
+    return folder
+
+
+def edit_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def assert_refused(folder: Path, *words: str) -> None:
+    with pytest.raises((CheckpointError, UnsupportedModelError)) as caught:
+        moegraft.load_quantised(folder)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+def quantisation(layout: str, **fields: Any) -> dict[str, Any]:
+    return {**LAYOUTS[layout].config, **fields}
+
+
+def group(layout: str, part: str, **fields: Any) -> dict[str, Any]:
+    """The config group of a compressed-tensors layout with other fields in one of its parts."""
+    (found,) = LAYOUTS[layout].config["config_groups"].values()
+    return {"config_groups": {"group_0": {**found, part: {**found[part], **fields}}}}
+
+
+FIELDS: Any = [
+    (GPTQ, {"bits": 8}, ("quantization_config.bits is 8", "expected 4")),
+    (GPTQ, {"bits": "4"}, ("quantization_config.bits",)),
+    (GPTQ, {"group_size": 16}, ("quantization_config.group_size is 16", "32 or 64 or 128 or -1")),
+    (GPTQ, {"dynamic": {"-:.*": {}}}, ("quantization_config.dynamic",)),
+    (GPTQ, {"checkpoint_format": "marlin"}, ("quantization_config.checkpoint_format", "gptq_v2")),
+    (GPTQ, {"quant_method": "bitsandbytes"}, ("quant_method is 'bitsandbytes'", "gptq")),
+    ("awq", {"version": "gemv"}, ("quantization_config.version is 'gemv'", "gemm")),
+    (FP8, {"weight_block_size": [64, 64]}, ("weight_block_size is [64, 64]",)),
+    (FP8, {"expert_dtype": "fp4"}, ("expert_dtype is 'fp4'",)),
+    (FP8, {"activation_scheme": "static"}, ("experts", "static scales")),
+    (CT_INT4, {"format": "nvfp4-pack-quantized"}, ("format is 'nvfp4-pack-quantized'",)),
+    (CT_INT4, {"kv_cache_scheme": {"num_bits": 8}}, ("kv_cache_scheme",)),
+    (CT_INT4, {"sparsity_config": {"format": "sparse-24-bitmask"}}, ("sparsity_config",)),
+    (CT_INT4, {"config_groups": {}}, ("config_groups",)),
+    (CT_INT4, group(CT_INT4, "weights", num_bits=8), ("group_0.weights.num_bits is 8",)),
+    (CT_FP8, group(CT_FP8, "weights", strategy="group"), ("group_0.weights.strategy is 'group'",)),
+    (CT_FP8, group(CT_FP8, "input_activations", dynamic=False), ("static scales",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "words"), FIELDS, ids=lambda case: str(case) if isinstance(case, dict) else ""
+)
+def test_config_fields(folders: Any, layout: str, fields: dict[str, Any], words: tuple[str, ...]) -> None:
+    folder = folders(layout)
+    edit_config(folder, quantization_config=quantisation(layout, **fields))
+    assert_refused(folder, *words)
+
+
+def test_groups_that_differ(folders: Any) -> None:
+    (first,) = LAYOUTS[CT_INT4].config["config_groups"].values()
+    second = {**first, "weights": {**first["weights"], "group_size": 64}}
+    folder = folders(CT_INT4)
+    config = quantisation(CT_INT4, config_groups={"group_0": first, "group_1": second})
+    edit_config(folder, quantization_config=config)
+    assert_refused(folder, "config_groups", "group_1")
+
+
+def remove(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+def add(name: str, tensor: torch.Tensor) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+def not_finite(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(tensor, float("nan"))
+
+
+def expert_becomes_plain(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.startswith(EXPERT)]:
+        del tensors[name]
+    tensors[f"{EXPERT}.weight"] = torch.zeros(32, 64, dtype=torch.bfloat16)
+
+
+def expert_disappears(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.startswith(EXPERT)]:
+        del tensors[name]
+
+
+CHANGES: Any = [
+    (GPTQ, remove(f"{EXPERT}.scales"), (EXPERT, "has no scales")),
+    (GPTQ, expert_disappears, ("model.layers.1.mlp.experts", "up projection of expert 2 is missing")),
+    (GPTQ, expert_becomes_plain, (f"{EXPERT}.weight", "is not quantised")),
+    (GPTQ, add(f"{EXPERT}.perm", torch.zeros(4)), (f"{EXPERT}.perm", "not known beside qweight")),
+    (GPTQ, put(f"{EXPERT}.scales", not_finite), (f"{EXPERT}.scales", "NaN")),
+    (GPTQ, put(f"{EXPERT}.scales", lambda t: t[:1]), (f"{EXPERT}.scales", "as of the experts before")),
+    (GPTQ, put(f"{EXPERT}.g_idx", lambda t: t.flip(0)), ("model.layers.1.mlp.experts", "act-order")),
+    (GPTQ, put(f"{EXPERT}.qweight", torch.Tensor.long), (f"{EXPERT}.qweight", "torch.int64")),
+    (GPTQ, add("model.layers.1.mlp.experts.9.up_proj.qweight", torch.zeros(1)), ("expert 9", "has 7")),
+    (GPTQ, add("model.layers.0.mlp.extra.weight", torch.zeros(2)), ("model.layers.0.mlp.extra.weight", "no place")),
+    (GPTQ, add("model.layers.0.self_attn.q_proj.lora", torch.zeros(2)), ("q_proj.lora", "not known")),
+    (GPTQ, remove("model.norm.weight"), ("model.norm.weight", "missing")),
+    (GPTQ, put("model.norm.weight", lambda t: t[:3]), ("model.norm.weight", "shape")),
+    (GPTQ, put("lm_head.weight", not_finite), ("lm_head.weight", "NaN")),
+    (GPTQ, put("model.layers.0.self_attn.q_proj.qzeros", lambda t: t[:1]), ("q_proj", "zero points")),
+    (CT_INT4, put(f"{EXPERT}.weight_shape", lambda t: t + 9), ("model.layers.1.mlp.experts", "weight_shape")),
+    (FP8, put(f"{EXPERT}.weight_scale_inv", lambda t: t[:, :1]), (f"{EXPERT}.weight_scale_inv", "shape")),
+    (FP8, put(f"{EXPERT}.weight", lambda t: t.view(torch.uint8).fill_(0x7F).view(t.dtype)), (EXPERT, "NaN")),
+    (FP8, add(f"{EXPERT}.bias", torch.zeros(128)), (f"{EXPERT}.bias", "not known")),
+    (MXFP4, remove("model.layers.0.mlp.experts.down_proj_bias"), ("down_proj_bias",)),
+    (MXFP4, remove("model.layers.0.mlp.experts.down_proj_scales"), ("down_proj_scales", "is missing")),
+    (MXFP4, add("model.layers.0.mlp.experts.extra", torch.zeros(1)), ("mlp.experts.extra",)),
+    (
+        MXFP4,
+        put("model.layers.0.mlp.experts.gate_up_proj_scales", lambda t: t.fill_(255)),
+        ("model.layers.0.mlp.experts", "255"),
+    ),
+    (
+        MXFP4,
+        put("model.layers.0.mlp.experts.gate_up_proj_blocks", lambda t: t[:, :-2]),
+        ("model.layers.0.mlp.experts", "gate_up_proj"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "change", "words"), CHANGES, ids=range(len(CHANGES)))
+def test_tensors(folders: Any, layout: str, change: Callable[[Tensors], object], words: tuple[str, ...]) -> None:
+    folder = folders(layout)
+    edit_tensors(folder, change)
+    assert_refused(folder, *words)
+
+
+class TestFiles:
+    def test_plain_checkpoints_are_sent_to_transformers(self, folders: Any) -> None:
+        folder = folders(GPTQ)
+        edit_config(folder, quantization_config=None)
+        assert_refused(folder, "not quantised", "transformers")
+
+    def test_no_folder_no_config_no_weights(self, folders: Any, tmp_path: Path) -> None:
+        assert_refused(tmp_path / "absent", "absent", "does not exist")
+        assert_refused(tmp_path, "config.json", "missing")
+        folder = folders(GPTQ)
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        assert_refused(folder, "model.safetensors", "pickles")
+
+    def test_truncated(self, folders: Any) -> None:
+        folder = folders(GPTQ)
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:-100])
+        assert_refused(folder, "model.safetensors", "but the file has")
+
+    def test_json_that_is_none(self, folders: Any) -> None:
+        folder = folders(GPTQ)
+        (folder / "config.json").write_text("{" * 10)
+        assert_refused(folder, "config.json", "JSON")
+
+    @pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "/tmp/x.safetensors", "pytorch_model.bin"])
+    def test_index_that_leaves_the_folder(self, folders: Any, shard: str) -> None:
+        folder = folders(GPTQ)
+        (folder / "model.safetensors").unlink()
+        index = {"metadata": {}, "weight_map": {"model.norm.weight": shard}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert_refused(folder, shard.rpartition("/")[2])
+
+    def test_link_that_leaves_the_folder(self, folders: Any, tmp_path: Path) -> None:
+        folder = folders(GPTQ)
+        (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+        (folder / "model.safetensors").symlink_to(tmp_path / "outside.safetensors")
+        assert_refused(folder, "link that leaves the folder")
+
+    def test_dense_model(self, folders: Any) -> None:
+        folder = folders(GPTQ)
+        config = {
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            "quantization_config": quantisation(GPTQ),
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        assert_refused(folder, "Qwen3ForCausalLM", "no experts")
+
+
+class TestSound:
+    def test_shards(self, folders: Any) -> None:
+        """Experts of one layer over two files."""
+        folder = folders(GPTQ)
+        expected = moegraft.load_quantised(folder)(input_ids=random_ids()).logits
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        weight_map = {}
+        for i in range(2):
+            shard = f"model-{i + 1:05}-of-00002.safetensors"
+            names = sorted(tensors)[i::2]
+            save_file({name: tensors[name] for name in names}, folder / shard)
+            weight_map |= dict.fromkeys(names, shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
+
+    def test_a_layer_that_was_left_out(self, folders: Any) -> None:
+        """Libraries skip layers on request: those stay plain, through transformers, beside packed ones."""
+        folder = folders(FP8)
+        expected = moegraft.load_quantised(folder, dtype=torch.float32)(input_ids=random_ids()).logits
+
+        def dequantise_first_layer(tensors: Tensors) -> None:
+            for name in [name for name in tensors if name.startswith("model.layers.0.mlp.experts")]:
+                if is_quantised_matrix(name, tensors[name]):
+                    scale = tensors.pop(f"{name}_scale_inv").repeat_interleave(128, 0).repeat_interleave(128, 1)
+                    tensors[name] = tensors[name].float() * scale
+
+        edit_tensors(folder, dequantise_first_layer)
+        model = moegraft.load_quantised(folder, dtype=torch.float32)
+        assert packed_experts(model.get_submodule("model.layers.0.mlp.experts")) is None
+        with moegraft.attach(model, adapter_memory="1MiB") as graft:
+            assert [(c.format_name, c.kept_by) for c in graft.explain()] == [
+                ("dense", "transformers"),
+                ("fp8", "moegraft"),
+            ]
+            # Activations of the first layer are not quantised any more.
+            assert 0 < relative_error(graft(input_ids=random_ids()).logits, expected) < 0.2
