@@ -160,7 +160,7 @@ CHANGES: Any = [
     (
         MXFP4,
         put("model.layers.0.mlp.experts.gate_up_proj_blocks", lambda t: t[:, :-2]),
-        ("model.layers.0.mlp.experts", "gate_up_proj"),
+        ("model.layers.0.mlp.experts", "found blocks", "[4, 190, 2, 16]"),
     ),
 ]
 

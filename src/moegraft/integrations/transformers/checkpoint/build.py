@@ -96,4 +96,12 @@ def build_model(
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise CheckpointError(f"tensor {found[0]} {what} ({type(model).__name__}){more}")
+    expected_shapes = {name: tensor.shape for name, tensor in structure.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        # transformers 5.17 compares no shapes where a quantiser is at work.
+        if tensor.shape != expected_shapes[name]:
+            found, expected = tuple(tensor.shape), tuple(expected_shapes[name])
+            raise CheckpointError(
+                f"tensor {name} has another shape than in the model: found {found}, expected {expected}"
+            )
     return model.requires_grad_(False)
