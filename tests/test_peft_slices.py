@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.sliced import ADAPTERS, EMBED, EXPERTS, HEAD, O_PROJ, Q_PROJ, make_rank_slice, make_targets
 
-from moegraft.core.errors import AdapterConfigError, ParallelError
+from moegraft.core.errors import AdapterConfigError, AdapterTensorError, ParallelError
 from moegraft.lora.bank import AdapterBank, BankLayout
+from moegraft.lora.dora import finish_dora
 from moegraft.lora.local_targets import local_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.lora.peft.safetensors_file import MIN_RUN_BYTES, SafetensorsFile
 from moegraft.lora.slicing import cut_tensor, slice_adapter
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets
-from moegraft.parallel import LinearSlice, RankSlice, Share
+from moegraft.parallel import LinearSlice, ParallelConfig, ParallelGroups, RankSlice, Share
 from moegraft.parallel.slices import round_robin_experts
+
+if TYPE_CHECKING:
+    from support.distributed import WorldPool
 
 ONE = Share(1, 0)
 STORED: dict[str, dict[str, bool]] = {
@@ -220,22 +226,64 @@ def test_experts_in_any_order_and_twice(tmp_path: Path) -> None:
             assert torch.equal(found, getattr(all_of_it, name)[all_of_it.expert_ids.index(expert)]), name
 
 
-def test_dora_where_a_rank_has_only_its_rows_of_the_base_weight(tmp_path: Path) -> None:
-    """Column parallel: the rows of a rank suffice. Row parallel: the norm of a row takes all of it."""
+def targets_of_rank(mine: RankSlice) -> ModelTargets:
+    """With base weights of which a rank has its rows (q), or its columns (o)."""
+    targets = make_targets()
+    linears = dict(targets.linears)
+    for name, axis, pieces in (
+        (Q_PROJ, 0, mine.linears[Q_PROJ].outputs),
+        (O_PROJ, 1, mine.linears[O_PROJ].inputs),
+    ):
+        assert pieces is not None
+        weight = cut_tensor(linears[name].weight(), {axis: pieces})  # type: ignore[misc]
+        linears[name] = replace(linears[name], weight=lambda weight=weight: weight)  # type: ignore[misc]
+    return replace(targets, linears=linears)
+
+
+def load_dora(folder: Path, fully_sharded: bool) -> tuple[AdapterWeights, int]:
+    groups = ParallelGroups.create(ParallelConfig(tp=dist.get_world_size()))
+    mine = make_rank_slice(make_targets(), Share(groups.tp.size, groups.tp.rank), ONE, fully_sharded=fully_sharded)
+    targets = targets_of_rank(mine)
+    weights, report = load_peft_adapter(folder, targets, dtype=torch.float32, rank_slice=mine)
+    assert set(weights.linears) == {Q_PROJ} and set(weights.unfinished) == {O_PROJ}
+    bank = AdapterBank(
+        BankLayout(local_targets(targets, mine), dtype=torch.float32), capacity_bytes=2**22, device="cpu"
+    )
+    with pytest.raises(AdapterTensorError, match=r"o_proj has the norms of one rank only; expected finish_dora"):
+        bank.load("a", weights)
+    finished = finish_dora(weights, groups.tp)
+    assert finish_dora(finished, groups.tp) is finished
+    check_bank_takes(targets, mine, finished, report.bytes_held)
+    return finished, groups.tp.traffic.calls["all_reduce"]
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_dora_where_ranks_have_only_their_part_of_the_base_weight(
+    tmp_path: Path, world2: WorldPool, fully_sharded: bool
+) -> None:
+    """Column parallel, the rows of a rank suffice; row parallel, the norm of a row takes the columns of all ranks."""
     targets = make_targets()
     folder = ADAPTERS["dora_and_saved"](tmp_path / "a", targets)
     whole, _ = load_peft_adapter(folder, targets, dtype=torch.float32)
+    for rank, (found, exchanges) in enumerate(world2.run(load_dora, folder, fully_sharded)):
+        mine = make_rank_slice(targets, Share(2, rank), ONE, fully_sharded=fully_sharded)
+        expected = slice_adapter(whole, targets, mine)
+        assert exchanges == 1
+        assert found.linears.keys() == expected.linears.keys()
+        for module, lora in expected.linears.items():
+            for name in ("a", "b", "gain"):
+                torch.testing.assert_close(
+                    getattr(found.linears[module], name), getattr(lora, name), rtol=1e-6, atol=1e-6
+                )
+
+
+def test_dora_on_a_part_that_is_neither_rows_nor_columns(tmp_path: Path) -> None:
+    targets = make_targets()
+    folder = ADAPTERS["dora_and_saved"](tmp_path / "a", targets)
     mine = make_rank_slice(targets, Share(2, 1), ONE)
-    rows = mine.linears[Q_PROJ].outputs
-    assert rows is not None
-    q_weight = cut_tensor(targets.linears[Q_PROJ].weight(), {0: rows})  # type: ignore[misc]
-    object.__setattr__(targets.linears[Q_PROJ], "weight", lambda: q_weight)
-    weights, _ = load_peft_adapter(folder, targets, dtype=torch.float32, rank_slice=mine)
-    assert torch.equal(weights.linears[Q_PROJ].gain, cut_tensor(whole.linears[Q_PROJ].gain, {0: rows}))
-    o_weight = targets.linears[O_PROJ].weight()[:, :7]  # type: ignore[misc]
-    object.__setattr__(targets.linears[O_PROJ], "weight", lambda: o_weight)
-    with pytest.raises(AdapterConfigError, match=r"needs whole rows of the base weight of .*o_proj.*\[10, 7\]"):
-        load_peft_adapter(folder, targets, dtype=torch.float32, rank_slice=mine)
+    linears = {**targets.linears, O_PROJ: replace(targets.linears[O_PROJ], weight=lambda: torch.ones(5, 7))}
+    with pytest.raises(AdapterConfigError, match=r"o_proj as \[10, 14\] or \[10, 7\]; this rank has \[5, 7\]"):
+        load_peft_adapter(folder, replace(targets, linears=linears), dtype=torch.float32, rank_slice=mine)
 
 
 def test_a_saved_parameter_that_equals_the_base_is_left_out(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ def make_targets(
     *, num_experts: int = 6, hidden: int = 10, inter: int = 19, vocabulary: int = 33, **experts: bool
 ) -> ModelTargets:
     """A layer whose sizes no world divides."""
-    weights = {Q_PROJ: torch.randn(14, hidden), O_PROJ: torch.randn(hidden, 14), HEAD: torch.randn(vocabulary, hidden)}
+    generator = torch.Generator().manual_seed(3)
+    shapes = {Q_PROJ: (14, hidden), O_PROJ: (hidden, 14), HEAD: (vocabulary, hidden)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return ModelTargets(
         model_type="mixtral",
         experts={

@@ -21,6 +21,7 @@ from moegraft.core.errors import (
     UnknownAdapterError,
 )
 from moegraft.lora.bank import AdapterBank, AdapterBatch
+from moegraft.lora.dora import finish_dora
 from moegraft.lora.mapping import GroupAdapters, GroupMapping
 from moegraft.lora.targets import AdapterWeights
 from moegraft.parallel.groups import ParallelGroups
@@ -78,7 +79,7 @@ class CollectiveBank:
             raise AdapterNameError("adapters were loaded into the bank of one rank alone; begin with an empty bank")
         self.bank = bank
         self.groups = groups
-        self._world = groups.world
+        self._ranks = groups.world
         self._ids: dict[str, int] = {}
         self._lock = threading.RLock()
 
@@ -113,7 +114,8 @@ class CollectiveBank:
                 return read(), (name, new_id, digest())
 
             def install_it() -> tuple[None, None]:
-                enter(weights)
+                # Every rank has read its slice: none waits here for one that has failed.
+                enter(finish_dora(weights, self.groups.tp))
                 entered.append(name)
                 return None, None
 
@@ -196,7 +198,7 @@ class CollectiveBank:
         for number in {number for number in mine if number is not None and number >= 0}:
             words[number // _BITS] |= 1 << number % _BITS
         status = torch.tensor([bool(unknown), zlib.crc32(repr(mine).encode()), *words])
-        all_words = self._world.all_gather(status[None]).tolist()
+        all_words = self._ranks.all_gather(status[None]).tolist()
         if any(row[0] for row in all_words):
             self._together(lambda: self._refuse(unknown))
         self._check_same_rows([row[1] for row in all_words])
@@ -233,9 +235,9 @@ class CollectiveBank:
         except Exception as error:
             failure = error
         try:
-            if quick and not self._world.all_gather(torch.tensor([failure is not None])[None]).any():
+            if quick and not self._ranks.all_gather(torch.tensor([failure is not None])[None]).any():
                 return result, []
-            votes = self._world.all_gather_object((_portable(failure), told))
+            votes = self._ranks.all_gather_object((_portable(failure), told))
             _raise_first([error for error, _ in votes], failure)
         except BaseException:
             if undo is not None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from moegraft.lora.dora import UnfinishedDora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,18 +129,20 @@ class EmbeddingLoRA:
 class AdapterWeights:
     """One adapter, parsed and checked against the base model; on the CPU, in the bank's dtype.
 
-    ``saved``: module name -> {parameter name: full replacement tensor} (``modules_to_save``).
+    ``saved``: module name -> {parameter name: full replacement tensor} (``modules_to_save``). ``unfinished``: maps that
+    wait for ``finish_dora``, on ranks that have only some columns of their base weights.
     """
 
     experts: Mapping[str, ExpertsLoRA] = field(default_factory=dict)
     linears: Mapping[str, LinearLoRA] = field(default_factory=dict)
     embeddings: Mapping[str, EmbeddingLoRA] = field(default_factory=dict)
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    unfinished: Mapping[str, UnfinishedDora] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors in it."""
+        """Of all tensors in it, once it is finished."""
         records = (*self.experts.values(), *self.linears.values(), *self.embeddings.values())
         factors = [value for record in records for value in vars(record).values() if isinstance(value, torch.Tensor)]
         factors += [tensor for params in self.saved.values() for tensor in params.values()]
-        return sum(tensor.nbytes for tensor in factors)
+        return sum(tensor.nbytes for tensor in factors) + sum(part.num_bytes for part in self.unfinished.values())

@@ -33,6 +33,8 @@ class FactorRows:
 def collect_factors(layout: BankLayout, weights: AdapterWeights) -> list[FactorRows]:
     """Every factor of an adapter. Raises AdapterTensorError or AdapterMismatchError, naming module and factor."""
     factors: list[FactorRows] = []
+    for module, part in weights.unfinished.items():
+        raise AdapterTensorError(f"{part.where}: DoRA of {module} has the norms of one rank only; expected finish_dora")
     for module, experts in weights.experts.items():
         factors += _experts_factors(layout, module, experts)
     for module, linear in weights.linears.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
+from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.factors import Read, cast, widen
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair
 from moegraft.lora.peft.safetensors_file import TensorInfo
@@ -16,22 +17,47 @@ from moegraft.parallel.rank_slice import WHOLE_LINEAR, LinearSlice, ParameterSli
 _NORM_ROWS = 4096
 
 
-def build_linear(plan: LinearPlan, read: Read, dtype: torch.dtype, mine: LinearSlice = WHOLE_LINEAR) -> LinearLoRA:
-    """LoRA or DoRA (arXiv 2402.09353) of a linear map. Raises AdapterTensorError or AdapterConfigError."""
+def build_linear(
+    plan: LinearPlan, read: Read, dtype: torch.dtype, mine: LinearSlice = WHOLE_LINEAR
+) -> LinearLoRA | UnfinishedDora:
+    """LoRA or DoRA (arXiv 2402.09353) of a linear map. Raises AdapterTensorError or AdapterConfigError.
+
+    UnfinishedDora where this rank has only its columns of the base weight.
+    """
     gain = None
     if plan.magnitude is None:
         a, b = _read_pair(plan.pair, read, mine)
     else:
+        weight = _base_weight(plan, mine)
+        if weight.shape[1] != plan.target.in_features:
+            return _unfinished(plan, read, dtype, mine, weight)
         # The norm of a row of W + BA takes all of A; what this rank does not keep of it is dropped again.
         a, b = _read_pair(plan.pair, read, LinearSlice(outputs=mine.outputs))
         magnitude = read(plan.magnitude.name, _cut(0, mine.outputs))
-        gain = magnitude.to(b.dtype) / _row_norms(_base_rows(plan, mine), a, b)
+        gain = magnitude.to(b.dtype) / _square_sums(weight, a, b).sqrt()
         b = b * gain
         a = cut_tensor(cut_lanes(a, mine.lanes), _cut(1, mine.inputs))
     return LinearLoRA(
         a=cast(a, dtype, plan.pair.a.where),
         b=cast(b, dtype, plan.pair.b.where),
         gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude.where),
+    )
+
+
+def _unfinished(
+    plan: LinearPlan, read: Read, dtype: torch.dtype, mine: LinearSlice, weight: torch.Tensor
+) -> UnfinishedDora:
+    """``weight``: all rows, this rank's columns."""
+    assert plan.magnitude is not None
+    a, b = _read_pair(plan.pair, read, LinearSlice(inputs=mine.inputs))
+    return UnfinishedDora(
+        a=a,
+        b=cut_tensor(b, _cut(1, mine.outputs)),
+        magnitude=read(plan.magnitude.name),
+        square_sums_O=_square_sums(weight, a, b).double(),
+        outputs=mine.outputs,
+        dtype=dtype,
+        where=plan.magnitude.where,
     )
 
 
@@ -78,27 +104,31 @@ def _cut(axis: int, pieces: Pieces | None) -> Cuts:
     return {} if pieces is None else {axis: pieces}
 
 
-def _base_rows(plan: LinearPlan, mine: LinearSlice) -> torch.Tensor:
-    """The rows of the base weight that this rank has outputs of; whole rows, since their norms are wanted."""
+def _base_weight(plan: LinearPlan, mine: LinearSlice) -> torch.Tensor:
+    """The rows of the base weight that this rank has outputs of; or all rows, where it has only its columns of them."""
     target = plan.target
-    assert target.weight is not None  # the plan checked it
-    weight, rows = target.weight(), mine.num_outputs(target.out_features)
-    if tuple(weight.shape) == (target.out_features, target.in_features):
+    assert target.weight is not None and plan.magnitude is not None  # the plan checked it
+    weight = target.weight()
+    if hasattr(weight, "to_local"):  # a DTensor; its class takes a while to import
+        weight = weight.to_local()
+    shape, whole = tuple(weight.shape), (target.out_features, target.in_features)
+    if shape == whole:
         return cut_tensor(weight, _cut(0, mine.outputs))
-    if tuple(weight.shape) == (rows, target.in_features):
+    here = {(mine.num_outputs(whole[0]), whole[1]), (whole[0], mine.num_inputs(whole[1]))}
+    if shape in here:
         return weight
-    assert plan.magnitude is not None
+    expected = " or ".join(str(list(sizes)) for sizes in [whole, *sorted(here - {whole})])
     raise AdapterConfigError(
-        f"use_dora: {plan.magnitude.where} needs whole rows of the base weight of {target.name}, "
-        f"[{target.out_features} or {rows}, {target.in_features}]; this rank has {list(weight.shape)}"
+        f"use_dora: {plan.magnitude.where} needs the base weight of {target.name} as {expected}; this rank has "
+        f"{list(shape)}"
     )
 
 
-def _row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """||W + b^T a||_2 of each row: W [out, in], a [r, in], b [r, out] scaled."""
-    norms = []
+def _square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """||W + b^T a||^2 of each row: W [out, in], a [r, in], b [r, out] scaled."""
+    sums = []
     for start in range(0, weight.shape[0], _NORM_ROWS):
         rows = weight[start : start + _NORM_ROWS].detach().to(device=a.device, dtype=b.dtype)
         delta = b[:, start : start + _NORM_ROWS].T @ a.to(b.dtype)
-        norms.append(torch.linalg.vector_norm(rows + delta, dim=1))
-    return torch.cat(norms)
+        sums.append((rows + delta).square_().sum(dim=1))
+    return torch.cat(sums)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from moegraft.core.errors import AdapterError, AdapterNameError, AdapterTensorError
+from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.build import build_embedding, build_linear, build_saved
 from moegraft.lora.peft.build_experts import build_experts, tensors_elsewhere
 from moegraft.lora.peft.config import read_config
@@ -17,7 +18,7 @@ from moegraft.lora.peft.plan import AdapterPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
 from moegraft.lora.peft.safetensors_file import TensorInfo
 from moegraft.lora.slicing import Cuts
-from moegraft.lora.targets import AdapterWeights, ModelTargets
+from moegraft.lora.targets import AdapterWeights, LinearLoRA, ModelTargets
 from moegraft.parallel.rank_slice import WHOLE_EXPERTS, WHOLE_LINEAR, RankSlice
 
 _WHOLE = RankSlice()
@@ -37,7 +38,8 @@ def load_peft_adapter(
     ``dtype``: of the LoRA factors; the scale is folded into B in float32 before the cast. Saved parameters take the
     dtype of the parameter that they replace. ``name``: for the report; the folder's name by default. ``rank_slice``:
     what this rank holds; the adapter is checked against ``targets``, the whole model, but only the slice is read and
-    kept, in the sizes of ``local_targets(targets, rank_slice)``.
+    kept, in the sizes of ``local_targets(targets, rank_slice)``. Where a rank has only its columns of a base weight
+    (row parallel), ``finish_dora`` must follow before the bank takes an adapter with DoRA on it.
 
     Every tensor of the checkpoint is applied, or the adapter is refused with an error that names it.
 
@@ -102,12 +104,14 @@ def _build(
         module: build_experts(item, read, dtype, mine.experts.get(module, WHOLE_EXPERTS))
         for module, item in plan.experts.items()
     }
+    linears = {
+        module: build_linear(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
+        for module, item in plan.linears.items()
+    }
     weights = AdapterWeights(
         experts={module: lora for module, lora in experts.items() if lora is not None},
-        linears={
-            module: build_linear(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
-            for module, item in plan.linears.items()
-        },
+        linears={module: lora for module, lora in linears.items() if isinstance(lora, LinearLoRA)},
+        unfinished={module: part for module, part in linears.items() if isinstance(part, UnfinishedDora)},
         embeddings={
             module: build_embedding(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
             for module, item in plan.embeddings.items()
