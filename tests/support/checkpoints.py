@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -152,6 +149,10 @@ def awq(weight: torch.Tensor, *, group: int) -> tuple[Tensors, torch.Tensor]:
 
 def compressed(weight: torch.Tensor, *, form: str, args: Mapping[str, Any]) -> tuple[Tensors, torch.Tensor]:
     """The library's own compressor, and its own inverse."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
     weights = QuantizationArgs(**args)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     strategy = args["strategy"]

@@ -87,21 +87,24 @@ def build_model(
         raise CheckpointError(f"transformers cannot load what stands beside the experts: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+    _check_complete(model, structure, info)
+    return model.requires_grad_(False)
+
+
+def _check_complete(model: PreTrainedModel, structure: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """``info``: what transformers says of the loading. Its version 5.17 compares no shapes beside a quantiser."""
     for key, what in (
         ("mismatched_keys", "has another shape than in the model"),
         ("missing_keys", "is missing in the checkpoint"),
         ("unexpected_keys", "has no place in the model"),
     ):
-        found = sorted(item if isinstance(item, str) else item[0] for item in info[key])
-        if found:
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise CheckpointError(f"tensor {found[0]} {what} ({type(model).__name__}){more}")
-    expected_shapes = {name: tensor.shape for name, tensor in structure.state_dict().items()}
+        names = sorted(item if isinstance(item, str) else item[0] for item in info[key])
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"tensor {names[0]} {what} ({type(model).__name__}){more}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in structure.state_dict().items()}
     for name, tensor in model.state_dict().items():
-        # transformers 5.17 compares no shapes where a quantiser is at work.
-        if tensor.shape != expected_shapes[name]:
-            found, expected = tuple(tensor.shape), tuple(expected_shapes[name])
+        if tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(
-                f"tensor {name} has another shape than in the model: found {found}, expected {expected}"
+                f"tensor {name} has another shape than in the model: found {tuple(tensor.shape)}, expected {shapes[name]}"
             )
-    return model.requires_grad_(False)

@@ -1,0 +1,90 @@
+"""Quantised checkpoints grafted on a GPU: the kernels serve them, and agree with the CPU's float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig
+from support.adapters import save_with_peft
+from support.checkpoints import QuantisedCheckpoint, write_checkpoint
+from support.mixed import random_ids
+from transformers import PreTrainedModel
+
+import moegraft
+from moegraft import GraftedModel
+from moegraft.integrations.transformers.targets import discover_targets
+
+pytestmark = pytest.mark.gpu
+
+LAYOUTS = ["fp8 blocks", "mxfp4", "gptq", "awq"]
+NAMES = ("everything", None, "attention", "experts", "everything")
+# Two layers in bfloat16 (and 8-bit activations in fp8) against float32; a delta that is missing would be an error of 1.
+TOL = 0.1
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> QuantisedCheckpoint:
+    """With three adapters beside it, made by PEFT for the unquantised model."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    found = write_checkpoint(request.param, folder)
+    experts = [
+        f"{name}.{p}" for name, t in discover_targets(found.dense).experts.items() for p in (t.w13_param, t.w2_param)
+    ]
+    attention = ["q_proj", "o_proj"]
+    configs = {
+        "everything": LoraConfig(r=8, target_modules=attention, target_parameters=experts),
+        "experts": LoraConfig(r=3, target_modules=[], target_parameters=experts),
+        "attention": LoraConfig(r=4, target_modules=attention, use_dora=True),
+    }
+    for name, config in configs.items():
+        save_with_peft(found.dense, config, folder / name, random_ids())
+    return found
+
+
+def attach(checkpoint: QuantisedCheckpoint, model: PreTrainedModel) -> GraftedModel:
+    graft = moegraft.attach(model, adapter_memory="32MiB")
+    for name in {name for name in NAMES if name is not None}:
+        graft.load_adapter(checkpoint.path.parent / name)
+    return graft
+
+
+def test_agrees_with_the_cpu(checkpoint: QuantisedCheckpoint) -> None:
+    ids = random_ids(len(NAMES), 12, seed=1)
+    found, plain, expected, base = (
+        logits
+        for dtype, device in ((torch.bfloat16, "cuda"), (torch.float32, "cpu"))
+        for logits in run(checkpoint, ids, dtype, device)
+    )
+    assert torch.equal(found[1], plain[1])
+    for i, name in enumerate(NAMES):
+        if name is not None:
+            delta, truth = (found[i].float() - plain[i].float()).cpu(), expected[i] - base[i]
+            # By token and in the median: in bfloat16 a token may go to another expert where two are nearly as good.
+            error = ((delta - truth).norm(dim=-1) / truth.norm(dim=-1)).median()
+            assert error < TOL, f"row {i} ({name}): {error}"
+
+
+def run(
+    checkpoint: QuantisedCheckpoint, ids: torch.Tensor, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the mixed batch, and without adapters."""
+    model = moegraft.load_quantised(checkpoint.path, dtype=dtype, device=device)
+    with attach(checkpoint, model) as graft:
+        (choice, *_) = graft.explain()
+        assert choice.format_name == checkpoint.layout.format_name
+        assert (choice.backend == "TorchExperts") == (device == "cpu"), str(graft.explain())
+        ids = ids.to(device)
+        mixed = graft(input_ids=ids, adapters=NAMES).logits
+        assert torch.equal(mixed, graft(input_ids=ids, adapters=NAMES).logits)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        assert graft.generate(ids, adapters=NAMES, **options).shape == (len(NAMES), 16)
+        return mixed, graft(input_ids=ids).logits
+
+
+def test_a_model_that_moves_takes_its_experts_along(checkpoint: QuantisedCheckpoint) -> None:
+    ids = random_ids(3).cuda()
+    moved = moegraft.load_quantised(checkpoint.path).to("cuda")
+    there = moegraft.load_quantised(checkpoint.path, device="cuda")
+    assert torch.equal(moved(input_ids=ids).logits, there(input_ids=ids).logits)
+    back = moved.to("cpu")(input_ids=ids.cpu()).logits
+    assert torch.equal(back, moegraft.load_quantised(checkpoint.path)(input_ids=ids.cpu()).logits)
