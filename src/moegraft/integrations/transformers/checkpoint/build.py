@@ -104,7 +104,8 @@ def _check_complete(model: PreTrainedModel, structure: PreTrainedModel, info: Ma
             raise CheckpointError(f"tensor {names[0]} {what} ({type(model).__name__}){more}")
     shapes = {name: tuple(tensor.shape) for name, tensor in structure.state_dict().items()}
     for name, tensor in model.state_dict().items():
-        if tuple(tensor.shape) != shapes[name]:
+        found = tuple(tensor.shape)
+        if found != shapes[name]:
             raise CheckpointError(
-                f"tensor {name} has another shape than in the model: found {tuple(tensor.shape)}, expected {shapes[name]}"
+                f"tensor {name} has another shape than in the model: found {found}, expected {shapes[name]}"
             )
