@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from moegraft.build import build_fused_moe_with_lora
 from moegraft.core.config import MoEConfig
 from moegraft.core.errors import BatchError
 from moegraft.formats.dense import DenseExperts
+from moegraft.lora.targets import AdapterWeights
 from moegraft.moe.expert_parallel import AllToAllPrepareAndFinalize
 from moegraft.moe.expert_parallel.exchange import split_rows
 from moegraft.moe.expert_parallel.packing import PlainRows
@@ -257,6 +259,37 @@ def _disagree(parallel: ParallelCase) -> str:
         context = None if groups_of(parallel.config).rank else with_lora.lora_context(mapping, 64)
         layer.base.apply_experts(x, weights, ids, context)
     return str(caught.value)
+
+
+def _load_while_layers_run(parallel: ParallelCase) -> bool:
+    """Adapters come and go on one thread while another runs steps of a batch; ranks are in step on each of the two."""
+    layer = build_rank_layer(parallel, groups_of(parallel.config))
+    with_lora = build_fused_moe_with_lora(layer.base, layer.bank.bank.experts_tables(MODULE))
+    x, weights, ids = layer.inputs.x_TD, layer.inputs.topk_weights_TK, layer.inputs.topk_ids_TK
+    expected, loads = layer.run(layer.names), 0
+
+    def come_and_go() -> None:
+        nonlocal loads
+        for _ in range(20):
+            layer.bank.load("other", lambda: (AdapterWeights(), None), digest=lambda: "same")
+            layer.bank.unload("other")
+            loads += 1
+
+    with layer.bank.acquire(layer.names) as batch:
+        context = with_lora.lora_context(batch.mapping(len(layer.names)), 64)
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        outputs = [layer.base.apply_experts(x, weights, ids, context) for _ in range(30)]
+        thread.join()
+    return loads == 20 and all(torch.equal(out, expected) for out in outputs)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_adapters_come_and_go_while_layers_run(world2: WorldPool, dispatch: str) -> None:
+    config, rows = DISPATCHES[dispatch]
+    case = replace(case_of("partial"), num_tokens=24)
+    parallel = ParallelCase(case=case, config=config, expert_map=ExpertMap.contiguous(E, 2), rows=rows)
+    assert world2.run(_load_while_layers_run, parallel) == [True, True]
 
 
 @pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all"])

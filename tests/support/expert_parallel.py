@@ -145,9 +145,7 @@ def build_rank_layer(parallel: ParallelCase, groups: ParallelGroups) -> RankLaye
     targets = ModelTargets(model_type="plain", experts={MODULE: experts_target(case)})
     layout = BankLayout(local_targets(targets, mine), dtype=case.config.dtype, page_bytes=1024)
     bank = CollectiveBank(
-        AdapterBank(
-            layout, capacity_bytes=POOL_BYTES, device="cpu", max_slots=max(len(inputs.adapters), 1), poison=True
-        ),
+        AdapterBank(layout, capacity_bytes=POOL_BYTES, device="cpu", max_slots=len(inputs.adapters) + 1, poison=True),
         groups,
     )
     for i, factors in enumerate(inputs.adapters):

@@ -79,7 +79,7 @@ class CollectiveBank:
             raise AdapterNameError("adapters were loaded into the bank of one rank alone; begin with an empty bank")
         self.bank = bank
         self.groups = groups
-        self._ranks = groups.world
+        self._ranks = groups.control
         self._ids: dict[str, int] = {}
         self._lock = threading.RLock()
 

@@ -13,14 +13,24 @@ from moegraft.parallel.config import ParallelConfig
 
 
 class ParallelGroups:
-    """This rank's place in the world and the groups that it talks to: ``world``, ``tp`` and ``ep``.
+    """This rank's place in the world and the groups that it talks to: ``world``, ``control``, ``tp`` and ``ep``.
 
-    ``tp``: the ranks that hold the same experts. ``ep``: the ranks that hold the same share of F.
+    ``tp``: the ranks that hold the same experts. ``ep``: the ranks that hold the same share of F. ``control``: all
+    ranks, for votes on adapters, which may be cast from another thread than the one whose layers use ``world``.
     """
 
-    def __init__(self, config: ParallelConfig, *, world: Communicator, tp: Communicator, ep: Communicator) -> None:
+    def __init__(
+        self,
+        config: ParallelConfig,
+        *,
+        world: Communicator,
+        control: Communicator,
+        tp: Communicator,
+        ep: Communicator,
+    ) -> None:
         self.config = config
         self.world = world
+        self.control = control
         self.tp = tp
         self.ep = ep
         self._made: list[dist.ProcessGroup] = []
@@ -43,6 +53,7 @@ class ParallelGroups:
         return cls(
             ParallelConfig(),
             world=Communicator.alone("world"),
+            control=Communicator.alone("control"),
             tp=Communicator.alone("tensor-parallel"),
             ep=Communicator.alone("expert-parallel"),
         )
@@ -83,6 +94,7 @@ class ParallelGroups:
         parallel = cls(
             config,
             world=communicator("world", [tuple(range(config.world_size))]),
+            control=communicator("control", [tuple(range(config.world_size))]),
             tp=communicator("tensor-parallel", [config.tp_ranks(ep_rank) for ep_rank in range(config.ep)]),
             ep=communicator("expert-parallel", [config.ep_ranks(tp_rank) for tp_rank in range(config.tp)]),
         )
