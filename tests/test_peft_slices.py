@@ -241,7 +241,7 @@ def targets_of_rank(mine: RankSlice) -> ModelTargets:
 
 
 def load_dora(folder: Path, fully_sharded: bool) -> tuple[AdapterWeights, int]:
-    groups = ParallelGroups.create(ParallelConfig(tp=dist.get_world_size()))
+    groups = ParallelGroups.create(ParallelConfig(tp=2, ep=dist.get_world_size() // 2))
     mine = make_rank_slice(make_targets(), Share(groups.tp.size, groups.tp.rank), ONE, fully_sharded=fully_sharded)
     targets = targets_of_rank(mine)
     weights, report = load_peft_adapter(folder, targets, dtype=torch.float32, rank_slice=mine)
@@ -251,22 +251,23 @@ def load_dora(folder: Path, fully_sharded: bool) -> tuple[AdapterWeights, int]:
     )
     with pytest.raises(AdapterTensorError, match=r"o_proj has the norms of one rank only; expected finish_dora"):
         bank.load("a", weights)
-    finished = finish_dora(weights, groups.tp)
-    assert finish_dora(finished, groups.tp) is finished
+    finished = finish_dora(weights, groups)
+    assert finish_dora(finished, groups) is finished
     check_bank_takes(targets, mine, finished, report.bytes_held)
-    return finished, groups.tp.traffic.calls["all_reduce"]
+    return finished, groups.control.traffic.calls["all_reduce"]
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
 def test_dora_where_ranks_have_only_their_part_of_the_base_weight(
-    tmp_path: Path, world2: WorldPool, fully_sharded: bool
+    tmp_path: Path, world2: WorldPool, world4: WorldPool, fully_sharded: bool
 ) -> None:
     """Column parallel, the rows of a rank suffice; row parallel, the norm of a row takes the columns of all ranks."""
     targets = make_targets()
     folder = ADAPTERS["dora_and_saved"](tmp_path / "a", targets)
     whole, _ = load_peft_adapter(folder, targets, dtype=torch.float32)
-    for rank, (found, exchanges) in enumerate(world2.run(load_dora, folder, fully_sharded)):
-        mine = make_rank_slice(targets, Share(2, rank), ONE, fully_sharded=fully_sharded)
+    results = [*world2.run(load_dora, folder, fully_sharded), *world4.run(load_dora, folder, fully_sharded)]
+    for rank, (found, exchanges) in enumerate(results):
+        mine = make_rank_slice(targets, Share(2, rank % 2), ONE, fully_sharded=fully_sharded)
         expected = slice_adapter(whole, targets, mine)
         assert exchanges == 1
         assert found.linears.keys() == expected.linears.keys()

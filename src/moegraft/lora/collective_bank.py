@@ -115,7 +115,7 @@ class CollectiveBank:
 
             def install_it() -> tuple[None, None]:
                 # Every rank has read its slice: none waits here for one that has failed.
-                enter(finish_dora(weights, self.groups.tp))
+                enter(finish_dora(weights, self.groups))
                 entered.append(name)
                 return None, None
 

@@ -13,7 +13,7 @@ import torch
 from moegraft.core.errors import AdapterTensorError
 from moegraft.lora.slicing import cut_tensor
 from moegraft.lora.targets import LinearLoRA
-from moegraft.parallel.collectives import Communicator
+from moegraft.parallel.groups import ParallelGroups
 from moegraft.parallel.rank_slice import Pieces
 
 if TYPE_CHECKING:
@@ -55,16 +55,17 @@ class UnfinishedDora:
         return LinearLoRA(**cast)
 
 
-def finish_dora(weights: AdapterWeights, tp: Communicator) -> AdapterWeights:
+def finish_dora(weights: AdapterWeights, groups: ParallelGroups) -> AdapterWeights:
     """The adapter with the norms of all ranks: what the bank takes. Nothing to do where none is missing.
 
-    Collective, one all-reduce: every rank of the group has read its slice of the same adapter, and knows that the
-    others have. Raises AdapterTensorError as ``UnfinishedDora.finish``.
+    Collective, one all-reduce over the control group: every rank has read its slice of the same adapter, and knows
+    that the others have. Raises AdapterTensorError as ``UnfinishedDora.finish``.
     """
     if not weights.unfinished:
         return weights
     parts = [weights.unfinished[module] for module in sorted(weights.unfinished)]
-    sums = tp.all_reduce(torch.cat([part.square_sums_O for part in parts]))
+    # The ranks of every expert-parallel place bring the same columns once more.
+    sums = groups.control.all_reduce(torch.cat([part.square_sums_O for part in parts])) / groups.ep.size
     each = sums.split([part.square_sums_O.shape[0] for part in parts])
     finished = {
         module: part.finish(own) for module, part, own in zip(sorted(weights.unfinished), parts, each, strict=True)
