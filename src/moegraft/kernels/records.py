@@ -151,11 +151,15 @@ class LoRABatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Expand:
-    """What a GEMM needs to add B u: the adapters, their low-rank rows [N, W] and the lanes of its factor."""
+    """What a GEMM needs to add B u: the adapters, their low-rank rows [N, W] and the lanes of its factor.
+
+    ``is_behind_routing``: a kernel ran between the routing and this GEMM, which may then read the routing at once.
+    """
 
     lora: LoRABatch
     u_NW: torch.Tensor
     lanes: Lanes
+    is_behind_routing: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
     return MoETiles(
         block_m=block_m,
         tile_m=tile_m,
+        route_token=shape.num_tokens == 1 and shape.num_slots > 0,
         gemm13=gemm13,
         gemm2=gemm2,
         shrink13=_shrink_tile(shape, tile_m, shape.hidden_size, shape.rank13),

@@ -36,10 +36,14 @@ class ShrinkTile:
 
 @dataclass(frozen=True, kw_only=True)
 class MoETiles:
-    """All tile choices of one layer call. ``block_m`` positions a GEMM block, ``tile_m`` a shrink tile."""
+    """All tile choices of one layer call. ``block_m`` positions a GEMM block, ``tile_m`` a shrink tile.
+
+    ``route_token``: a single token is routed and shrunk in one launch, which sums in another order than other batches.
+    """
 
     block_m: int = 16
     tile_m: int = 16
+    route_token: bool = False
     gemm13: GemmTile = GemmTile()
     gemm2: GemmTile = GemmTile()
     shrink13: ShrinkTile = ShrinkTile()

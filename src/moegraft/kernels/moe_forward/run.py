@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from moegraft.core.routing import MoERouting
 from moegraft.kernels.lora_shrink.host import lora_shrink2, lora_shrink13
 from moegraft.kernels.moe_gemm2.host import moe_gemm2
 from moegraft.kernels.moe_gemm13.host import moe_gemm13
 from moegraft.kernels.moe_quantise.host import moe_quantise
+from moegraft.kernels.moe_route_token.host import route_token
 from moegraft.kernels.moe_routing.host import route_rows
 from moegraft.kernels.moe_sum.host import moe_sum
 from moegraft.kernels.records import Expand, LoRABatch, MoEWeights, Quantisation, QuantisedRows
@@ -106,15 +108,11 @@ def _launch(
     tiles: MoETiles,
     buffers: LayerBuffers,
 ) -> None:
-    h_NF, y_ND, low_rank13, low_rank2 = buffers.h_NF, buffers.y_ND, buffers.low_rank13, buffers.low_rank2
-    expand13 = expand2 = None
+    h_NF, y_ND, low_rank2 = buffers.h_NF, buffers.y_ND, buffers.low_rank2
+    expand2 = None
     # Before the routing: with programmatic launch GEMM 13 waits for no kernel but the last two before it.
     x, x_scales = _quantise(x_TD, buffers.quantised_x, weights.quantisation, of_w2=False)
-    routing = route_rows(topk_ids_TK, weights.sizes, lora, buffers.routing, block_m=tiles.block_m, tile_m=tiles.tile_m)
-    if lora is not None and low_rank13 is not None and routing.lanes13 is not None:
-        lora_x_TD = x_TD if lora.x_TD is None else lora.x_TD
-        lora_shrink13(low_rank13, lora_x_TD, routing, lora, tile=tiles.shrink13)
-        expand13 = Expand(lora=lora, u_NW=low_rank13.u_NW, lanes=routing.lanes13)
+    routing, expand13 = _route_and_shrink(x_TD, topk_ids_TK, weights, lora, tiles, buffers)
     input_weights = topk_weights_TK if weight_on_input else None
     moe_gemm13(
         h_NF, x, weights, routing, x_scales=x_scales, expand=expand13, input_weights_TK=input_weights,
@@ -130,6 +128,29 @@ def _launch(
         tile=tiles.gemm2,
     )  # fmt: skip
     moe_sum(out_TD, y_ND, topk_ids_TK, num_experts=weights.num_experts)
+
+
+def _route_and_shrink(
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    weights: MoEWeights,
+    lora: LoRABatch | None,
+    tiles: MoETiles,
+    buffers: LayerBuffers,
+) -> tuple[MoERouting, Expand | None]:
+    low_rank, buffer = buffers.low_rank13, buffers.routing
+    if lora is None or low_rank is None or buffer.lanes13 is None:
+        routing = route_rows(topk_ids_TK, weights.sizes, lora, buffer, block_m=tiles.block_m, tile_m=tiles.tile_m)
+        return routing, None
+    x_TD = x_TD if lora.x_TD is None else lora.x_TD
+    is_one_launch = tiles.route_token and x_TD.shape[0] == 1 and lora.rank13 > 0
+    if is_one_launch:
+        routing = route_token(low_rank, x_TD, topk_ids_TK, weights.sizes, lora, buffer, tiles)
+    else:
+        routing = route_rows(topk_ids_TK, weights.sizes, lora, buffer, block_m=tiles.block_m, tile_m=tiles.tile_m)
+        lora_shrink13(low_rank, x_TD, routing, lora, tile=tiles.shrink13)
+    expand = Expand(lora=lora, u_NW=low_rank.u_NW, lanes=buffer.lanes13, is_behind_routing=not is_one_launch)
+    return routing, expand
 
 
 def _quantise(

@@ -16,7 +16,8 @@ def gemm13_kernel(h_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bia
                   stride_x, stride_we, stride_wf, stride_wd, up_offset, stride_be, stride_bf, bias_up_offset,
                   lane_capacity, alpha, limit, FORMAT: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
                   K: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
-                  WEIGHT_ON_INPUT: tl.constexpr, SCALE_GROUP: tl.constexpr, HAS_LORA: tl.constexpr,
+                  WEIGHT_ON_INPUT: tl.constexpr, WAIT_FIRST: tl.constexpr, SCALE_GROUP: tl.constexpr,
+                  HAS_LORA: tl.constexpr,
                   U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, GROUP: tl.constexpr, USE_TMA: tl.constexpr,
                   SWAPPED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -25,7 +26,7 @@ def gemm13_kernel(h_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bia
     The base part reads nothing that the shrink writes, so that with programmatic launch the two run side by side; the
     program waits for the shrink only before the first lane.
     """
-    if not HAS_LORA:
+    if WAIT_FIRST:
         await_prior_kernel(PDL)
     block, n, expert, first, end = find_block(block_ptr, count_ptr, F, BLOCK_N, GROUP)
     if first >= end:

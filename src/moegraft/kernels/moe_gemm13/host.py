@@ -50,7 +50,8 @@ def moe_gemm13(
         0 if expand is None else expand.lanes.segment.shape[0], weights.activation.alpha, weights.activation.limit,
         D=D, F=F, K=routing.top_k, GATED=weights.activation.gated, KIND=KIND_CODES[weights.activation.kind],
         HAS_BIAS=weights.b13 is not None, WEIGHT_ON_INPUT=input_weights_TK is not None,
-        BLOCK_M=routing.block_m, **base.options, **lora_sizes(expand, F), **tile_options(tile, x_TD),
+        WAIT_FIRST=expand is None or not expand.is_behind_routing, BLOCK_M=routing.block_m, **base.options,
+        **lora_sizes(expand, F), **tile_options(tile, x_TD),
     )  # fmt: skip
 
 

@@ -1,0 +1,61 @@
+"""Routing and shrink 13 of a single token in one launch: neither waits for the other."""
+
+from __future__ import annotations
+
+import torch
+
+from moegraft.core.routing import LANE_GRANULE, MoERouting
+from moegraft.kernels.launch import cdiv, next_power_of_2, pdl_options
+from moegraft.kernels.moe_route_token.device import route_token_kernel
+from moegraft.kernels.moe_routing.host import RoutingBuffers
+from moegraft.kernels.records import LayerSizes, LoRABatch, LowRank
+from moegraft.tuning.tiles import MoETiles
+
+BLOCK_R = 8
+BLOCK_ELEMENTS = 8192
+"""Of A, that a program has in flight."""
+
+
+def route_token(
+    low_rank: LowRank,
+    x_1D: torch.Tensor,
+    topk_ids_1K: torch.Tensor,
+    sizes: LayerSizes,
+    lora: LoRABatch,
+    buffers: RoutingBuffers,
+    tiles: MoETiles,
+) -> MoERouting:
+    """The routing record of one token, and u = A13 x of its K rows as ``lora_shrink13`` writes it.
+
+    Every row is a block of its own: two choices of one expert, which models do not make, would read it twice. Sums of u
+    are in another order than those of ``lora_shrink13``. The next kernel has to wait for this one before it reads the
+    record.
+    """
+    K, lanes13, lanes2 = topk_ids_1K.shape[1], buffers.lanes13, buffers.lanes2
+    assert lanes13 is not None and lanes2 is not None
+    D, tables, width = sizes.hidden_size, lora.tables, low_rank.u_NW.shape[1]
+    granules13, granules2 = cdiv(lora.rank13, LANE_GRANULE), cdiv(lora.rank2, LANE_GRANULE)
+    route_token_kernel[(K, cdiv(width, BLOCK_R))](
+        buffers.order, buffers.segment, buffers.blocks, buffers.tiles, buffers.counts, lanes13.segment,
+        lanes13.granule, lanes13.element, lanes2.segment, lanes2.granule, lanes2.element, low_rank.u_NW, x_1D,
+        topk_ids_1K, lora.token_slots_T, tables.pool, tables.page_table, tables.factors, tables.expert_index,
+        tables.page_table.stride(0), tables.factors.stride(0), tables.expert_index.stride(0),
+        lanes13.segment.shape[0], lanes2.segment.shape[0], E=sizes.num_experts, D=D, F=sizes.intermediate_size,
+        GATED=sizes.gated, PAGE_ELEMS=tables.page_elems, GRANULES13=granules13, GRANULES2=granules2,
+        LANES=next_power_of_2(max(1, granules13, granules2)) * LANE_GRANULE, U_WIDTH=width,
+        ALIGN=lora.row_alignment(D), BLOCK_R=BLOCK_R,
+        BLOCK_K=max(16, min(BLOCK_ELEMENTS // BLOCK_R, next_power_of_2(D))), num_warps=4, **pdl_options(x_1D.device),
+    )  # fmt: skip
+    return MoERouting(
+        order=buffers.order,
+        segment=buffers.segment,
+        blocks=buffers.blocks,
+        tiles=buffers.tiles,
+        counts=buffers.counts,
+        lanes13=lanes13,
+        lanes2=lanes2,
+        num_rows=K,
+        top_k=K,
+        block_m=tiles.block_m,
+        tile_m=tiles.tile_m,
+    )
