@@ -54,6 +54,18 @@ def test_ranks_equal_one_process(
 
 @pytest.mark.parametrize("fully_sharded", SHARDING)
 @pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("packing", ["int4", "mxfp4"])
+def test_formats_are_cut_between_their_groups(
+    world2: WorldPool, world4: WorldPool, packing: str, tp: int, fully_sharded: bool
+) -> None:
+    """160 columns in groups of 32: shares of 96 and 64, or of 64, 64, 32 and none."""
+    case = case_of("all", torch.bfloat16)
+    case = replace(case, config=replace(case.config, hidden_size=64, intermediate_size=160, has_bias=True))
+    check_cases(in_world(tp, world2, world4), [tensor_parallel(case, tp, fully_sharded=fully_sharded, packing=packing)])
+
+
+@pytest.mark.parametrize("fully_sharded", SHARDING)
+@pytest.mark.parametrize("tp", [2, 4])
 def test_every_kind_of_layer(world2: WorldPool, world4: WorldPool, tp: int, fully_sharded: bool) -> None:
     """No tokens, one token, sizes and ranks that no world divides, every activation and stored layout, biases."""
     cases = [tensor_parallel(case, tp, fully_sharded=fully_sharded) for case in MOE_CASES]

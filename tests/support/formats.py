@@ -9,7 +9,9 @@ import torch
 
 from moegraft.formats.dense import DenseExperts
 from moegraft.formats.fp8 import Fp8Experts
+from moegraft.formats.int4 import Int4Experts
 from moegraft.formats.int8 import Int8Experts
+from moegraft.formats.mxfp4 import MXFP4Experts
 from moegraft.formats.scaled import Granularity
 from support.layers import Pack
 
@@ -40,6 +42,14 @@ def _int8(dense: DenseExperts) -> Int8Experts:
     return Int8Experts.pack(**_canonical(dense))  # type: ignore[arg-type]
 
 
+def _int4(dense: DenseExperts) -> Int4Experts:
+    return Int4Experts.pack(**_canonical(dense), group=32, is_symmetric=False)  # type: ignore[arg-type]
+
+
+def _mxfp4(dense: DenseExperts) -> MXFP4Experts:
+    return MXFP4Experts.pack(**_canonical(dense))  # type: ignore[arg-type]
+
+
 PACKS: dict[str, Packing] = {
     "dense": Packing("dense", None),
     "fp8 block": Packing("fp8", partial(_fp8, granularity=Granularity.BLOCK)),
@@ -47,4 +57,6 @@ PACKS: dict[str, Packing] = {
     "fp8 tensor": Packing("fp8", partial(_fp8, granularity=Granularity.TENSOR)),
     "fp8 static": Packing("fp8", _fp8_static),
     "int8": Packing("int8", _int8),
+    "int4": Packing("int4", _int4),
+    "mxfp4": Packing("mxfp4", _mxfp4),
 }
