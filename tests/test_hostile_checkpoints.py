@@ -135,8 +135,8 @@ CHANGES: Any = [
     (GPTQ, expert_becomes_plain, (f"{EXPERT}.weight", "is not quantised")),
     (GPTQ, add(f"{EXPERT}.perm", torch.zeros(4)), (f"{EXPERT}.perm", "not known beside qweight")),
     (GPTQ, put(f"{EXPERT}.scales", not_finite), (f"{EXPERT}.scales", "NaN")),
-    (GPTQ, put(f"{EXPERT}.scales", lambda t: t[:1]), (f"{EXPERT}.scales", "as of the experts before")),
-    (GPTQ, put(f"{EXPERT}.g_idx", lambda t: t.flip(0)), ("model.layers.1.mlp.experts", "act-order")),
+    (GPTQ, put(f"{EXPERT}.scales", lambda t: t[:1]), (f"{EXPERT}.scales", "as experts before it")),
+    (GPTQ, put(f"{EXPERT}.g_idx", lambda t: t.flip(0)), (f"{EXPERT}.qweight", "act-order")),
     (GPTQ, put(f"{EXPERT}.qweight", torch.Tensor.long), (f"{EXPERT}.qweight", "torch.int64")),
     (GPTQ, add("model.layers.1.mlp.experts.9.up_proj.qweight", torch.zeros(1)), ("expert 9", "has 7")),
     (GPTQ, add("model.layers.0.mlp.extra.weight", torch.zeros(2)), ("model.layers.0.mlp.extra.weight", "no place")),
@@ -145,8 +145,12 @@ CHANGES: Any = [
     (GPTQ, put("model.norm.weight", lambda t: t[:3]), ("model.norm.weight", "shape")),
     (GPTQ, put("lm_head.weight", not_finite), ("lm_head.weight", "NaN")),
     (GPTQ, put("model.layers.0.self_attn.q_proj.qzeros", lambda t: t[:1]), ("q_proj", "zero points")),
-    (CT_INT4, put(f"{EXPERT}.weight_shape", lambda t: t + 9), ("model.layers.1.mlp.experts", "weight_shape")),
-    (FP8, put(f"{EXPERT}.weight_scale_inv", lambda t: t[:, :1]), (f"{EXPERT}.weight_scale_inv", "shape")),
+    (CT_INT4, put(f"{EXPERT}.weight_shape", lambda t: t + 9), (f"{EXPERT}.weight_packed", "weight_shape with 73")),
+    (
+        FP8,
+        put(f"{EXPERT}.weight_scale_inv", lambda t: t[:, :1]),
+        (f"{EXPERT}.weight_scale_inv", "found [1, 1]", "expected [1, 2]"),
+    ),
     (FP8, put(f"{EXPERT}.weight", lambda t: t.view(torch.uint8).fill_(0x7F).view(t.dtype)), (EXPERT, "NaN")),
     (FP8, add(f"{EXPERT}.bias", torch.zeros(128)), (f"{EXPERT}.bias", "not known")),
     (MXFP4, remove("model.layers.0.mlp.experts.down_proj_bias"), ("down_proj_bias",)),
@@ -160,7 +164,7 @@ CHANGES: Any = [
     (
         MXFP4,
         put("model.layers.0.mlp.experts.gate_up_proj_blocks", lambda t: t[:, :-2]),
-        ("model.layers.0.mlp.experts", "found blocks", "[4, 190, 2, 16]"),
+        ("model.layers.0.mlp.experts", "gate_up_proj_blocks (4, 190, 2, 16)", "(4, 192, 2, 16)"),
     ),
 ]
 

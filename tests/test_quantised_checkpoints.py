@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from support.families import FAMILIES
 from support.fp8_truth import fp8_logits
 from support.mixed import random_ids
 from support.oracle import merge, merged_logits
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Mxfp4Config
 
 import moegraft
 from moegraft.integrations.transformers.storage import packed_experts
@@ -105,6 +108,43 @@ def test_bfloat16_by_default_and_never_dequantised(checkpoint: QuantisedCheckpoi
     assert found.dtype is torch.bfloat16
     # Two layers in bfloat16, with routers that may choose another expert: only a wrong weight is this far off.
     assert relative_error(found[:, :1].float(), _base_logits(checkpoint, ids)[:, :1]) < 0.3
+
+
+def test_experts_are_never_dequantised_while_they_are_read(checkpoint: QuantisedCheckpoint) -> None:
+    """No tensor of 16 or 32 bits a number that is made on the way holds the experts of one layer."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, torch.Tensor) and tensor.dtype.itemsize > 1 and tensor.device.type != "meta":
+                    sizes.append(tensor.numel())
+            return result
+
+    with Watch():
+        model = moegraft.load_quantised(checkpoint.path)
+    target = next(iter(_targets(checkpoint).experts.values()))
+    packed = packed_experts(model.get_submodule(target.name))
+    assert packed is not None
+    stored = max(tensor.numel() for tensor in packed.weights.tensors if tensor.dtype.itemsize > 1)
+    rest = max(parameter.numel() for parameter in model.parameters())
+    one = 2 * target.hidden_size * target.intermediate_size
+    # Groups of 4 bits are padded to 128 inputs on the way, in several pieces of one expert.
+    assert max(sizes) <= max(stored, rest, one * 128 // min(128, target.intermediate_size))
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors int4", "mxfp4"])
+def test_transformers_reads_the_same_weights(layout: str, tmp_path: Path) -> None:
+    """Where transformers dequantises a layout by itself, on a CPU and for a model with experts."""
+    checkpoint, ids = write_checkpoint(layout, tmp_path), random_ids()
+    config = (
+        CompressedTensorsConfig(dequantize=True) if layout.startswith("compressed") else Mxfp4Config(dequantize=True)
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, quantization_config=config)
+    ours = moegraft.load_quantised(checkpoint.path, dtype=torch.float32)
+    # transformers 5.17 goes through bfloat16.
+    assert relative_error(ours(input_ids=ids).logits, theirs(input_ids=ids).logits.detach()) < 1e-2
 
 
 def _targets(checkpoint: QuantisedCheckpoint) -> ModelTargets:

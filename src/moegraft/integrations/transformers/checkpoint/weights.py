@@ -10,9 +10,9 @@ import torch
 from moegraft.core.errors import CheckpointError
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.fp8 import Fp8Experts
-from moegraft.formats.int4 import Int4Experts, Int4Matrix
+from moegraft.formats.int4 import SYMMETRIC_ZERO, Int4Experts, Int4Matrix
 from moegraft.formats.int8 import Int8Experts
-from moegraft.formats.mxfp4 import MXFP4Experts
+from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
 from moegraft.integrations.transformers.checkpoint.plan import PackedLayer
 from moegraft.integrations.transformers.checkpoint.scheme import PARTS, Layout, Scheme
 from moegraft.integrations.transformers.checkpoint.unpack import int4_matrix
@@ -21,14 +21,15 @@ Read = Callable[[str], torch.Tensor]
 
 
 class LayerReader:
-    """Stacks the tensors of one layer on a device. Raises CheckpointError that names the tensor."""
+    """Tensors of one layer, on a device. Raises CheckpointError that names the tensor."""
 
     def __init__(self, layer: PackedLayer, read: Read, device: torch.device) -> None:
         self.layer = layer
         self.target = layer.target
+        self.first_of = ("gate", "up") if layer.target.has_gate else ("up",)
         self._read = read
         self._device = device
-        self.first_of = ("gate", "up") if layer.target.has_gate else ("up",)
+        self._seen: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]] = {}
 
     @property
     def num_halves(self) -> int:
@@ -43,45 +44,53 @@ class LayerReader:
             raise CheckpointError(f"{self.target.name}: {key[1]} of expert {key[0]} has no {part}, other experts have")
         return any(holders.values())
 
-    def first(self, part: str, *, axis: int) -> torch.Tensor:
-        """[E, ...] of gate and up, one behind the other along ``axis`` of a matrix; of up alone without a gate."""
-        return self._stacked(part, self.first_of, axis)
+    def name(self, expert: int, projection: str, part: str) -> str:
+        """Of a tensor in the checkpoint."""
+        return self.layer.matrices[expert, projection][part]
 
-    def of(self, projection: str, part: str) -> torch.Tensor:
-        """[E, ...] of one projection."""
-        return self._stacked(part, (projection,), 0)
+    def one(self, expert: int, projection: str, part: str) -> torch.Tensor:
+        """A part of one matrix; all experts have it in one shape and dtype."""
+        tensor = self._read(self.name(expert, projection, part))
+        found = (tuple(tensor.shape), tensor.dtype)
+        expected = self._seen.setdefault((projection, part), found)
+        if found != expected:
+            raise CheckpointError(
+                f"{self.name(expert, projection, part)}: found {list(found[0])} {found[1]}, "
+                f"expected {list(expected[0])} {expected[1]}, as experts before it have"
+            )
+        return (tensor.reshape(1) if tensor.dim() == 0 else tensor).to(self._device)
+
+    def first(self, part: str) -> torch.Tensor:
+        """[E, ...] of gate and up, one behind the other along a matrix's first axis; of up alone without a gate."""
+        return self._stacked(part, self.first_of)
 
     def second(self, part: str) -> torch.Tensor:
         """[E, ...] of down."""
-        return self._stacked(part, ("down",), 0)
+        return self._stacked(part, ("down",))
 
     def fused(self, name: str) -> torch.Tensor | None:
-        """A tensor of all experts; None where there is none."""
+        """A tensor of all experts, on the CPU; None where there is none."""
         tensor = self.layer.fused.get(name)
-        return None if tensor is None else self._read(tensor).to(self._device)
+        return None if tensor is None else self._read(tensor)
 
-    def _stacked(self, part: str, projections: Sequence[str], axis: int) -> torch.Tensor:
+    def _stacked(self, part: str, projections: Sequence[str]) -> torch.Tensor:
         stacked = None
         for expert in range(self.target.num_experts):
-            tensors = [self._one(expert, projection, part) for projection in projections]
+            tensors = [self.one(expert, projection, part) for projection in projections]
             if any(tensor.shape != tensors[0].shape or tensor.dtype != tensors[0].dtype for tensor in tensors):
-                names = " and ".join(self.layer.matrices[expert, projection][part] for projection in projections)
+                names = " and ".join(self.name(expert, projection, part) for projection in projections)
                 raise CheckpointError(f"{names}: differ in shape or dtype, {[tuple(t.shape) for t in tensors]}")
-            joined = torch.cat(tensors, dim=axis) if len(tensors) > 1 else tensors[0]
+            joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
             if stacked is None:
                 sizes = (self.target.num_experts, *joined.shape)
                 stacked = torch.empty(sizes, dtype=joined.dtype, device=self._device)
-            if joined.shape != stacked.shape[1:] or joined.dtype != stacked.dtype:
-                name = self.layer.matrices[expert, projections[0]][part]
-                found, expected = f"{tuple(joined.shape)} {joined.dtype}", f"{tuple(stacked.shape[1:])} {stacked.dtype}"
-                raise CheckpointError(f"{name}: found {found}, expected {expected} as of the experts before it")
             stacked[expert] = joined
         assert stacked is not None  # a layer has experts
         return stacked
 
-    def _one(self, expert: int, projection: str, part: str) -> torch.Tensor:
-        tensor = self._read(self.layer.matrices[expert, projection][part])
-        return tensor.reshape(1) if tensor.dim() == 0 else tensor
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Onto the device of the layer."""
+        return tensor.to(self._device)
 
 
 def read_layer(
@@ -108,13 +117,14 @@ def _fp8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeig
     scale = "weight_scale_inv" if scheme.layout is Layout.FP8_BLOCKS else "weight_scale"
     if reader.layer.fused:
         first, second = reader.target.w13_param, reader.target.w2_param
-        tensors = [reader.fused(name) for name in (first, second, f"{first}_scale_inv", f"{second}_scale_inv")]
-        w13, w2, w13_scale, w2_scale = (tensor for tensor in tensors if tensor is not None)
-        biases = [reader.fused(f"{name}_bias") for name in (first, second)]
+        names = (first, second, f"{first}_scale_inv", f"{second}_scale_inv", f"{first}_bias", f"{second}_bias")
+        w13, w2, w13_scale, w2_scale, b13, b2 = (
+            None if tensor is None else reader.to_device(tensor) for tensor in map(reader.fused, names)
+        )
+        assert w13 is not None and w2 is not None and w13_scale is not None and w2_scale is not None  # planned so
     else:
-        w13, w2 = reader.first("weight", axis=0), reader.second("weight")
-        w13_scale, w2_scale = reader.first(scale, axis=0), reader.second(scale)
-        biases = [None, None]
+        w13, w2, b13, b2 = reader.first("weight"), reader.second("weight"), None, None
+        w13_scale, w2_scale = reader.first(scale), reader.second(scale)
     weights = Fp8Experts.from_checkpoint(
         w13=w13,
         w2=w2,
@@ -122,51 +132,77 @@ def _fp8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeig
         w2_scale=w2_scale,
         block_size=scheme.block_size,
         num_halves=reader.num_halves,
-        b13=None if biases[0] is None else biases[0].to(dtype),
-        b2=None if biases[1] is None else biases[1].to(dtype),
+        b13=None if b13 is None else b13.to(dtype),
+        b2=None if b2 is None else b2.to(dtype),
     )
     static = next((name for name in ("input_scale", "activation_scale") if reader.has(name)), None)
     if scheme.is_static != (static is not None):
         found, expected = ("none", "some") if scheme.is_static else (static, "none")
         raise ValueError(f"found {found} as static scales of activations, quantization_config says {expected}")
     if static is not None:
-        weights = weights.with_static_scales(reader.first(static, axis=0), reader.second(static))
+        weights = weights.with_static_scales(reader.first(static), reader.second(static))
     return weights
 
 
 def _int8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeights:
     return Int8Experts.from_checkpoint(
-        w13=reader.first("weight", axis=0),
+        w13=reader.first("weight"),
         w2=reader.second("weight"),
-        w13_scale=reader.first("weight_scale", axis=0),
+        w13_scale=reader.first("weight_scale"),
         w2_scale=reader.second("weight_scale"),
         num_halves=reader.num_halves,
     )
 
 
 def _int4(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeights:
+    """Expert by expert: while numbers are put into their new order, they take many times their packed size."""
     parts = sorted(part for part in PARTS[scheme.layout].known if reader.has(part))
-    w13 = [int4_matrix(scheme, {part: reader.of(projection, part) for part in parts}) for projection in reader.first_of]
-    w2 = int4_matrix(scheme, {part: reader.second(part) for part in parts})
-    return Int4Experts(w13=_joined(w13), w2=w2, num_halves=reader.num_halves)
+
+    def matrix(expert: int, projection: str) -> Int4Matrix:
+        try:
+            return int4_matrix(scheme, {part: reader.one(expert, projection, part) for part in parts})
+        except ValueError as error:
+            name = reader.name(expert, projection, PARTS[scheme.layout].marker)
+            raise CheckpointError(f"{name}: not stored as {scheme.description}: {error}") from error
+
+    experts = range(reader.target.num_experts)
+    w13 = [Int4Matrix.cat_rows(_alike([matrix(e, projection) for projection in reader.first_of])) for e in experts]
+    w2 = [matrix(e, "down") for e in experts]
+    return Int4Experts(w13=Int4Matrix.stack(_alike(w13)), w2=Int4Matrix.stack(_alike(w2)), num_halves=reader.num_halves)
 
 
-def _joined(halves: list[Int4Matrix]) -> Int4Matrix:
-    """Gate and up as one matrix. A half whose zero points are all 8 has none: it gets them back beside one that has."""
-    if len({half.zeros is None for half in halves}) > 1:
-        eights = [torch.full_like(half.scales, 8, dtype=torch.uint8) for half in halves]
-        halves = [
-            replace(half, zeros=zeros) if half.zeros is None else half
-            for half, zeros in zip(halves, eights, strict=True)
-        ]
-    return Int4Matrix.cat_rows(halves)
+def _alike(matrices: list[Int4Matrix]) -> list[Int4Matrix]:
+    """A matrix whose zero points are all 8 is kept without any: beside one that has some, it gets them back."""
+    if len({matrix.zeros is None for matrix in matrices}) == 1:
+        return matrices
+    eights = torch.full_like(matrices[0].scales, SYMMETRIC_ZERO, dtype=torch.uint8)
+    return [replace(matrix, zeros=eights) if matrix.zeros is None else matrix for matrix in matrices]
 
 
 def _mxfp4(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeights:
-    tensors = {name: reader.fused(name) for name in reader.layer.fused}
-    biases = {name for name in tensors if name.endswith("_bias")}
-    found = {name: t.to(dtype) if name in biases else t for name, t in tensors.items() if t is not None}
-    return MXFP4Experts.from_checkpoint(found)
+    """Expert by expert, as int4."""
+    E, D, F = reader.target.num_experts, reader.target.hidden_size, reader.target.intermediate_size
+    tensors = {name: tensor for name in reader.layer.fused if (tensor := reader.fused(name)) is not None}
+    for name, tensor in tensors.items():
+        rows, columns = (2 * F, D) if name.startswith(reader.target.w13_param) else (D, F)
+        expected = {"blocks": (E, rows, columns // 32, 16), "scales": (E, rows, columns // 32), "bias": (E, rows)}
+        if tuple(tensor.shape) != expected[name.rpartition("_")[2]]:
+            raise ValueError(f"found {name} {tuple(tensor.shape)}, expected {expected[name.rpartition('_')[2]]}")
+    layers = []
+    for expert in range(E):
+        mine = {name: reader.to_device(tensor[expert : expert + 1]) for name, tensor in tensors.items()}
+        mine |= {name: tensor.to(dtype) for name, tensor in mine.items() if name.endswith("_bias")}
+        layers.append(MXFP4Experts.from_checkpoint(mine))
+    return MXFP4Experts(
+        w13=_cat_experts([layer.w13 for layer in layers]),
+        w2=_cat_experts([layer.w2 for layer in layers]),
+        b13=torch.cat([layer.b13 for layer in layers if layer.b13 is not None]),
+        b2=torch.cat([layer.b2 for layer in layers if layer.b2 is not None]),
+    )
+
+
+def _cat_experts(matrices: list[MXFP4Matrix]) -> MXFP4Matrix:
+    return MXFP4Matrix.stack([matrix.at(0) for matrix in matrices])
 
 
 _READERS: dict[Layout, Callable[[LayerReader, Scheme, torch.dtype], ExpertsWeights]] = {
