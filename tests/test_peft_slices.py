@@ -9,21 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support.sliced import ADAPTERS, EMBED, EXPERTS, HEAD, O_PROJ, Q_PROJ, make_rank_slice, make_targets
+from support.rank_slices import (
+    EMBED,
+    EXPERTS,
+    HEAD,
+    O_PROJ,
+    Q_PROJ,
+    check_bank_takes,
+    load_dora,
+    make_rank_slice,
+    make_targets,
+)
+from support.sliced import ADAPTERS
 
-from moegraft.core.errors import AdapterConfigError, AdapterTensorError, ParallelError
-from moegraft.lora.bank import AdapterBank, BankLayout
-from moegraft.lora.dora import finish_dora
+from moegraft.core.errors import AdapterConfigError, ParallelError
 from moegraft.lora.local_targets import local_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.lora.peft.safetensors_file import MIN_RUN_BYTES, SafetensorsFile
 from moegraft.lora.slicing import cut_tensor, slice_adapter
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets
-from moegraft.parallel import LinearSlice, ParallelConfig, ParallelGroups, RankSlice, Share
+from moegraft.parallel import LinearSlice, RankSlice, Share
 from moegraft.parallel.slices import round_robin_experts
 
 if TYPE_CHECKING:
@@ -100,15 +108,6 @@ def test_a_rank_reads_the_slice_of_what_one_process_reads(
                 assert value == expected[name], name
         assert local_report.tensors_applied + local_report.tensors_elsewhere == report.tensors_in_file
         check_bank_takes(targets, mine, found, local_report.bytes_held)
-
-
-def check_bank_takes(targets: ModelTargets, mine: RankSlice, weights: AdapterWeights, bytes_held: int) -> None:
-    bank = AdapterBank(
-        BankLayout(local_targets(targets, mine), dtype=torch.float32), capacity_bytes=2**22, device="cpu"
-    )
-    bank.load("a", weights)
-    bank.check_integrity()
-    assert bank.info("a").num_bytes == bytes_held
 
 
 @pytest.mark.parametrize("stored", ["rows", "transposed_interleaved"])
@@ -224,37 +223,6 @@ def test_experts_in_any_order_and_twice(tmp_path: Path) -> None:
         for name in ("a13", "b_gate", "b_up", "a2", "b2"):
             found = getattr(lora, name)[lora.expert_ids.index(local)]
             assert torch.equal(found, getattr(all_of_it, name)[all_of_it.expert_ids.index(expert)]), name
-
-
-def targets_of_rank(mine: RankSlice) -> ModelTargets:
-    """With base weights of which a rank has its rows (q), or its columns (o)."""
-    targets = make_targets()
-    linears = dict(targets.linears)
-    for name, axis, pieces in (
-        (Q_PROJ, 0, mine.linears[Q_PROJ].outputs),
-        (O_PROJ, 1, mine.linears[O_PROJ].inputs),
-    ):
-        assert pieces is not None
-        weight = cut_tensor(linears[name].weight(), {axis: pieces})  # type: ignore[misc]
-        linears[name] = replace(linears[name], weight=lambda weight=weight: weight)  # type: ignore[misc]
-    return replace(targets, linears=linears)
-
-
-def load_dora(folder: Path, fully_sharded: bool) -> tuple[AdapterWeights, int]:
-    groups = ParallelGroups.create(ParallelConfig(tp=2, ep=dist.get_world_size() // 2))
-    mine = make_rank_slice(make_targets(), Share(groups.tp.size, groups.tp.rank), ONE, fully_sharded=fully_sharded)
-    targets = targets_of_rank(mine)
-    weights, report = load_peft_adapter(folder, targets, dtype=torch.float32, rank_slice=mine)
-    assert set(weights.linears) == {Q_PROJ} and set(weights.unfinished) == {O_PROJ}
-    bank = AdapterBank(
-        BankLayout(local_targets(targets, mine), dtype=torch.float32), capacity_bytes=2**22, device="cpu"
-    )
-    with pytest.raises(AdapterTensorError, match=r"o_proj has the norms of one rank only; expected finish_dora"):
-        bank.load("a", weights)
-    finished = finish_dora(weights, groups)
-    assert finish_dora(finished, groups) is finished
-    check_bank_takes(targets, mine, finished, report.bytes_held)
-    return finished, groups.control.traffic.calls["all_reduce"]
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])

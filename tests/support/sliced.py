@@ -1,86 +1,16 @@
-"""Adapter folders of every layout for one small layer, and what a rank of a world holds of it."""
+"""Adapter folders of every layout for the layer of ``rank_slices``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
-from moegraft.parallel import (
-    LinearSlice,
-    ParameterSlice,
-    RankSlice,
-    Share,
-    column_parallel,
-    experts_slice,
-    row_parallel,
-)
+from moegraft.lora.targets import ModelTargets
 from support.adapters import PREFIX, TensorFactory, write_adapter
 from support.families import LegacyNames
+from support.rank_slices import EMBED, EXPERTS, HEAD, O_PROJ, Q_PROJ
 
-EXPERTS = "model.layers.0.mlp.experts"
-Q_PROJ, O_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
-EMBED, HEAD = "model.embed_tokens", "lm_head"
 NAMES = LegacyNames(gate="gate_proj", up="up_proj", down="down_proj")
-
-
-def make_targets(
-    *, num_experts: int = 6, hidden: int = 10, inter: int = 19, vocabulary: int = 33, **experts: bool
-) -> ModelTargets:
-    """A layer whose sizes no world divides."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = {Q_PROJ: (14, hidden), O_PROJ: (hidden, 14), HEAD: (vocabulary, hidden)}
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return ModelTargets(
-        model_type="mixtral",
-        experts={
-            EXPERTS: ExpertsTarget(
-                name=EXPERTS, num_experts=num_experts, hidden_size=hidden, intermediate_size=inter, **experts
-            )
-        },
-        linears={
-            name: LinearTarget(
-                name=name,
-                in_features=weight.shape[1],
-                out_features=weight.shape[0],
-                weight=lambda weight=weight: weight,
-            )
-            for name, weight in weights.items()
-        },
-        embeddings={EMBED: EmbeddingTarget(name=EMBED, num_embeddings=vocabulary, embedding_dim=hidden)},
-        saveable={HEAD: {"weight": weights[HEAD]}, "model.norm": {"weight": torch.ones(hidden)}},
-    )
-
-
-def make_rank_slice(
-    targets: ModelTargets, tp: Share, ep: Share, *, fully_sharded: bool = False, experts: tuple[int, ...] | None = None
-) -> RankSlice:
-    """q column parallel, o row parallel, head and embedding along the vocabulary."""
-    linears = targets.linears
-    return RankSlice(
-        experts={
-            name: experts_slice(
-                num_experts=target.num_experts,
-                intermediate_size=target.intermediate_size,
-                tp=tp,
-                ep=ep,
-                experts=experts,
-                fully_sharded=fully_sharded,
-            )
-            for name, target in targets.experts.items()
-        },
-        linears={
-            Q_PROJ: column_parallel(linears[Q_PROJ].out_features, tp, fully_sharded=fully_sharded),
-            O_PROJ: row_parallel(
-                linears[O_PROJ].in_features, linears[O_PROJ].out_features, tp, fully_sharded=fully_sharded
-            ),
-            HEAD: column_parallel(linears[HEAD].out_features, tp, fully_sharded=fully_sharded),
-            EMBED: LinearSlice(inputs=tp.of(targets.embeddings[EMBED].num_embeddings).pieces),
-        },
-        saved={(HEAD, "weight"): ParameterSlice(axis=0, pieces=tp.of(linears[HEAD].out_features).pieces)},
-    )
 
 
 def _per_expert(folder: Path, targets: ModelTargets) -> Path:

@@ -105,18 +105,24 @@ def factors_of(mapping: AdapterMapping) -> PagedFactors:
 
 
 def shrink_rows(
-    x_NI: torch.Tensor, segments: LoRASegments, mapping: AdapterMapping, tables: ExpertsTables, factor: int
+    x_NI: torch.Tensor,
+    segments: LoRASegments,
+    mapping: AdapterMapping,
+    tables: ExpertsTables,
+    factor: int,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor | None:
-    """Low-rank rows [L, widest rank] in the dtype of x; lanes past a segment's rank hold finite values without meaning.
+    """Low-rank rows [L, widest rank]; lanes past a segment's rank hold finite values without meaning.
 
-    None where no row has the factor.
+    ``dtype``: of the products and the result, by default that of x. None where no row has the factor.
     """
     factors = factors_of(mapping)
     index = factors.index(tables, factor, x_NI.shape[1])
     if index is None or segments.is_empty or segments.position_G is None:
         return None
     a_GRI = factors.gather(tables, index, segments.adapter_G, segments.position_G, x_NI.shape[1])
-    x_LI = x_NI.index_select(0, segments.rows_L)
+    x_LI = x_NI.index_select(0, segments.rows_L).to(dtype or x_NI.dtype)
     return grouped_mm(x_LI, a_GRI.to(x_LI.dtype).transpose(1, 2), segments.offsets)
 
 

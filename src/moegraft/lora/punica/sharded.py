@@ -76,7 +76,7 @@ class ShardedExpertsPunica(PunicaWrapperCPU):
         tables: ExpertsTables,
     ) -> None:
         # Partial sums are added up before the one rounding of the low-rank vector.
-        v_LR = shrink_rows(h_NF.float(), segments, mapping, tables, ExpertsFactor.A2)
+        v_LR = shrink_rows(h_NF, segments, mapping, tables, ExpertsFactor.A2, dtype=torch.float32)
         if v_LR is None:
             return
         v_LR = self._tp.all_reduce(v_LR.contiguous()).to(h_NF.dtype)
