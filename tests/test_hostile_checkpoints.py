@@ -241,6 +241,26 @@ class TestSound:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
 
+    def test_fused_experts(self, folders: Any) -> None:
+        """fp8 as transformers 5 names it in memory: one tensor for all experts, with its scales beside it."""
+        folder = folders(FP8)
+        expected = moegraft.load_quantised(folder)(input_ids=random_ids()).logits
+
+        def fuse(tensors: Tensors) -> None:
+            for layer in range(2):
+                experts = f"model.layers.{layer}.mlp.experts"
+                for part, suffix in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+                    gate, up, down = (
+                        [tensors.pop(f"{experts}.{e}.{name}_proj.{part}") for e in range(5)]
+                        for name in ("gate", "up", "down")
+                    )
+                    both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+                    tensors[f"{experts}.gate_up_proj{suffix}"] = torch.stack(both)
+                    tensors[f"{experts}.down_proj{suffix}"] = torch.stack(down)
+
+        edit_tensors(folder, fuse)
+        assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
+
     def test_a_layer_that_was_left_out(self, folders: Any) -> None:
         """Libraries skip layers on request: those stay plain, through transformers, beside packed ones."""
         folder = folders(FP8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,21 @@ def test_transformers_reads_the_same_weights(layout: str, tmp_path: Path) -> Non
     ours = moegraft.load_quantised(checkpoint.path, dtype=torch.float32)
     # transformers 5.17 goes through bfloat16.
     assert relative_error(ours(input_ids=ids).logits, theirs(input_ids=ids).logits.detach()) < 1e-2
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.legacy is not None])
+def test_every_family_that_stores_experts_one_by_one(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names, shapes and activations of all of them: shared experts, dense layers, Mamba, no gate, expert groups."""
+    monkeypatch.setitem(LAYOUTS, family, replace(LAYOUTS["compressed-tensors int8"], family=family, sizes={}))
+    checkpoint, ids = write_checkpoint(family, tmp_path), random_ids()
+    model = moegraft.load_quantised(checkpoint.path, dtype=torch.float32)
+    assert relative_error(model(input_ids=ids).logits, _base_logits(checkpoint, ids)) < TOL
+    found, expected = discover_targets(model), _targets(checkpoint)
+    assert (found.experts, found.embeddings) == (expected.experts, expected.embeddings)
+    assert list(found.linears) == list(expected.linears)
+    assert all(packed_experts(model.get_submodule(name)) is not None for name in found.experts)
 
 
 def _targets(checkpoint: QuantisedCheckpoint) -> ModelTargets:

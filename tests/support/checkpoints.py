@@ -233,7 +233,7 @@ _SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 3
 _BLOCKS = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 32}
 _GPTQ = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", "desc_act": False}
 
-LAYOUTS: Mapping[str, Layout] = {
+LAYOUTS: dict[str, Layout] = {
     "gptq": Layout(
         family="qwen3_moe",
         format_name="int4",

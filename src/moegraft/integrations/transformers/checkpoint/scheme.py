@@ -168,6 +168,7 @@ class _Fields:
 
 def _read_gptq(fields: _Fields) -> Scheme:
     fields.get("bits", 4, default=None)
+    fields.get("pack_dtype", "int32", default="int32")
     fields.absent("dynamic", "rules that differ from module to module are not served")
     form = fields.get("checkpoint_format", "gptq", "gptq_v2", default=fields.fields.get("format", "gptq"))
     return Scheme(
