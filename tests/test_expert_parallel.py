@@ -16,8 +16,10 @@ from support.expert_parallel import (
     check_parallel,
     groups_of,
     run_cases,
+    whole_layer,
 )
-from support.layers import MODULE, build_layer
+from support.formats import PACKS
+from support.layers import MODULE, build_layer, dense_weights
 
 from moegraft.build import build_fused_moe_with_lora
 from moegraft.core.config import MoEConfig
@@ -26,11 +28,15 @@ from moegraft.formats.dense import DenseExperts
 from moegraft.lora.targets import AdapterWeights
 from moegraft.moe.expert_parallel import AllToAllPrepareAndFinalize
 from moegraft.moe.expert_parallel.exchange import split_rows
-from moegraft.moe.expert_parallel.packing import PlainRows
+from moegraft.moe.expert_parallel.packing import PlainRows, codec_for
+from moegraft.moe.expert_parallel.routed_rows import pack_routed_rows, unpack_routed_rows
+from moegraft.moe.experts import TritonExperts
+from moegraft.moe.layer import FusedMoE
+from moegraft.moe.method import FusedMoEModularMethod
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.config import Dispatch
 from moegraft.parallel.expert_map import ExpertMap
-from moegraft.testing import LoRASpec, MoECase, Popularity, Routing
+from moegraft.testing import LoRASpec, MoECase, Popularity, Routing, assert_close, assert_close_delta, make_inputs
 from moegraft.testing.cases import MOE_CASES
 
 if TYPE_CHECKING:
@@ -259,6 +265,54 @@ def _disagree(parallel: ParallelCase) -> str:
         context = None if groups_of(parallel.config).rank else with_lora.lora_context(mapping, 64)
         layer.base.apply_experts(x, weights, ids, context)
     return str(caught.value)
+
+
+def over_triton(layer: FusedMoE) -> FusedMoE:
+    """The same layer over TritonExperts, which the oracle would not take on a CPU."""
+    kernel = layer.method.kernel
+    method = FusedMoEModularMethod(layer.config, kernel.experts.weights, TritonExperts, kernel.prepare_finalize)
+    return FusedMoE(layer.config, method)
+
+
+def _run_triton(parallel: ParallelCase) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = build_rank_layer(parallel, groups_of(parallel.config))
+    layer = replace(layer, base=over_triton(layer.base))
+    return layer.run(None), layer.run(layer.names)
+
+
+@pytest.mark.parametrize("packing", ["dense", "int8"])
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_kernels_take_dispatched_rows(world2: WorldPool, dispatch: str, packing: str) -> None:
+    """Rows with a stride, choices that stand elsewhere."""
+    pytest.importorskip("triton", reason="needs triton")
+    config, rows = DISPATCHES[dispatch]
+    case = replace(case_of("partial"), num_tokens=24)
+    parallel = ParallelCase(case=case, config=config, expert_map=ExpertMap.contiguous(E, 2), rows=rows, packing=packing)
+    one = whole_layer(parallel)
+    one = replace(one, base=over_triton(one.base))
+    results = world2.run(_run_triton, parallel)[: 1 if rows is None else 2]
+    without, found = (torch.cat(parts) for parts in zip(*results, strict=True))
+    assert_close(without, one.run_with(None), 1e-5)
+    assert_close_delta(found, without, one.run(), one.run_with(None), 1e-5)
+
+
+@pytest.mark.parametrize("packing", ["fp8 block", "fp8 channel", "fp8 static"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_fp8_arrive_as_the_layer_would_quantise_them(packing: str, dtype: torch.dtype) -> None:
+    """To the bit; and a kernel that quantises what arrived finds the same values again, under a rounded scale."""
+    pack = PACKS[packing].pack
+    assert pack is not None
+    case = case_of("partial", dtype)
+    weights = pack(dense_weights(case, make_inputs(case)))
+    codec, x_SD = codec_for(weights), torch.randn(9, 300).mul(torch.logspace(-6, 6, 9)[:, None]).to(dtype)
+    packed = pack_routed_rows(codec, x_SD, torch.full((9, 2), 3), torch.rand(9, 2), torch.arange(9))
+    rows = unpack_routed_rows(codec, packed, top_k=2, hidden_size=300, dtype=dtype)
+    decoded_SD = codec.decode(rows.encoded, dtype)
+    assert torch.equal(decoded_SD, weights.quantise_input(x_SD))
+    assert rows.adapter_M.tolist() == list(range(9)) and rows.ids_MK.unique().tolist() == [3]
+    again = codec.encode(decoded_SD)
+    assert torch.equal(again[1].float(), rows.encoded[1].float())
+    assert torch.allclose(again[0], rows.encoded[0], rtol=2**-8, atol=0)
 
 
 def _load_while_layers_run(parallel: ParallelCase) -> bool:
