@@ -11,6 +11,8 @@ from itertools import pairwise
 
 import torch
 
+from moegraft.parallel.slices import contiguous_experts, round_robin_experts
+
 NOWHERE = -1
 """Rank and local id of an expert id outside [0, E): such a choice gives nothing, on any rank."""
 
@@ -44,11 +46,9 @@ class ExpertMap:
     def contiguous(cls, num_experts: int, num_ranks: int) -> ExpertMap:
         """Neighbours together; where R does not divide E, the first E % R ranks hold one more."""
         _check_enough(num_experts, num_ranks)
-        size, extra = divmod(num_experts, num_ranks)
-        starts = [rank * size + min(rank, extra) for rank in range(num_ranks + 1)]
         return cls(
             num_experts=num_experts,
-            experts_of_rank=tuple(tuple(range(a, b)) for a, b in pairwise(starts)),
+            experts_of_rank=tuple(contiguous_experts(num_experts, num_ranks, rank) for rank in range(num_ranks)),
         )
 
     @classmethod
@@ -57,7 +57,7 @@ class ExpertMap:
         _check_enough(num_experts, num_ranks)
         return cls(
             num_experts=num_experts,
-            experts_of_rank=tuple(tuple(range(rank, num_experts, num_ranks)) for rank in range(num_ranks)),
+            experts_of_rank=tuple(round_robin_experts(num_experts, num_ranks, rank) for rank in range(num_ranks)),
         )
 
     @classmethod

@@ -57,13 +57,19 @@ class PunicaWrapperCPU(PunicaWrapperBase):
         num_halves: int = 2,
         is_interleaved: bool = False,
     ) -> None:
-        v_LR = shrink_rows(x_ND, segments, mapping, tables, ExpertsFactor.A13)
+        v_LR = self._shrink13(x_ND, segments, mapping, tables)
         if v_LR is None:
             return
         gate_NF, up_NF = split_halves(u_NGF, num_halves=num_halves, is_interleaved=is_interleaved)
         if num_halves == 2:
             add_expanded(gate_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_GATE)
         add_expanded(up_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_UP)
+
+    def _shrink13(
+        self, x_ND: torch.Tensor, segments: LoRASegments, mapping: AdapterMapping, tables: ExpertsTables
+    ) -> torch.Tensor | None:
+        """Low-rank rows of all lanes of w13."""
+        return shrink_rows(x_ND, segments, mapping, tables, ExpertsFactor.A13)
 
     def add_lora_w2(
         self,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.core.activation import split_halves
 from moegraft.core.errors import BatchError
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
 from moegraft.lora.mapping import AdapterMapping, LoRASegments
@@ -46,26 +45,12 @@ class ShardedExpertsPunica(PunicaWrapperCPU):
         self._tp = tp
         self._hidden: Shard = shard(hidden_size, tp.size, tp.rank)
 
-    def add_lora_w13(
-        self,
-        u_NGF: torch.Tensor,
-        x_ND: torch.Tensor,
-        segments: LoRASegments,
-        mapping: AdapterMapping,
-        tables: ExpertsTables,
-        *,
-        num_halves: int = 2,
-        is_interleaved: bool = False,
-    ) -> None:
-        v_LR = shrink_rows(x_ND, segments, mapping, tables, ExpertsFactor.A13)
+    def _shrink13(
+        self, x_ND: torch.Tensor, segments: LoRASegments, mapping: AdapterMapping, tables: ExpertsTables
+    ) -> torch.Tensor | None:
+        v_LR = super()._shrink13(x_ND, segments, mapping, tables)
         index = factors_of(mapping).index(tables, ExpertsFactor.A13, x_ND.shape[1])
-        if v_LR is None or index is None:
-            return
-        v_LR = gather_lanes(v_LR, index, segments, self._tp)
-        gate_NF, up_NF = split_halves(u_NGF, num_halves=num_halves, is_interleaved=is_interleaved)
-        if num_halves == 2:
-            add_expanded(gate_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_GATE)
-        add_expanded(up_NF, v_LR, segments, mapping, tables, ExpertsFactor.B_UP)
+        return None if v_LR is None or index is None else gather_lanes(v_LR, index, segments, self._tp)
 
     def add_lora_w2(
         self,
