@@ -152,6 +152,7 @@ CHANGES: Any = [
         (f"{EXPERT}.weight_scale_inv", "found [1, 1]", "expected [1, 2]"),
     ),
     (FP8, put(f"{EXPERT}.weight", lambda t: t.view(torch.uint8).fill_(0x7F).view(t.dtype)), (EXPERT, "NaN")),
+    (FP8, put(f"{EXPERT}.weight_scale_inv", torch.Tensor.int), (f"{EXPERT}.weight_scale_inv", "torch.int32")),
     (FP8, add(f"{EXPERT}.bias", torch.zeros(128)), (f"{EXPERT}.bias", "not known")),
     (MXFP4, remove("model.layers.0.mlp.experts.down_proj_bias"), ("down_proj_bias",)),
     (MXFP4, remove("model.layers.0.mlp.experts.down_proj_scales"), ("down_proj_scales", "is missing")),
@@ -259,6 +260,25 @@ class TestSound:
                     tensors[f"{experts}.down_proj{suffix}"] = torch.stack(down)
 
         edit_tensors(folder, fuse)
+        assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.uint8])
+    def test_scales_that_are_powers_of_two(self, folders: Any, dtype: torch.dtype) -> None:
+        """DeepSeek-V3.1 stores them in E8M0, some tools the bytes of it."""
+        folder = folders(FP8)
+
+        def round_scales(tensors: Tensors) -> None:
+            for name in [name for name in tensors if name.endswith("_scale_inv")]:
+                tensors[name] = tensors[name].log2().round().exp2()
+
+        edit_tensors(folder, round_scales)
+        expected = moegraft.load_quantised(folder)(input_ids=random_ids()).logits
+
+        def store(tensors: Tensors) -> None:
+            for name in [name for name in tensors if name.endswith("_scale_inv")]:
+                tensors[name] = tensors[name].to(torch.float8_e8m0fnu).view(dtype)
+
+        edit_tensors(folder, store)
         assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
 
     def test_a_layer_that_was_left_out(self, folders: Any) -> None:

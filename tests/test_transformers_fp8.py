@@ -15,12 +15,13 @@ import torch
 from peft import LoraConfig
 from support.adapters import TensorFactory, save_with_peft, write_adapter
 from support.checkpoints import QuantisedCheckpoint, write_checkpoint
-from support.families import FAMILIES
+from support.families import FAMILIES, build
 from support.fp8_truth import fp8_logits
 from support.mixed import EXPERTS, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import moegraft
@@ -133,6 +134,16 @@ def test_one_scale_a_matrix_and_static_activations(checkpoint: QuantisedCheckpoi
     step = module.gate_up_proj_activation_scale.max()
     x = torch.tensor([[3 * step.item(), 1e6, *[0.0] * (D - 2)]])
     torch.testing.assert_close(weights.quantise_input(x)[0, :2], torch.stack([3 * step, 448 * step]).detach())
+
+
+def test_mxfp4_in_the_order_of_its_kernels_is_sent_to_our_reader() -> None:
+    """What transformers makes of gpt-oss where it finds a GPU and the kernels that it downloads."""
+    model = build("gpt_oss")
+    mlp = model.model.layers[0].mlp
+    model.set_submodule("model.layers.0.mlp", Mxfp4GptOssMLP(mlp.router, Mxfp4GptOssExperts(model.config)))
+    model.set_submodule("model.layers.1.mlp", Mxfp4GptOssMLP(mlp.router, Mxfp4GptOssExperts(model.config)))
+    with pytest.raises(UnsupportedModelError, match=r"Mxfp4GptOssExperts.*load_quantised"):
+        moegraft.attach(model)
 
 
 def test_refusals_name_module_and_reason(checkpoint: QuantisedCheckpoint) -> None:

@@ -168,7 +168,10 @@ def _why_no_experts(model: PreTrainedModel) -> str:
         if type(module).__name__.endswith("Experts"):
             found = f"{model_class}: experts module '{name}' ({type(module).__name__})"
             if type(module).__module__.startswith("transformers.integrations."):
-                return f"{found} is quantised in a way that attach cannot read; try moegraft.load_quantised(PATH)"
+                return (
+                    f"{found} holds quantised weights in an order of its own kernels; load the checkpoint with "
+                    f"moegraft.load_quantised({model.name_or_path or 'PATH'!r}), which keeps them packed as well"
+                )
             return (
                 f"{found} does not dispatch through transformers' experts interface (use_experts_implementation), "
                 "so moegraft cannot reach its experts"

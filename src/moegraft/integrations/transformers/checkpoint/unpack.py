@@ -57,6 +57,15 @@ def int4_matrix(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> Int4Matrix
     )
 
 
+def read_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Float32 scales; some checkpoints store the bytes of E8M0 as integers. Raises ValueError for other integers."""
+    if scale.dtype is torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    if not scale.is_floating_point():
+        raise ValueError(f"found scales of {scale.dtype}, expected floating point or E8M0 bytes")
+    return scale.float()
+
+
 def _check_groups(found: int, num_inputs: int, group: int) -> None:
     expected = -(-num_inputs // group) if group else 1
     if found != expected:
@@ -65,7 +74,7 @@ def _check_groups(found: int, num_inputs: int, group: int) -> None:
 
 def _scaled(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     weight_OI = parts["weight"].float()
-    scale = parts["weight_scale_inv" if scheme.layout is Layout.FP8_BLOCKS else "weight_scale"].float()
+    scale = read_scale(parts["weight_scale_inv" if scheme.layout is Layout.FP8_BLOCKS else "weight_scale"])
     if scheme.block_size is None:
         if scale.numel() not in (1, weight_OI.shape[0]):
             raise ValueError(f"found {scale.numel()} scales, expected 1 or {weight_OI.shape[0]}")

@@ -15,7 +15,7 @@ from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
 from moegraft.integrations.transformers.checkpoint.plan import PackedLayer
 from moegraft.integrations.transformers.checkpoint.scheme import PARTS, Layout, Scheme
-from moegraft.integrations.transformers.checkpoint.unpack import int4_matrix
+from moegraft.integrations.transformers.checkpoint.unpack import int4_matrix, read_scale
 
 Read = Callable[[str], torch.Tensor]
 
@@ -128,8 +128,8 @@ def _fp8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeig
     weights = Fp8Experts.from_checkpoint(
         w13=w13,
         w2=w2,
-        w13_scale=w13_scale,
-        w2_scale=w2_scale,
+        w13_scale=read_scale(w13_scale),
+        w2_scale=read_scale(w2_scale),
         block_size=scheme.block_size,
         num_halves=reader.num_halves,
         b13=None if b13 is None else b13.to(dtype),
@@ -148,8 +148,8 @@ def _int8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWei
     return Int8Experts.from_checkpoint(
         w13=reader.first("weight"),
         w2=reader.second("weight"),
-        w13_scale=reader.first("weight_scale"),
-        w2_scale=reader.second("weight_scale"),
+        w13_scale=read_scale(reader.first("weight_scale")),
+        w2_scale=read_scale(reader.second("weight_scale")),
         num_halves=reader.num_halves,
     )
 
