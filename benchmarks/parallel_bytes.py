@@ -157,15 +157,18 @@ class RankLayer:
                 MODULE: experts_slice(
                     num_experts=shape.E,
                     intermediate_size=shape.F,
-                    tp=Share(1, 0),
+                    tp=Share(groups.tp.size, groups.tp_rank),
                     ep=Share(groups.ep.size, groups.ep_rank),
                     experts=held,
+                    fully_sharded=groups.config.fully_sharded,
                 )
             }
         )
         local = weights if groups.ep.size == 1 else weights.take_experts(held)
+        part = mine.experts[MODULE].columns(shape.F)
+        local = local if groups.tp.size == 1 else local.take_intermediate(part.start, part.stop, padded_to=part.padded)
         pair = expert_parallel_pair(shape.config, local, groups, expert_map)
-        config = replace(shape.config, num_experts=len(held))
+        config = replace(shape.config, num_experts=len(held), intermediate_size=part.padded)
         self.base: FusedMoE = build_fused_moe(config, local, prepare_finalize=pair)[0]
         layout = BankLayout(local_targets(targets, mine), dtype=DTYPE)
         self.bank = CollectiveBank(
@@ -179,7 +182,8 @@ class RankLayer:
             )
             part = slice_adapter(whole, targets, mine)
             self.bank.load(f"a{i}", lambda part=part: (part, None), digest=lambda: "made here")
-        self.with_lora: FusedMoEWithLoRA = build_fused_moe_with_lora(self.base, self.bank.bank.experts_tables(MODULE))
+        tables = self.bank.bank.experts_tables(MODULE)
+        self.with_lora: FusedMoEWithLoRA = build_fused_moe_with_lora(self.base, tables, groups)
 
     def steps(self, batch: Batch, count: int, *, lora: bool) -> Steps:
         """``count`` times the same step. Its adapters are acquired once, as an engine does for many steps."""
@@ -197,7 +201,8 @@ class RankLayer:
         return Steps(out=out, milliseconds=1e3 * statistics.median(seconds), sent_bytes=sent)
 
     def _sent_bytes(self) -> int:
-        return sum(group.traffic.total_bytes for group in (self.groups.ep, self.groups.world))
+        groups = self.groups
+        return sum(group.traffic.total_bytes for group in (groups.ep, groups.tp, groups.world))
 
 
 LAYOUTS: dict[str, Callable[[int], ParallelConfig]] = {
