@@ -11,6 +11,7 @@ import torch
 
 from moegraft.core.tables import ExpertsFactor, LinearFactor
 from moegraft.lora.bank import AdapterBatch
+from moegraft.lora.collective_bank import GroupBatch
 from moegraft.lora.mapping import AdapterMapping
 
 
@@ -18,16 +19,27 @@ class ActiveCall:
     """One batch of adapters while the model runs on it; shared by all layers.
 
     ``fixed_rank``: what runs must also serve batches of other adapters, of ranks up to this, on any module.
+    ``group``: the adapters of all ranks' rows, where experts see those of other ranks; ``group_shared``: its scratch.
     """
 
     def __init__(
-        self, batch: AdapterBatch, device: torch.device, shared: dict[str, Any], *, fixed_rank: int | None = None
+        self,
+        batch: AdapterBatch,
+        device: torch.device,
+        shared: dict[str, Any],
+        *,
+        fixed_rank: int | None = None,
+        group: GroupBatch | None = None,
+        group_shared: dict[str, Any] | None = None,
     ) -> None:
         self.batch = batch
         self.fixed_rank = fixed_rank
         self.device = device
         self._mappings: dict[int, AdapterMapping] = {}
+        self._experts_mappings: dict[int, AdapterMapping] = {}
         self._shared = shared
+        self._group = group
+        self._group_shared = group_shared
 
     def mapping(self, num_rows: int) -> AdapterMapping:
         """Slots of ``num_rows`` rows, sequence-major; raises BatchError where the batch does not divide them."""
@@ -37,6 +49,20 @@ class ActiveCall:
             self._mappings[num_rows] = mapping
         return mapping
 
+    def experts_mapping(self, num_rows: int) -> AdapterMapping:
+        """What experts read: where rows travel, with the adapters of all ranks' rows."""
+        if self._group is None:
+            return self.mapping(num_rows)
+        mapping = self._experts_mappings.get(num_rows)
+        if mapping is None:
+            mapping = self._experts_mappings[num_rows] = self._group.mapping(num_rows, self._group_shared)
+        return mapping
+
+    @property
+    def rows_travel(self) -> bool:
+        """Whether ranks exchange rows with adapters: then all of them run every layer with LoRA."""
+        return self._group is not None and self._group.has_adapters
+
     def touches(self, module: str) -> bool:
         """Whether some adapter that the batch stands for has LoRA on the module."""
         return self.fixed_rank is not None or bool(self.batch.max_ranks(module))
@@ -45,7 +71,7 @@ class ActiveCall:
         """Bounds of the (A13, A2) rows of an experts module with ``num_halves`` halves; zeros where it has no LoRA."""
         if self.fixed_rank is not None:
             return num_halves * self.fixed_rank, self.fixed_rank
-        ranks = self.batch.max_ranks(module)
+        ranks = (self.batch if self._group is None else self._group.union).max_ranks(module)
         return (ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else (0, 0)
 
     def linear_rank(self, module: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,14 +13,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moegraft.build import build_fused_moe, build_fused_moe_with_lora
+from moegraft.build import build_fused_moe, build_fused_moe_with_lora, build_parallel_moe, take_slice
 from moegraft.core.config import MoEConfig
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.formats.base import ExpertsWeights
 from moegraft.integrations.transformers.call import CallState
+from moegraft.integrations.transformers.parallel_layout import RankLayout
 from moegraft.integrations.transformers.storage import (
     PackedExperts,
+    empty_experts,
     experts_sizes,
     experts_weights,
+    moved,
     packed_experts,
 )
 from moegraft.integrations.transformers.targets import HookedExperts, experts_activation
@@ -31,6 +35,7 @@ from moegraft.oracle import Decision
 
 IMPLEMENTATION = "moegraft"
 _SITE = "_moegraft_site"
+_SPENT = "_moegraft_spent"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +48,14 @@ class ExpertsSite:
     decision: Decision
     state: CallState
     previous_implementation: str | None
+    is_cut: bool = False  # to this rank's slice: the module has no parameters any more
 
     def forward(self, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
         call = self.state.current()
         ranks = (0, 0) if call is None else call.experts_ranks(self.name, self.base.config.activation.num_halves)
-        if call is None or not any(ranks):
+        if call is None or not (any(ranks) or call.rows_travel):
             return self.base.apply_experts(x_TD, topk_weights_TK, topk_ids_TK)
-        mapping = call.mapping(x_TD.shape[0])
+        mapping = call.experts_mapping(x_TD.shape[0])
         return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, mapping, max(ranks), ranks[1])
 
 
@@ -63,6 +69,11 @@ def experts_forward(
     Packed weights are always run by moegraft. Raises UnsupportedModelError where gradients are wanted through them.
     """
     site: ExpertsSite | None = module.__dict__.get(_SITE)
+    if _SPENT in module.__dict__ or (site is not None and site.is_cut and _wants_grad(module, hidden_states)):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} was cut to a rank's slice by attach(parallel=...): it runs while the model is "
+            "grafted, under torch.no_grad(), and cannot be given back; load the model again"
+        )
     if site is None or (site.state.current() is None and _wants_grad(module, hidden_states)):
         packed = packed_experts(module)
         if packed is not None:
@@ -125,20 +136,39 @@ def moe_config(module: nn.Module, top_k: int, dtype: torch.dtype) -> MoEConfig:
     )
 
 
-def build_site(
-    module: nn.Module, target: ExpertsTarget, bank: AdapterBank, state: CallState, *, top_k: int, backend: str | None
-) -> ExpertsSite:
+@dataclass(frozen=True, kw_only=True)
+class SiteOptions:
+    """What is the same for all sites of a model. ``device``: of the layers that are cut to this rank's slice."""
+
+    bank: AdapterBank
+    state: CallState
+    layout: RankLayout
+    device: torch.device
+    top_k: int
+    backend: str | None
+
+
+def build_site(module: nn.Module, target: ExpertsTarget, options: SiteOptions) -> ExpertsSite:
     """The layers of one experts module; changes nothing. Raises NoBackendError."""
+    layout, name, backend = options.layout, target.name, options.backend
     weights = experts_weights(module, target)
-    config = moe_config(module, top_k, bank.layout.dtype)
-    base, decision = build_fused_moe(config, weights, backend=backend)
+    config = moe_config(module, options.top_k, options.bank.layout.dtype)
+    expert_map = layout.expert_maps.get(name)
+    if expert_map is None:
+        local = replace(config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
+        base, decision = build_fused_moe(local, weights, backend=backend)
+    else:
+        kept = take_slice(weights, layout.mine.experts[name], adds_bias=layout.groups.tp_rank == 0)
+        kept = cast("ExpertsWeights", moved(kept, options.device))
+        base, decision = build_parallel_moe(config, kept, layout.groups, expert_map, backend=backend)
     return ExpertsSite(
-        name=target.name,
+        name=name,
         base=base,
-        with_lora=build_fused_moe_with_lora(base, bank.experts_tables(target.name)),
+        with_lora=build_fused_moe_with_lora(base, options.bank.experts_tables(name), layout.groups),
         decision=decision,
-        state=state,
+        state=options.state,
         previous_implementation=cast("PreTrainedConfig", module.config)._experts_implementation,
+        is_cut=expert_map is not None,
     )
 
 
@@ -148,6 +178,8 @@ def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> d
     for name, site in sites.items():
         # Not a submodule: its parameters are the module's own and must not be listed twice.
         object.__setattr__(model.get_submodule(name), _SITE, site)
+        if site.is_cut:
+            empty_experts(model.get_submodule(name))
     model.set_experts_implementation(IMPLEMENTATION)
     return previous
 
@@ -159,7 +191,16 @@ def experts_configs(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) ->
 
 
 def remove_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite], previous: dict[str, str | None]) -> None:
-    """The inverse of ``install_sites``."""
-    model.set_experts_implementation(previous)
-    for name in sites:
-        object.__delattr__(model.get_submodule(name), _SITE)
+    """The inverse of ``install_sites``, save that modules which were cut are of no use any more, and say so."""
+    for name, site in sites.items():
+        module = model.get_submodule(name)
+        object.__delattr__(module, _SITE)
+        if site.is_cut:
+            object.__setattr__(module, _SPENT, True)
+    if not any(site.is_cut for site in sites.values()):
+        model.set_experts_implementation(previous)
+
+
+def is_spent(model: nn.Module) -> bool:
+    """Whether experts of the model were cut to a slice that has been given up."""
+    return any(_SPENT in module.__dict__ for module in model.modules())

@@ -12,24 +12,36 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moegraft.build import linear_punica_for
 from moegraft.core.errors import BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
 from moegraft.integrations.transformers.call import ActiveCall, CallState
 from moegraft.integrations.transformers.experts import (
     IMPLEMENTATION,
+    SiteOptions,
     build_site,
     experts_configs,
     install_sites,
+    is_spent,
     remove_sites,
 )
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
 from moegraft.integrations.transformers.generation import batch_rows, check_generation
+from moegraft.integrations.transformers.parallel import RankAdapters
+from moegraft.integrations.transformers.parallel_layout import (
+    RankOptions,
+    make_layout,
+    together,
+    with_whole_parameters,
+)
 from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, SavedSeam, Seam
 from moegraft.integrations.transformers.storage import check_uniform, packed_experts
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
-from moegraft.lora.peft import LoadReport, load_peft_adapter
+from moegraft.lora.peft import LoadReport
 from moegraft.lora.targets import AdapterWeights, ModelTargets
+from moegraft.parallel import ParallelConfig
+from moegraft.parallel.expert_map import ExpertMap
 
 _MARK = "_moegraft_graft"
 
@@ -40,6 +52,9 @@ def attach(
     adapter_memory: int | str = "2GiB",
     max_adapters: int = 64,
     backend: str | None = None,
+    parallel: ParallelConfig | None = None,
+    expert_maps: Mapping[str, ExpertMap] | None = None,
+    device: torch.device | str | None = None,
 ) -> GraftedModel:
     """Graft adapters onto ``model``; the model is changed in place and ``detach`` gives it back.
 
@@ -47,13 +62,30 @@ def attach(
     loaded, the least recently used wait in host memory. max_adapters: how many may be resident at once.
     backend: an experts class by name instead of the oracle's choice.
 
-    Raises UnsupportedModelError or NoBackendError, and leaves the model as it was.
+    parallel: several processes, each of which has loaded the whole model, keep a slice of the experts each and free the
+    rest; ``detach`` cannot give that back (docs/parallel.md). All ranks attach together, and from then on load, unload
+    and run together. expert_maps: which rank holds which experts, by module; contiguous by default. device: where the
+    slices, and then the rest of the model, are moved: a model too large for one device is loaded on the host. A model
+    that transformers has loaded with a parallel plan (``tp_plan="auto"``) needs none of them.
+
+    Raises UnsupportedModelError, NoBackendError or ParallelError, and leaves the model as it was.
     """
+    if is_spent(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its experts were cut to a rank's slice and given up by detach(); load it again"
+        )
     if hasattr(model, _MARK):
         raise UnsupportedModelError(
             f"{type(model).__name__} is grafted already; call detach() on its GraftedModel first"
         )
-    return GraftedModel(model, capacity_bytes=parse_bytes(adapter_memory), max_adapters=max_adapters, backend=backend)
+    ranks = RankOptions(config=parallel, expert_maps=expert_maps, device=device)
+    return GraftedModel(
+        model,
+        capacity_bytes=parse_bytes(adapter_memory),
+        max_adapters=max_adapters,
+        backend=backend,
+        ranks=ranks,
+    )
 
 
 class GraftedModel:
@@ -62,29 +94,49 @@ class GraftedModel:
     Any number of threads may call one GraftedModel at once with different ``adapters``.
     """
 
-    def __init__(self, model: PreTrainedModel, *, capacity_bytes: int, max_adapters: int, backend: str | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        capacity_bytes: int,
+        max_adapters: int,
+        backend: str | None,
+        ranks: RankOptions,
+    ) -> None:
         self.model = model
         self._targets = discover_targets(model)
         self._state = CallState()
         self._lock = threading.RLock()
         device, dtype = check_uniform(model, [model.get_submodule(name) for name in self._targets.experts])
-        layout = BankLayout(self._targets, dtype=dtype)
-        self.bank = AdapterBank(layout, capacity_bytes=capacity_bytes, device=device, max_slots=max_adapters)
-        self._sites = {
-            name: build_site(
-                model.get_submodule(name),
-                target,
-                self.bank,
-                self._state,
-                top_k=experts_per_token(model),
-                backend=backend,
-            )
-            for name, target in self._targets.experts.items()
-        }
+        device = device if ranks.device is None else torch.device(ranks.device)
+        self.layout = make_layout(model, self._targets, ranks, device)
+        if self.layout.plan is not None:
+            self._targets = with_whole_parameters(self._targets)
+        self._local_targets = self.layout.local_targets(self._targets)
+        bank_layout = BankLayout(self._local_targets, dtype=dtype)
+        self.bank = AdapterBank(bank_layout, capacity_bytes=capacity_bytes, device=device, max_slots=max_adapters)
+        options = SiteOptions(
+            bank=self.bank,
+            state=self._state,
+            layout=self.layout,
+            device=device,
+            top_k=experts_per_token(model),
+            backend=backend,
+        )
+        self._sites = together(
+            self.layout.groups,
+            lambda: {
+                name: build_site(model.get_submodule(name), target, options)
+                for name, target in self._targets.experts.items()
+            },
+        )
+        self._ranks = RankAdapters(self.bank, self._targets, self.layout)
         self._seams: dict[tuple[str, type[Seam]], Seam] = {}
-        self._last_batch: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._scratch, self._group_scratch = BatchScratch(), BatchScratch()
         self._previous = install_sites(model, self._sites)
         self._experts_configs = experts_configs(model, self._sites)
+        if ranks.device is not None:
+            model.to(device)
         self._attached = True
         setattr(model, _MARK, self)
 
@@ -98,29 +150,36 @@ class GraftedModel:
     def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> LoadReport:
         """Read a PEFT adapter folder and make it usable as ``name`` (default: the folder's name).
 
-        Raises AdapterError of the kind that fits; nothing has changed then.
+        Raises AdapterError of the kind that fits; nothing has changed then, on no rank.
         """
         self._check_attached()
         name = name if name is not None else os.path.basename(os.path.normpath(path))
-        weights, report = load_peft_adapter(path, self._targets, dtype=self.bank.layout.dtype, name=name)
-        with self._lock:
-            # Seams first: another thread may name the adapter as soon as the bank knows it.
-            self._fit_seams(weights)
-            try:
-                self.bank.load(name, weights, source=os.fspath(path))
-            finally:
+
+        def enter(weights: AdapterWeights) -> None:
+            with self._lock:
+                # Seams first: another thread may name the adapter as soon as the bank knows it.
+                self._fit_seams(weights)
+                try:
+                    self.bank.load(name, weights, source=os.fspath(path))
+                finally:
+                    self._fit_seams()
+
+        try:
+            return self._ranks.load(path, name, enter)
+        finally:
+            # What this rank had entered is taken back where another rank failed.
+            with self._lock:
                 self._fit_seams()
-        return report
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Raises UnknownAdapterError, or AdapterInUseError while a batch uses it."""
         with self._lock:
-            self.bank.unload(name)
+            self._ranks.unload(name)
             self._fit_seams()
 
     def pin_adapter(self, name: str) -> None:
         """Make an adapter resident and keep it from being evicted."""
-        self.bank.pin(name)
+        self._ranks.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
         """Undo ``pin_adapter``."""
@@ -130,12 +189,14 @@ class GraftedModel:
 
     def __call__(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """transformers' forward pass, and its own output object; ``adapters`` has one name (or None) a row."""
+        self._ranks.check_inputs(args, kwargs)
         with self.batch(adapters, batch_rows(args, kwargs, ("input_ids", "inputs_embeds"))), torch.no_grad():
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``; a row keeps its adapter through padding, beams and several returned sequences."""
         check_generation(args, kwargs, self.model.generation_config)
+        kwargs = self._ranks.check_generation(args, kwargs, self.model.generation_config)
         rows = batch_rows(args, kwargs, ("inputs", "input_ids", "inputs_embeds"))
         with self.batch(adapters, rows), torch.no_grad():
             return self.model.generate(*args, **kwargs)
@@ -161,13 +222,22 @@ class GraftedModel:
         """
         self._check_attached()
         names = _check_rows(adapters, rows, self.bank.names())
+        if names is None and self.layout.rows_travel and self._state.current() is None:
+            names = (None,) * (1 if rows is None else rows)  # other ranks may have adapters
         call = None
         with ExitStack() as stack:
             if names is not None:
-                held = stack.enter_context(self.bank.acquire(names))
+                held, group = stack.enter_context(self._ranks.acquire(names))
                 if rank_bound is not None:
                     _check_ranks(held, rank_bound, self._targets)
-                call = ActiveCall(held, self.bank.pool.data.device, self._shared_by(held), fixed_rank=rank_bound)
+                call = ActiveCall(
+                    held,
+                    self.bank.pool.data.device,
+                    self._scratch.of(held),
+                    fixed_rank=rank_bound,
+                    group=group,
+                    group_shared=None if group is None else self._group_scratch.of(group.union),
+                )
                 # Also where no row has an adapter: a batch around this one must not show through.
                 stack.enter_context(self._state.bound(call) if all_threads else self._state.running(call))
             yield call
@@ -183,15 +253,21 @@ class GraftedModel:
         return Explanation(choices=tuple(choices))
 
     def detach(self) -> PreTrainedModel:
-        """Take everything out again: the original model, bit for bit. Raises AdapterInUseError during a batch."""
+        """Take everything out again: the original model, bit for bit. Raises AdapterInUseError during a batch.
+
+        Experts that ``attach(parallel=...)`` has cut to this rank's slice are given up, not put together again: a
+        forward pass of the model then raises UnsupportedModelError. Nothing is sent to other ranks, which may be gone.
+        """
         with self._lock:
             if not self._attached:
                 return self.model
             self.bank.close()
             self._fit_seams()
-            self._last_batch = ((), {})
+            self._scratch, self._group_scratch = BatchScratch(), BatchScratch()
             remove_sites(self.model, self._sites, self._previous)
             delattr(self.model, _MARK)
+            self._sites = {name: site for name, site in self._sites.items() if not site.is_cut}
+            self.layout.groups.close()
             self._attached = False
             return self.model
 
@@ -214,14 +290,6 @@ class GraftedModel:
                     f"the experts implementation of the grafted model was set to {config._experts_implementation!r}, "
                     f"under which adapters would be lost; call model.set_experts_implementation({IMPLEMENTATION!r})"
                 )
-
-    def _shared_by(self, held: AdapterBatch) -> dict[str, Any]:
-        """Scratch of a batch, kept while the next one has the same adapters in the same places (a decode loop)."""
-        key = tuple(handle.residency for handle in held.handles)
-        last = self._last_batch  # read once: another thread may put its own batch there
-        if last[0] != key:
-            last = self._last_batch = (key, {})
-        return last[1]
 
     def _fit_seams(self, coming: AdapterWeights | None = None) -> None:
         """Exactly the seams are installed that the loaded adapters need, and one that is about to be loaded."""
@@ -250,9 +318,29 @@ class GraftedModel:
 
     def _make_seam(self, name: str, kind: type[Seam]) -> Seam:
         module = self.model.get_submodule(name)
-        if kind is RouterSeam or kind is LinearSeam:
-            return kind(self._targets.linears[name], module, self.bank, self._state)
+        if kind is LinearSeam:
+            device, mine = self.bank.pool.data.device, self.layout.mine.linears.get(name)
+            punica = linear_punica_for(device, mine, self.layout.groups.world)
+            return LinearSeam(self._local_targets.linears[name], module, self.bank, self._state, punica)
+        if kind is RouterSeam:
+            return RouterSeam(self._local_targets.linears[name], module, self.bank, self._state)
+        if kind is SavedSeam:
+            return SavedSeam(name, module, self.bank, self._state, is_planned=self.layout.plan is not None)
         return kind(name, module, self.bank, self._state)
+
+
+class BatchScratch:
+    """Scratch of a batch, kept while the next one has the same adapters in the same places (a decode loop)."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def of(self, held: AdapterBatch) -> dict[str, Any]:
+        key = tuple(handle.residency for handle in held.handles)
+        last = self._last  # read once: another thread may put its own batch there
+        if last[0] != key:
+            last = self._last = (key, {})
+        return last[1]
 
 
 def _check_rows(

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.integrations.transformers.dtensors import is_sharded, local
 from moegraft.lora.targets import ExpertsTarget, LinearTarget, ModelTargets
 from moegraft.parallel import (
     ExpertsSlice,
@@ -76,21 +77,6 @@ class ModelPlan:
 def has_plan(model: nn.Module) -> bool:
     """Whether transformers has shared the model out among several processes."""
     return getattr(model, "_device_mesh", None) is not None or any(map(is_sharded, model.parameters()))
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is a DTensor, of which this process holds its part."""
-    return hasattr(tensor, "placements")
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a parameter, sharing its memory; the tensor itself where it is whole."""
-    return cast("Any", tensor).to_local() if is_sharded(tensor) else tensor
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter put together from all ranks; collective where it is sharded."""
-    return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def read_plan(model: PreTrainedModel, targets: ModelTargets) -> ModelPlan:

@@ -21,7 +21,9 @@ from moegraft.build import punica_for
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.core.tables import LinearFactor
 from moegraft.integrations.transformers.call import ActiveCall, CallState
+from moegraft.integrations.transformers.dtensors import local, whole
 from moegraft.lora.bank import AdapterBank
+from moegraft.lora.punica import PunicaWrapperBase
 from moegraft.lora.targets import LinearTarget
 
 
@@ -78,10 +80,12 @@ class LinearDelta:
     The host's GEMM has rounded y before the delta is added; see docs/numerics.md.
     """
 
-    def __init__(self, target: LinearTarget, bank: AdapterBank, state: CallState) -> None:
+    def __init__(
+        self, target: LinearTarget, bank: AdapterBank, state: CallState, punica: PunicaWrapperBase | None = None
+    ) -> None:
         self.target = target
         self.tables = bank.linear_tables(target.name)
-        self.punica = punica_for(self.tables.pool.device)
+        self.punica = punica or punica_for(self.tables.pool.device)
         self.state = state
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
@@ -102,14 +106,22 @@ class LinearDelta:
 
 
 class LinearSeam(_HookSeam):
-    """An nn.Linear."""
+    """An nn.Linear; ``target`` has the sizes that this rank sees, and ``punica`` adds what they need."""
 
-    def __init__(self, target: LinearTarget, module: nn.Module, bank: AdapterBank, state: CallState) -> None:
+    def __init__(
+        self,
+        target: LinearTarget,
+        module: nn.Module,
+        bank: AdapterBank,
+        state: CallState,
+        punica: PunicaWrapperBase | None = None,
+    ) -> None:
         super().__init__(target.name, module, bank, state)
-        self.delta = LinearDelta(target, bank, state)
+        self.delta = LinearDelta(target, bank, state, punica)
 
     def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.delta(output, args[0] if args else kwargs["input"], getattr(self.module, "bias", None))
+        bias = getattr(self.module, "bias", None)
+        self.delta(output, args[0] if args else kwargs["input"], None if bias is None else local(bias))
 
 
 class EmbeddingSeam(_HookSeam):
@@ -131,7 +143,16 @@ class EmbeddingSeam(_HookSeam):
 
 
 class SavedSeam(_HookSeam):
-    """A module of which adapters replace parameters (``modules_to_save``): their rows run through the replacement."""
+    """A module of which adapters replace parameters (``modules_to_save``): their rows run through the replacement.
+
+    ``is_planned``: a parallel plan of transformers has wrapped the module, whose replacement runs whole on every rank.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, bank: AdapterBank, state: CallState, *, is_planned: bool = False
+    ) -> None:
+        super().__init__(name, module, bank, state)
+        self.is_planned = is_planned
 
     def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
@@ -149,7 +170,10 @@ class SavedSeam(_HookSeam):
         """The module with some tensors replaced and without hooks; shares everything else."""
         variant = copy.copy(self.module)
         variant._forward_hooks = OrderedDict()
-        variant._parameters = {k: tensors.get(k, v) for k, v in self.module._parameters.items()}  # type: ignore[misc]
+        if self.is_planned:
+            variant.__dict__.pop("forward", None)  # the plan's, bound to the module and its sharded parameters
+        params = {k: tensors.get(k, None if v is None else whole(v)) for k, v in self.module._parameters.items()}
+        variant._parameters = params  # type: ignore[assignment]
         variant._buffers = {k: tensors.get(k, v) for k, v in self.module._buffers.items()}
         return variant
 

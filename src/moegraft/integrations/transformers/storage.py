@@ -19,6 +19,7 @@ from moegraft.core.errors import UnsupportedModelError
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
 from moegraft.formats.fp8 import Fp8Experts
+from moegraft.integrations.transformers.dtensors import local
 from moegraft.lora.targets import ExpertsTarget
 from moegraft.moe.layer import FusedMoE
 
@@ -47,7 +48,7 @@ class PackedExperts(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``Module.to``: the device of all tensors changes, the dtype of the biases only."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.weights.device))
-        weights = _moved(self.weights, probe.device)
+        weights = moved(self.weights, probe.device)
         biases = {name: None if b is None else b.to(probe.dtype) for name, b in _biases(weights).items()}
         self.weights = cast("ExpertsWeights", replace(cast("Any", weights), **biases))
         self.dtype = probe.dtype
@@ -59,14 +60,14 @@ def _biases(weights: ExpertsWeights) -> dict[str, torch.Tensor | None]:
     return {"b13": weights.b13, "b2": weights.b2}
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
     """A record with every tensor on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    moved = {item.name: _moved(getattr(value, item.name), device) for item in fields(value) if item.init}
-    return replace(value, **moved)
+    on_device = {item.name: moved(getattr(value, item.name), device) for item in fields(value) if item.init}
+    return replace(value, **on_device)
 
 
 def packed_experts(module: nn.Module) -> PackedExperts | None:
@@ -141,7 +142,10 @@ def unsupported_storage(module: nn.Module) -> str | None:
 
 
 def experts_weights(module: nn.Module, target: ExpertsTarget) -> ExpertsWeights:
-    """The module's own tensors, not copies: what is loaded into its Parameters later is served."""
+    """The module's own tensors, not copies: what is loaded into its Parameters later is served.
+
+    Of parameters that a parallel plan of transformers has shared out, this rank's part.
+    """
     packed = packed_experts(module)
     if packed is not None:
         return packed.weights
@@ -149,10 +153,10 @@ def experts_weights(module: nn.Module, target: ExpertsTarget) -> ExpertsWeights:
         return _fp8_weights(module)
     has_bias = bool(module.has_bias)
     return DenseExperts(
-        w13=getattr(module, target.w13_param),
-        w2=getattr(module, target.w2_param),
-        b13=getattr(module, f"{target.w13_param}_bias") if has_bias else None,
-        b2=getattr(module, f"{target.w2_param}_bias") if has_bias else None,
+        w13=local(getattr(module, target.w13_param)),
+        w2=local(getattr(module, target.w2_param)),
+        b13=local(getattr(module, f"{target.w13_param}_bias")) if has_bias else None,
+        b2=local(getattr(module, f"{target.w2_param}_bias")) if has_bias else None,
         num_halves=2 if target.has_gate else 1,
         is_transposed=target.is_transposed,
         is_interleaved=target.is_interleaved,
@@ -197,7 +201,7 @@ def linear_weight(module: nn.Module) -> Callable[[], torch.Tensor] | None:
     if weight is None or list(weight.shape) != [module.out_features, module.in_features]:
         return None
     if weight.dtype in WEIGHT_DTYPES:
-        return partial(getattr, module, "weight")
+        return lambda: local(cast("torch.Tensor", module.weight))
     if weight.dtype is torch.float8_e4m3fn and hasattr(module, "weight_scale_inv"):
         return partial(_fp8_linear_weight, module)
     return None

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from moegraft.core.activation import apply_activation
 from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.integrations.transformers.dtensors import is_sharded
 from moegraft.integrations.transformers.storage import (
     experts_device,
     experts_sizes,
@@ -185,8 +186,8 @@ def _unsupported_experts(module: HookedExperts) -> str | None:
         return reason
     if getattr(module, "has_post_expert_norm", False):
         return "normalises the output of each expert (has_post_expert_norm), which moegraft does not serve"
-    if getattr(module, "_is_expert_parallel", False):
-        return "is already sharded over ranks by transformers (expert parallel); load the model unsharded"
+    if getattr(module, "_is_expert_parallel", False) and not any(map(is_sharded, module.parameters(recurse=False))):
+        return "is already shared out over ranks (expert parallel), but not by a plan of transformers; load the model whole"
     try:
         experts_activation(module)
     except UnsupportedModelError as error:

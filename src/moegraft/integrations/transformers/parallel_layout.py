@@ -1,0 +1,204 @@
+"""How a grafted model lies over the ranks: what a plan of transformers has shared out, and what attach shares out."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from moegraft.core.errors import AdapterMismatchError, MoegraftError, ParallelError, UnsupportedModelError
+from moegraft.integrations.transformers.dtensors import is_sharded, whole
+from moegraft.integrations.transformers.parallel_plan import ModelPlan, has_plan, read_plan
+from moegraft.integrations.transformers.storage import experts_weights
+from moegraft.lora.local_targets import local_targets
+from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
+from moegraft.parallel import ExpertsSlice, ParallelConfig, ParallelGroups, RankSlice, Share, experts_slice
+from moegraft.parallel.expert_map import ExpertMap
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """What ``attach`` was asked for; see there."""
+
+    config: ParallelConfig | None = None
+    expert_maps: Mapping[str, ExpertMap] | None = None
+    device: torch.device | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLayout:
+    """What this rank holds of a model, and the ranks that it shares the rest with.
+
+    ``mine``: of every module · ``expert_maps``: of the experts modules that attach cuts to the rank's slice itself;
+    those that a plan of transformers has cut are not among them · ``plan``: that plan, None where there is none.
+    """
+
+    groups: ParallelGroups
+    mine: RankSlice = field(default_factory=RankSlice)
+    expert_maps: Mapping[str, ExpertMap] = field(default_factory=dict)
+    plan: ModelPlan | None = None
+
+    @property
+    def is_parallel(self) -> bool:
+        return self.groups.world.size > 1
+
+    @property
+    def rows_travel(self) -> bool:
+        """Whether experts see rows of other ranks."""
+        return self.groups.config.data_parallel and bool(self.expert_maps)
+
+    def local_targets(self, targets: ModelTargets) -> ModelTargets:
+        """The sizes that this rank's adapters have."""
+        return local_targets(targets, self.mine) if self.is_parallel else targets
+
+    def check_adapter(self, weights: AdapterWeights) -> None:
+        """Raises AdapterMismatchError where an adapter touches what cannot follow the plan of the model."""
+        if self.plan is None:
+            return
+        for kind, modules, refused in (
+            ("LoRA on", [*weights.linears, *weights.embeddings], self.plan.refused),
+            ("a replacement of", [*weights.saved], self.plan.refused_saved),
+        ):
+            for module in modules:
+                if module in refused:
+                    raise AdapterMismatchError(
+                        f"{kind} {module!r} cannot follow the parallel plan of the model, which gives it "
+                        f"{refused[module]}; load the model whole, or with a plan that leaves this module alone"
+                    )
+
+
+def make_layout(
+    model: PreTrainedModel,
+    targets: ModelTargets,
+    options: RankOptions,
+    device: torch.device,
+) -> RankLayout:
+    """The layout of a model that was loaded whole, or with a parallel plan of transformers; changes nothing.
+
+    Collective where there are several ranks. ``device``: of the ranks' layers. Raises UnsupportedModelError where
+    ``options`` and the plan do not go together or LoRA cannot follow the plan, ParallelError where torch.distributed
+    does not fit them or the ranks' models differ.
+    """
+    config, expert_maps = options.config, options.expert_maps
+    if not has_plan(model):
+        groups = ParallelGroups.create(config or ParallelConfig(), device)
+        layout = RankLayout(groups=groups)
+    else:
+        plan = read_plan(model, targets)
+        _check_plan(model, plan, config)
+        planned = config is None or bool(plan.slice.experts)
+        groups = ParallelGroups.create(ParallelConfig(tp=plan.size) if planned or config is None else config, device)
+        layout = RankLayout(groups=groups, mine=plan.slice, plan=plan)
+    # A plan may leave the experts whole (gpt-oss): attach shares them out where it is asked to.
+    cuts = config is not None and layout.is_parallel and not layout.mine.experts
+    to_cut = targets.experts if cuts else {}
+    return together(groups, lambda: _with_cuts(model, layout, to_cut, expert_maps or {}), told=_fingerprint(targets))
+
+
+def with_whole_parameters(targets: ModelTargets) -> ModelTargets:
+    """Where adapters may replace a parameter that a plan has sharded: all of it, in host memory. Collective.
+
+    PEFT saves embeddings and heads along with LoRA, unchanged: what an adapter brings is compared with what is there.
+    """
+    return replace(
+        targets,
+        saveable={
+            module: {param: whole(tensor).cpu() if is_sharded(tensor) else tensor for param, tensor in params.items()}
+            for module, params in targets.saveable.items()
+        },
+    )
+
+
+def _check_plan(model: PreTrainedModel, plan: ModelPlan, config: ParallelConfig | None) -> None:
+    """What was asked for must be what the plan does."""
+    if config is None:
+        return
+    found = f"{type(model).__name__} was loaded with a plan for {plan.size} ranks"
+    if config.world_size != plan.size or config.data_parallel:
+        raise UnsupportedModelError(f"{found} that bring the same rows; it cannot be attached with {config}")
+    if not plan.slice.experts and plan.slice.linears and config.ep > 1:
+        raise UnsupportedModelError(
+            f"{found} that shares linear maps out and leaves experts whole: attach with tp={plan.size}, "
+            f"not with {config}"
+        )
+    if plan.slice.experts:
+        by_experts = any(mine.experts is not None for mine in plan.slice.experts.values())
+        does = {"tp": 1, "ep": plan.size} if by_experts else {"tp": plan.size, "ep": 1}
+        if (config.tp, config.ep, config.fully_sharded) != (*does.values(), False):
+            raise UnsupportedModelError(
+                f"{found} that shares its experts out with tp={does['tp']} and ep={does['ep']}; attach without "
+                f"parallel=, or load the model whole; it cannot be attached with {config}"
+            )
+
+
+def _with_cuts(
+    model: PreTrainedModel,
+    layout: RankLayout,
+    to_cut: Mapping[str, ExpertsTarget],
+    expert_maps: Mapping[str, ExpertMap],
+) -> RankLayout:
+    unknown = sorted(expert_maps.keys() - to_cut.keys())
+    if unknown:
+        raise UnsupportedModelError(f"expert_maps names {unknown[0]!r}, which is no experts module that is shared out")
+    maps, slices = {}, dict(layout.mine.experts)
+    for name, target in to_cut.items():
+        maps[name] = expert_maps.get(name) or _contiguous(name, target, layout.groups.config)
+        slices[name] = _slice_of(model, target, maps[name], layout.groups)
+    return replace(layout, mine=replace(layout.mine, experts=slices), expert_maps=maps)
+
+
+def _contiguous(name: str, target: ExpertsTarget, config: ParallelConfig) -> ExpertMap:
+    try:
+        return ExpertMap.contiguous(target.num_experts, config.ep)
+    except ValueError as error:
+        raise UnsupportedModelError(f"experts module {name!r}: {error}") from None
+
+
+def _slice_of(
+    model: PreTrainedModel, target: ExpertsTarget, expert_map: ExpertMap, groups: ParallelGroups
+) -> ExpertsSlice:
+    config = groups.config
+    return experts_slice(
+        num_experts=target.num_experts,
+        intermediate_size=target.intermediate_size,
+        tp=Share(config.tp, groups.tp_rank),
+        ep=Share(config.ep, groups.ep_rank),
+        granule=experts_weights(model.get_submodule(target.name), target).intermediate_granule,
+        experts=expert_map.experts_of_rank[groups.ep_rank] if config.ep > 1 else None,
+        fully_sharded=config.fully_sharded,
+    )
+
+
+def _fingerprint(targets: ModelTargets) -> int:
+    """Of the modules and their sizes: ranks that loaded different models must not go on."""
+    sizes = [
+        (targets.model_type, [*targets.experts.values()]),
+        [(t.name, t.in_features, t.out_features) for t in targets.linears.values()],
+        [*targets.embeddings.values()],
+    ]
+    return zlib.crc32(repr(sizes).encode())
+
+
+def together(groups: ParallelGroups, act: Callable[[], _Result], *, told: int = 0) -> _Result:
+    """``act`` on every rank; where it raised on one, all raise. ``told``: what must be the same on all ranks."""
+    result, failure = None, None
+    try:
+        result = act()
+    except MoegraftError as error:
+        failure = error
+    votes = groups.control.all_gather_object((None if failure is None else str(failure), told))
+    if failure is not None:
+        raise failure
+    for rank, (message, theirs) in enumerate(votes):
+        if message is not None:
+            raise ParallelError(f"rank {rank}: {message}")
+        if theirs != told:
+            raise ParallelError(f"ranks {groups.rank} and {rank} have loaded different models")
+    assert result is not None
+    return result
