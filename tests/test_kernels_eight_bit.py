@@ -36,6 +36,7 @@ from moegraft.testing import (
     poison_allocations,
 )
 from moegraft.testing.cases import Routing
+from moegraft.tuning import eight_bit
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile
 
 CONFIG = MoEConfig(num_experts=4, top_k=2, hidden_size=160, intermediate_size=144)
@@ -80,8 +81,8 @@ def _exact_casts(monkeypatch: pytest.MonkeyPatch) -> None:
         round_fp8_exactly(monkeypatch)
 
 
-def tiles(*, block_m: int = 16, swapped: bool = False) -> MoETiles:
-    gemm = GemmTile(block_n=32, block_k=128, block_l=16, num_stages=2, swapped=swapped)
+def tiles(*, block_m: int = 16, block_n: int = 32, swapped: bool = False) -> MoETiles:
+    gemm = GemmTile(block_n=block_n, block_k=128, block_l=16, num_stages=2, swapped=swapped)
     shrink = ShrinkTile(block_r=16, block_k=64)
     return MoETiles(block_m=block_m, tile_m=16, gemm13=gemm, gemm2=gemm, shrink13=shrink, shrink2=shrink)
 
@@ -130,8 +131,20 @@ def test_layer_matches_dequantised_weights(case: str, name: str) -> None:
 @pytest.mark.parametrize("block_m", [16, 64])
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_form_of_the_products(name: str, block_m: int, swapped: bool) -> None:
-    """Rows quantised inside a GEMM (16) or by a kernel before it (64); weights on either side of the product."""
+    """h quantised inside GEMM 2 (16) or by a kernel before it (64); weights on either side of the product."""
     check(CASE, name, tiles(block_m=block_m, swapped=swapped))
+
+
+def test_gemm13_quantises_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice of the tuning that is not taken now; the workspace's plans are cached by shape."""
+    monkeypatch.setattr(eight_bit, "X_IN_GEMM", 32)
+    check(replace(CASE, num_tokens=11), "fp8 block", tiles(block_m=32))
+
+
+@pytest.mark.parametrize("case", ["gpt_oss", "odd_sizes"])
+def test_gemm13_writes_quantised_groups(case: str) -> None:
+    """Tiles as wide as a group of h."""
+    check(CASES[case], "fp8 block", tiles(block_m=64, block_n=128))
 
 
 def test_lora_reads_its_own_rows() -> None:

@@ -130,8 +130,8 @@ def quantise_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3 [M, I], float32 scales [M, Q]) with x = stored * scale; Q = ceil(I / group_size), or 1 a row.
 
-    Semantics: scale = max(amax of the group, 1e-10) / 448, stored = round(x * (448 / amax)), to nearest even. With a
-    static scale: stored = round(clamp(x / scale, -448, 448)).
+    Semantics: scale = amax * (1 / 448), stored = round(x * (448 / amax)), to nearest even, with amax the largest
+    magnitude of the group, at least 1e-10. With a static scale: stored = round(clamp(x * (1 / scale), -448, 448)).
     """
     M, I = x_MI.shape  # noqa: E741
     group = group_size or max(I, 1)
@@ -139,9 +139,8 @@ def quantise_rows(
     groups_MQG = pad(x_MI.float(), (0, num_groups * group - I)).view(M, num_groups, group)
     if static_scale is None:
         largest_MQ = groups_MQG.abs().amax(2).clamp(min=SMALLEST_AMAX)
-        # By a tensor: torch multiplies with the reciprocal of a number, whose last bit may differ.
-        fp8_max_MQ = torch.full_like(largest_MQ, FP8_MAX)
-        inverse_MQ, scale_MQ = fp8_max_MQ / largest_MQ, largest_MQ / fp8_max_MQ
+        # A tensor over a tensor: of a number over a tensor, torch takes the reciprocal first and rounds twice.
+        inverse_MQ, scale_MQ = torch.full_like(largest_MQ, FP8_MAX) / largest_MQ, largest_MQ * (1 / FP8_MAX)
     else:
         scale_MQ = static_scale.float().expand(M, num_groups)
         inverse_MQ = 1.0 / scale_MQ

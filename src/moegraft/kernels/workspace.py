@@ -13,7 +13,7 @@ from moegraft.core.routing import LANE_GRANULE, RECORD_INTS, Count, Lanes, max_g
 from moegraft.kernels.launch import cdiv
 from moegraft.kernels.moe_routing.host import RoutingBuffers
 from moegraft.kernels.records import LowRank, QuantisedRows, low_rank_width
-from moegraft.tuning.eight_bit import quantises_apart
+from moegraft.tuning.eight_bit import stores_h, stores_x
 from moegraft.tuning.tiles import MoETiles, TuningShape
 
 _ALIGNMENT_BYTES = 256
@@ -63,11 +63,12 @@ def layer_buffers(
     }
     if with_base:
         buffers |= {"h": ((N, shape.intermediate_size), dtype), "y": ((N, shape.hidden_size), dtype)}
-        if quantises_apart(shape.weight_format, shape.scale_group, tiles.block_m):
-            for name, rows, columns in (
-                ("_x", shape.num_tokens, shape.hidden_size),
-                ("_h", N, shape.intermediate_size),
-            ):
+        quantised = (
+            ("_x", stores_x(shape, tiles), shape.num_tokens, shape.hidden_size),
+            ("_h", stores_h(shape, tiles), N, shape.intermediate_size),
+        )
+        for name, is_stored, rows, columns in quantised:
+            if is_stored:
                 buffers["stored" + name] = ((rows, columns), torch.float8_e4m3fn)
                 buffers["scale" + name] = ((rows, cdiv(columns, shape.scale_group or columns)), torch.float32)
     if S:

@@ -8,31 +8,31 @@ from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
 
 FP8_BLOCK = 128
 """Inputs of a step of block-scaled weights, and the most columns of a tile: those of one scale."""
-FUSED_BLOCK_M = 32
-"""Up to here each program of a GEMM quantises its rows itself; beyond, a kernel before it does, once."""
+X_IN_GEMM = 0
+H_IN_GEMM = 32
+"""Up to this ``block_m`` a GEMM over block-scaled weights quantises its rows itself, in every program; beyond, they are
+quantised once: x by a kernel of its own, h by GEMM 13 where its tile is as wide as a group, else by a kernel too."""
 
 
 def fp8_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
     """(GEMM 13, GEMM 2)."""
     block_l = 64 if shape.rank13 > 32 else 32
-    if block_m <= FUSED_BLOCK_M:
-        decode = GemmTile(block_n=64, block_k=128, num_stages=4, block_l=block_l)
-        return decode, decode
-    if block_m == 64:
-        return (
-            GemmTile(block_n=128, block_k=128, num_stages=3, block_l=32, group=4, tma=True),
-            GemmTile(block_n=128, block_k=128, num_stages=4, block_l=32, group=4, tma=True),
+    if block_m <= 32:
+        tile = GemmTile(
+            block_n=128, block_k=128, num_stages=3, num_warps=block_m // 4, block_l=block_l, tma=True, swapped=True
         )
-    return (
-        GemmTile(block_n=128, block_k=128, num_stages=3, num_warps=8, block_l=32, group=8, tma=True),
-        GemmTile(block_n=128, block_k=128, num_stages=3, num_warps=8, block_l=32, group=8, tma=True),
-    )
+        return tile, tile
+    if block_m == 64:
+        tile = GemmTile(block_n=128, block_k=128, num_stages=4, block_l=32, group=8, tma=True)
+        return tile, tile
+    tile = GemmTile(block_n=128, block_k=128, num_stages=3, num_warps=8, block_l=32, group=8, tma=True)
+    return tile, tile
 
 
 def int8_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
     """(GEMM 13, GEMM 2)."""
     block_l = 64 if shape.rank13 > 32 else 32
-    if block_m <= FUSED_BLOCK_M:
+    if block_m <= 32:
         decode = GemmTile(block_n=64, block_k=128, num_stages=4, block_l=block_l)
         return decode, decode
     if block_m == 64:
@@ -42,12 +42,22 @@ def int8_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
     return tile, tile
 
 
-def quantises_apart(weight_format: str, scale_group: int, block_m: int) -> bool:
-    """Whether the rows that a GEMM reads are quantised by a kernel of their own.
+def stores_x(shape: TuningShape, tiles: MoETiles) -> bool:
+    """Whether x is quantised once, into a buffer, before GEMM 13 reads it. A scale of a whole row needs all of it."""
+    return shape.weight_format == "fp8" and (shape.scale_group == 0 or tiles.block_m > X_IN_GEMM)
 
-    A scale of a whole row needs all of it; a group's needs what a program reads in one step anyway.
-    """
-    return weight_format == "fp8" and (scale_group == 0 or block_m > FUSED_BLOCK_M)
+
+def stores_h(shape: TuningShape, tiles: MoETiles) -> bool:
+    """The same of h, before GEMM 2."""
+    group = shape.scale_group
+    return shape.weight_format == "fp8" and (
+        group == 0 or tiles.block_m > H_IN_GEMM or writes_groups(tiles.gemm13, group)
+    )
+
+
+def writes_groups(gemm13: GemmTile, group: int) -> bool:
+    """Whether a program of GEMM 13 has whole groups of h, and can quantise what it writes."""
+    return gemm13.block_n == group
 
 
 def fit_tiles(tiles: MoETiles, shape: TuningShape) -> MoETiles:

@@ -14,7 +14,7 @@ from moegraft.kernels.moe_routing.host import route_rows
 from moegraft.kernels.moe_sum.host import moe_sum
 from moegraft.kernels.records import Expand, LoRABatch, MoEWeights, Quantisation, QuantisedRows
 from moegraft.kernels.workspace import LayerBuffers, Workspace
-from moegraft.tuning.eight_bit import fit_tiles
+from moegraft.tuning.eight_bit import fit_tiles, writes_groups
 from moegraft.tuning.table import choose_tiles
 from moegraft.tuning.tiles import MoETiles, TuningShape
 
@@ -114,11 +114,17 @@ def _launch(
     x, x_scales = _quantise(x_TD, buffers.quantised_x, weights.quantisation, of_w2=False)
     routing, expand13 = _route_and_shrink(x_TD, topk_ids_TK, weights, lora, tiles, buffers)
     input_weights = topk_weights_TK if weight_on_input else None
+    rows = buffers.quantised_h
+    group = 0 if weights.quantisation is None else weights.quantisation.scale_group
+    fused = rows if writes_groups(tiles.gemm13, group) else None
     moe_gemm13(
-        h_NF, x, weights, routing, x_scales=x_scales, expand=expand13, input_weights_TK=input_weights,
-        tile=tiles.gemm13,
+        h_NF, x, weights, routing, x_scales=x_scales, quantised_h=fused, expand=expand13,
+        input_weights_TK=input_weights, tile=tiles.gemm13,
     )  # fmt: skip
-    h, h_scales = _quantise(h_NF, buffers.quantised_h, weights.quantisation, of_w2=True)
+    if fused is None:
+        h, h_scales = _quantise(h_NF, rows, weights.quantisation, of_w2=True)
+    else:
+        h, h_scales = fused.stored_MI, fused.scale_MQ
     if lora is not None and low_rank2 is not None and routing.lanes2 is not None:
         lora_shrink2(low_rank2, h_NF, routing, lora, tile=tiles.shrink2)
         expand2 = Expand(lora=lora, u_NW=low_rank2.u_NW, lanes=routing.lanes2)

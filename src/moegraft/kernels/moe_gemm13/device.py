@@ -8,23 +8,25 @@ import triton.language as tl
 from moegraft.kernels.base_product.device import base_product
 from moegraft.kernels.device_lib import activate, await_prior_kernel, release_next_kernel
 from moegraft.kernels.gemm_lib import expand, find_block, first_lanes
+from moegraft.kernels.moe_quantise.device import store_quantised
 
 
 @triton.jit
-def gemm13_kernel(h_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, router_weight_ptr, order_ptr,
-                  segment_ptr, block_ptr, count_ptr, u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr,
-                  stride_x, stride_we, stride_wf, stride_wd, up_offset, stride_be, stride_bf, bias_up_offset,
-                  lane_capacity, alpha, limit, FORMAT: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-                  K: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+def gemm13_kernel(h_ptr, h_stored_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr,
+                  router_weight_ptr, order_ptr, segment_ptr, block_ptr, count_ptr, u_ptr, pool_ptr, lane_segment_ptr,
+                  lane_granule_ptr, element_ptr, stride_x, stride_we, stride_wf, stride_wd, up_offset, stride_be,
+                  stride_bf, bias_up_offset, lane_capacity, alpha, limit, FORMAT: tl.constexpr, D: tl.constexpr,
+                  F: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
                   WEIGHT_ON_INPUT: tl.constexpr, WAIT_FIRST: tl.constexpr, SCALE_GROUP: tl.constexpr,
-                  HAS_LORA: tl.constexpr,
-                  U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, GROUP: tl.constexpr, USE_TMA: tl.constexpr,
-                  SWAPPED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  HAS_LORA: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, GROUP: tl.constexpr,
+                  USE_TMA: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """h[position] = act(W13[e] x + b13[e] + B13 u) for BLOCK_M positions of one expert and BLOCK_N columns of F.
 
     The base part reads nothing that the shrink writes, so that with programmatic launch the two run side by side; the
-    program waits for the shrink only before the first lane.
+    program waits for the shrink only before the first lane. With ``h_stored_ptr`` (BLOCK_N is then the group that
+    shares a scale) h is written as GEMM 2 reads it, and as it is only where a shrink reads it.
     """
     if WAIT_FIRST:
         await_prior_kernel(PDL)
@@ -70,5 +72,10 @@ def gemm13_kernel(h_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bia
         h = activate(acc_gate, acc_up, KIND, True, alpha, limit)
     else:
         h = activate(acc_up, acc_up, KIND, False, alpha, limit)
-    h_ptrs = h_ptr + positions[:, None].to(tl.int64) * F + f[None, :]
-    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=live[:, None] & f_live[None, :])
+    h = h.to(h_ptr.dtype.element_ty)
+    if h_stored_ptr is not None:
+        num_groups: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+        store_quantised(h_stored_ptr, h_scale_ptr, h, positions, n, f, live, f_live, F, num_groups)
+    if h_stored_ptr is None or HAS_LORA:
+        h_ptrs = h_ptr + positions[:, None].to(tl.int64) * F + f[None, :]
+        tl.store(h_ptrs, h, mask=live[:, None] & f_live[None, :])

@@ -9,7 +9,7 @@ from moegraft.core.routing import MoERouting
 from moegraft.kernels.base_product.host import base_operand13
 from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
 from moegraft.kernels.moe_gemm13.device import gemm13_kernel
-from moegraft.kernels.records import Expand, MoEWeights
+from moegraft.kernels.records import Expand, MoEWeights, QuantisedRows
 from moegraft.tuning.tiles import GemmTile
 
 KIND_CODES = {kind: code for code, kind in enumerate(ActivationKind)}
@@ -23,6 +23,7 @@ def moe_gemm13(
     routing: MoERouting,
     *,
     x_scales: torch.Tensor | None = None,
+    quantised_h: QuantisedRows | None = None,
     expand: Expand | None = None,
     input_weights_TK: torch.Tensor | None = None,
     tile: GemmTile,
@@ -34,7 +35,8 @@ def moe_gemm13(
         (gate, up) = (W13[e] x[t] + B13[a, e] u[p]) * input_weight[n] + b13[e]
         h[p] = act(gate, up)
 
-    in float32, rounded once. ``x_scales``: of formats whose GEMM reads quantised rows. ``expand`` has u, of
+    in float32, rounded once. ``x_scales``: of formats whose GEMM reads quantised rows. ``quantised_h``: h goes there in
+    fp8, a scale for each ``tile.block_n`` columns, and to ``h_NF`` only with an ``expand``. ``expand`` has u, of
     ``lora_shrink13``; without it the kernel has no LoRA in it. ``input_weights_TK`` is for models that apply the router
     weight to the input.
     """
@@ -42,11 +44,12 @@ def moe_gemm13(
         return
     D, F = weights.hidden_size, weights.intermediate_size
     base = base_operand13(weights, tile)
+    stored_NF, scale_NQ = (None, None) if quantised_h is None else (quantised_h.stored_MI, quantised_h.scale_MQ)
     stride_bf, bias_up_offset = weights.half_strides(1 if weights.b13 is None else weights.b13.stride(1))
     gemm13_kernel[(routing.max_blocks * cdiv(F, tile.block_n),)](
-        h_NF, x_TD, x_scales, *base.tensors, weights.b13, input_weights_TK, routing.order, routing.segment,
-        routing.blocks, routing.counts, *lora_operands(expand), x_TD.stride(0), *base.strides, base.up_offset,
-        0 if weights.b13 is None else weights.b13.stride(0), stride_bf, bias_up_offset,
+        h_NF, stored_NF, scale_NQ, x_TD, x_scales, *base.tensors, weights.b13, input_weights_TK, routing.order,
+        routing.segment, routing.blocks, routing.counts, *lora_operands(expand), x_TD.stride(0), *base.strides,
+        base.up_offset, 0 if weights.b13 is None else weights.b13.stride(0), stride_bf, bias_up_offset,
         0 if expand is None else expand.lanes.segment.shape[0], weights.activation.alpha, weights.activation.limit,
         D=D, F=F, K=routing.top_k, GATED=weights.activation.gated, KIND=KIND_CODES[weights.activation.kind],
         HAS_BIAS=weights.b13 is not None, WEIGHT_ON_INPUT=input_weights_TK is not None,

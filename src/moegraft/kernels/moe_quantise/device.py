@@ -9,6 +9,7 @@ from moegraft.kernels.device_lib import await_prior_kernel, release_next_kernel
 
 # As formats/fp8.py has them.
 FP8_MAX = tl.constexpr(448.0)
+INVERSE_FP8_MAX = tl.constexpr(1 / 448)
 SMALLEST_AMAX = tl.constexpr(1e-10)
 
 
@@ -17,13 +18,20 @@ def quantise_group(x):
     """(x in fp8 [m, k], float32 scale [m]): each row as one group. The reference: ``formats.fp8.quantise_rows``."""
     x = x.to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_AMAX)
+    # No number is larger than 448 and its rounding: nothing to clamp.
     stored = x * tl.div_rn(FP8_MAX, largest)[:, None]
-    return _to_fp8(stored), tl.div_rn(largest, FP8_MAX)
+    return stored.to(tl.float8e4nv), largest * INVERSE_FP8_MAX
 
 
 @triton.jit
-def _to_fp8(x):
-    return tl.minimum(tl.maximum(x, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
+def store_quantised(stored_ptr, scale_ptr, x, rows, group, columns, rows_live, columns_live,
+                    LENGTH: tl.constexpr, NUM_GROUPS: tl.constexpr):  # fmt: skip
+    """Writes rows of one whole group of columns, of [., LENGTH] and [., NUM_GROUPS]."""
+    stored, scale = quantise_group(tl.where(columns_live[None, :], x, 0.0))
+    rows = rows.to(tl.int64)
+    stored_ptrs = stored_ptr + rows[:, None] * LENGTH + columns[None, :]
+    tl.store(stored_ptrs, stored, mask=rows_live[:, None] & columns_live[None, :])
+    tl.store(scale_ptr + rows * NUM_GROUPS + group, scale, mask=rows_live)
 
 
 @triton.jit
@@ -45,6 +53,7 @@ def quantise_kernel(stored_ptr, scale_ptr, x_ptr, static_scale_ptr, num_rows, st
     else:
         static_scale = tl.load(static_scale_ptr)
         scale = tl.zeros([BLOCK_M], tl.float32) + static_scale
-        stored = _to_fp8(x.to(tl.float32) * tl.div_rn(1.0, static_scale))
+        stored = x.to(tl.float32) * tl.div_rn(1.0, static_scale)
+        stored = tl.minimum(tl.maximum(stored, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
     tl.store(stored_ptr + rows[:, None] * LENGTH + k[None, :], stored, mask=mask)
     tl.store(scale_ptr + rows * NUM_GROUPS + group, scale, mask=live)

@@ -21,8 +21,9 @@ def moe_quantise(
 ) -> None:
     """Writes e4m3 rows [M, I] and their scales [M, Q], one a group of ``group_size`` columns, or (0) one a row.
 
-    Semantics, for the numbers x of a group: scale = max(max |x|, 1e-10) / 448, stored = round(x * (448 / max |x|)), to
-    the nearest, ties to even; with ``static_scale`` (no axes): scale = it, stored = round(clamp(x / scale, +-448)).
+    Semantics, for the numbers x of a group: amax = max(max |x|, 1e-10), scale = amax * (1 / 448), stored =
+    round(x * (448 / amax)), to the nearest, ties to even; with ``static_scale`` (no axes): scale = it, stored =
+    round(clamp(x * (1 / scale), +-448)).
     """
     M, I = x_MI.shape  # noqa: E741
     if M == 0 or I == 0:
