@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import LAYOUTS, edit_config, is_quantised_matrix, write_checkpoint
+from support.checkpoints import AWQ_ORDER, LAYOUTS, edit_config, is_quantised_matrix, write_checkpoint
 from support.mixed import random_ids
 
 import moegraft
@@ -262,6 +262,37 @@ class TestSound:
         edit_tensors(folder, fuse)
         assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
 
+    def test_zero_points_that_only_some_experts_have(self, folders: Any) -> None:
+        """Zero points that are all 8 are left out when a matrix is packed; its neighbours may need theirs."""
+        folder = folders("awq")
+
+        def centre_one(tensors: Tensors) -> None:
+            for name in ("gate_proj", "down_proj"):
+                tensors[f"model.layers.0.mlp.experts.1.{name}.qzeros"].fill_(0x88888888 - (1 << 32))
+
+        edit_tensors(folder, centre_one)
+        model = moegraft.load_quantised(folder, dtype=torch.float32)
+        packed = packed_experts(model.get_submodule("model.layers.0.mlp.experts"))
+        assert packed is not None
+        w13, w2 = packed.weights.dequantise(torch.float32)
+        tensors = load_file(folder / "model.safetensors")
+        for expert in range(2):
+            for half, found in (("gate", w13[expert, :32]), ("up", w13[expert, 32:]), ("down", w2[expert])):
+                torch.testing.assert_close(
+                    found, _unpack_awq(tensors, f"model.layers.0.mlp.experts.{expert}.{half}_proj")
+                )
+
+    def test_tied_embeddings_and_generation_config(self, folders: Any) -> None:
+        folder = folders(GPTQ)
+        edit_config(folder, tie_word_embeddings=True)
+        edit_tensors(folder, remove("lm_head.weight"))
+        (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "eos_token_id": 7}))
+        model = moegraft.load_quantised(folder)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert (model.generation_config.max_new_tokens, model.generation_config.eos_token_id) == (3, 7)
+        (folder / "generation_config.json").write_text("{")
+        assert_refused(folder, "generation_config.json")
+
     @pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.uint8])
     def test_scales_that_are_powers_of_two(self, folders: Any, dtype: torch.dtype) -> None:
         """DeepSeek-V3.1 stores them in E8M0, some tools the bytes of it."""
@@ -302,3 +333,16 @@ class TestSound:
             ]
             # Activations of the first layer are not quantised any more.
             assert 0 < relative_error(graft(input_ids=random_ids()).logits, expected) < 0.2
+
+
+def _unpack_awq(tensors: Tensors, module: str) -> torch.Tensor:
+    """[out, in], number by number."""
+
+    def numbers(words: torch.Tensor) -> torch.Tensor:
+        found = torch.empty(words.shape[0], 8 * words.shape[1])
+        for nibble, column in enumerate(AWQ_ORDER):
+            found[:, column::8] = (words >> 4 * nibble & 15).float()
+        return found
+
+    codes, zeros = numbers(tensors[f"{module}.qweight"]), numbers(tensors[f"{module}.qzeros"])
+    return ((codes - zeros.repeat_interleave(32, 0)) * tensors[f"{module}.scales"].float().repeat_interleave(32, 0)).T

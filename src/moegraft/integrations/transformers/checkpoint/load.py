@@ -80,8 +80,7 @@ def load_quantised(
             raise CheckpointError(f"{tensors.infos[min(unread)].where}: was not applied")
     model.set_experts_implementation(IMPLEMENTATION)
     model.config.name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    _load_generation_config(model, folder)
     _LOG.info(
         "%s: experts of %d layers read by moegraft and kept as %s (%s); %d linear maps dequantised to %s",
         folder,
@@ -104,7 +103,7 @@ def read_structure(path: str | os.PathLike[str]) -> CheckpointStructure:
 def _structure(folder: Path, tensors: CheckpointTensors) -> CheckpointStructure:
     scheme = read_scheme(read_json(folder, CONFIG_FILE))
     try:
-        config = plain_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        config = plain_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         model = hollow_structure(config)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: no config of a model that transformers knows: {error}") from error
@@ -119,6 +118,16 @@ def _structure(folder: Path, tensors: CheckpointTensors) -> CheckpointStructure:
         ignore=sorted(model._keys_to_ignore_on_load_unexpected or ()),
     )
     return CheckpointStructure(folder=folder, model=model, plan=plan)
+
+
+def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """As ``from_pretrained`` of a folder does: its file, where there is one."""
+    if not (folder / "generation_config.json").exists() or not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
 
 
 def _dtype(config: PreTrainedConfig, wanted: torch.dtype | None) -> torch.dtype:

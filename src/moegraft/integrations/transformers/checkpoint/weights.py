@@ -173,9 +173,10 @@ def _int4(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWei
 
 def _alike(matrices: list[Int4Matrix]) -> list[Int4Matrix]:
     """A matrix whose zero points are all 8 is kept without any: beside one that has some, it gets them back."""
-    if len({matrix.zeros is None for matrix in matrices}) == 1:
+    some = next((matrix.zeros for matrix in matrices if matrix.zeros is not None), None)
+    if some is None:
         return matrices
-    eights = torch.full_like(matrices[0].scales, SYMMETRIC_ZERO, dtype=torch.uint8)
+    eights = torch.full_like(some, SYMMETRIC_ZERO)
     return [replace(matrix, zeros=eights) if matrix.zeros is None else matrix for matrix in matrices]
 
 
