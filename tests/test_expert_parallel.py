@@ -28,7 +28,7 @@ from moegraft.formats.dense import DenseExperts
 from moegraft.lora.targets import AdapterWeights
 from moegraft.moe.expert_parallel import AllToAllPrepareAndFinalize
 from moegraft.moe.expert_parallel.exchange import split_rows
-from moegraft.moe.expert_parallel.packing import PlainRows, codec_for
+from moegraft.moe.expert_parallel.packing import PlainRows, codec_for, pack_rows
 from moegraft.moe.expert_parallel.routed_rows import pack_routed_rows, unpack_routed_rows
 from moegraft.moe.experts import TritonExperts
 from moegraft.moe.layer import FusedMoE
@@ -294,6 +294,11 @@ def test_kernels_take_dispatched_rows(world2: WorldPool, dispatch: str, packing:
     without, found = (torch.cat(parts) for parts in zip(*results, strict=True))
     assert_close(without, one.run_with(None), 1e-5)
     assert_close_delta(found, without, one.run(), one.run_with(None), 1e-5)
+
+
+def test_fields_without_rows_are_packed_whatever_their_strides() -> None:
+    fields = [torch.ones(1, 3).expand(0, 3), torch.ones(1).expand(0, 1), torch.empty(0, 5, dtype=torch.bfloat16)]
+    assert pack_rows(fields).shape == (0, 28)
 
 
 @pytest.mark.parametrize("packing", ["fp8 block", "fp8 channel", "fp8 static"])

@@ -79,11 +79,17 @@ def codec_for(weights: ExpertsWeights) -> RowCodec:
 
 def pack_rows(fields: Sequence[torch.Tensor]) -> torch.Tensor:
     """uint8 [S, B] from fields [S, width]."""
-    parts = [field.contiguous().view(torch.uint8) for field in fields]
+    parts = [_bytes_of(field) for field in fields]
     padding = -sum(part.shape[1] for part in parts) % ROW_ALIGN
     if padding:
         parts.append(parts[0].new_zeros(parts[0].shape[0], padding))
     return torch.cat(parts, dim=1)
+
+
+def _bytes_of(field: torch.Tensor) -> torch.Tensor:
+    if field.numel() == 0:  # whose strides contiguous() leaves as they are, and a view may refuse
+        return field.new_empty(field.shape[0], field.shape[1] * field.itemsize, dtype=torch.uint8)
+    return field.contiguous().view(torch.uint8)
 
 
 def unpack_rows(packed_MB: torch.Tensor, fields: Sequence[Field]) -> list[torch.Tensor]:
