@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from support.adapters import TensorFactory, save_with_peft, write_adapter
-from support.checkpoints import LAYOUTS, QuantisedCheckpoint, write_checkpoint
+from support.checkpoints import LAYOUTS, QuantisedCheckpoint, edit_config, write_checkpoint
 from support.families import FAMILIES
 from support.fp8_truth import fp8_logits
 from support.mixed import random_ids
@@ -146,6 +148,41 @@ def test_transformers_reads_the_same_weights(layout: str, tmp_path: Path) -> Non
     ours = moegraft.load_quantised(checkpoint.path, dtype=torch.float32)
     # transformers 5.17 goes through bfloat16.
     assert relative_error(ours(input_ids=ids).logits, theirs(input_ids=ids).logits.detach()) < 1e-2
+
+
+def test_experts_and_attention_in_layouts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int4 experts beside fp8 attention, each by a config group of its own; one layer's experts are in fp8 too."""
+    int4, fp8 = LAYOUTS["compressed-tensors int4"], LAYOUTS["compressed-tensors fp8"]
+    monkeypatch.setitem(LAYOUTS, "fp8 of the same model", replace(fp8, sizes=int4.sizes))
+    first = write_checkpoint("compressed-tensors int4", tmp_path / "int4")
+    second = write_checkpoint("fp8 of the same model", tmp_path / "fp8")
+    is_fp8 = re.compile(r"self_attn\.|model\.layers\.1\.mlp\.experts\.")
+    tensors, others = (load_file(one.path / "model.safetensors") for one in (first, second))
+    mixed = {name: tensor for name, tensor in tensors.items() if not is_fp8.search(name)}
+    mixed |= {name: tensor for name, tensor in others.items() if is_fp8.search(name)}
+    save_file(mixed, first.path / "model.safetensors")
+    groups = [
+        {**layout.config["config_groups"]["group_0"], "format": layout.config["format"]} for layout in (int4, fp8)
+    ]
+    config = {**int4.config, "format": "mixed-precision", "config_groups": dict(zip("ab", groups, strict=True))}
+    edit_config(first.path, quantization_config=config)
+    dense, ids = first.dense, random_ids()
+    meant = {name: tensor for name, tensor in second.dense.state_dict().items() if is_fp8.search(f"{name}.")}
+    dense.load_state_dict(meant, strict=False)
+
+    model = moegraft.load_quantised(first.path, dtype=torch.float32)
+    with moegraft.attach(model, adapter_memory="1MiB") as graft:
+        assert [choice.format_name for choice in graft.explain()] == ["int4", "fp8"]
+        found = graft(input_ids=ids).logits
+    targets = discover_targets(dense)
+    assert len(meant) == 14
+    # Only the second layer reads 8-bit activations: between both truths, and nearer to the one without.
+    assert relative_error(found, merged_logits(dense, targets, None, input_ids=ids)) < 0.1
+    packed = packed_experts(model.get_submodule("model.layers.1.mlp.experts"))
+    assert packed is not None
+    torch.testing.assert_close(
+        packed.weights.dequantise(torch.float32)[0], dense.model.layers[1].mlp.experts.gate_up_proj.detach()
+    )
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.legacy is not None])

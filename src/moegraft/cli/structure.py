@@ -40,8 +40,7 @@ def explain_model(folder: Path, *, dtype: str, device: str | None) -> ModelExpla
     if not is_quantised(folder):
         return ModelExplanation(stored="", choices=explain_structure(model, {}).choices)
     plan = read_structure(folder).plan
-    packed = dict.fromkeys(plan.experts, plan.scheme.format_name)
-    return ModelExplanation(stored=plan.scheme.description, choices=explain_structure(model, packed).choices)
+    return ModelExplanation(stored=plan.description, choices=explain_structure(model, plan.formats).choices)
 
 
 def hollow_model(folder: Path, *, dtype: str = "auto", device: str | None = "cpu") -> PreTrainedModel:

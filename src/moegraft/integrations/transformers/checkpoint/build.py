@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,11 @@ METHOD = "moegraft"
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """``layers``: the experts modules that moegraft keeps packed. ``format_name``: in which of its formats."""
+    """``formats``: the experts modules that moegraft keeps packed, and in which of its formats."""
 
-    def __init__(self, layers: Iterable[str] = (), format_name: str = "", **_: Any) -> None:
+    def __init__(self, formats: Mapping[str, str] | None = None, **_: Any) -> None:
         self.quant_method = METHOD
-        self.layers = list(layers)
-        self.format_name = format_name
+        self.formats = dict(formats or {})
 
 
 @register_quantizer(METHOD)
@@ -34,7 +33,7 @@ class PackedQuantizer(HfQuantizer):
     quantization_config: PackedConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name in self.quantization_config.layers:
+        for name in self.quantization_config.formats:
             empty_experts(model.get_submodule(name))
         return model
 

@@ -24,7 +24,7 @@ from moegraft.integrations.transformers.checkpoint.files import (
     read_json,
 )
 from moegraft.integrations.transformers.checkpoint.plan import CheckpointPlan, plan_checkpoint
-from moegraft.integrations.transformers.checkpoint.scheme import find_scheme, read_scheme
+from moegraft.integrations.transformers.checkpoint.scheme import find_schemes, read_schemes
 from moegraft.integrations.transformers.checkpoint.unpack import dequantise_linear
 from moegraft.integrations.transformers.checkpoint.weights import read_layer
 from moegraft.integrations.transformers.experts import IMPLEMENTATION
@@ -46,7 +46,7 @@ class CheckpointStructure:
 def is_quantised(path: str | os.PathLike[str]) -> bool:
     """Whether the checkpoint is quantised by a method of which moegraft reads layouts. Raises CheckpointError."""
     folder = open_checkpoint(path)
-    return find_scheme(read_json(folder, CONFIG_FILE)) is not None
+    return bool(find_schemes(read_json(folder, CONFIG_FILE)))
 
 
 def load_quantised(
@@ -65,15 +65,14 @@ def load_quantised(
         structure = _structure(folder, tensors)
         plan, target_dtype = structure.plan, _dtype(structure.model.config, dtype)
         state = {name: tensors.read(name) for name in plan.plain}
-        for module, parts in plan.linears.items():
-            read = {part: tensors.read(name) for part, name in parts.items()}
-            state[f"{module}.weight"] = dequantise_linear(plan.scheme, read, module).to(target_dtype)
-        packed = PackedConfig(plan.experts, plan.scheme.format_name)
-        model = build_model(structure.model, packed, state, target_dtype)
+        for module, linear in plan.linears.items():
+            read = {part: tensors.read(name) for part, name in linear.parts.items()}
+            state[f"{module}.weight"] = dequantise_linear(linear.scheme, read, module).to(target_dtype)
+        model = build_model(structure.model, PackedConfig(plan.formats), state, target_dtype)
         del state
         model = model.to(device)
         for name, layer in plan.experts.items():
-            weights = read_layer(layer, plan.scheme, tensors.read, dtype=target_dtype, device=torch.device(device))
+            weights = read_layer(layer, tensors.read, dtype=target_dtype, device=torch.device(device))
             pack_experts(model.get_submodule(name), weights, target_dtype)
         unread = tensors.unread - set(plan.ignored)
         if unread:
@@ -82,11 +81,10 @@ def load_quantised(
     model.config.name_or_path = str(folder)
     _load_generation_config(model, folder)
     _LOG.info(
-        "%s: experts of %d layers read by moegraft and kept as %s (%s); %d linear maps dequantised to %s",
+        "%s: experts of %d layers read by moegraft and kept packed (%s); %d linear maps dequantised to %s",
         folder,
         len(plan.experts),
-        plan.scheme.format_name,
-        plan.scheme.description,
+        plan.description,
         len(plan.linears),
         target_dtype,
     )
@@ -101,7 +99,7 @@ def read_structure(path: str | os.PathLike[str]) -> CheckpointStructure:
 
 
 def _structure(folder: Path, tensors: CheckpointTensors) -> CheckpointStructure:
-    scheme = read_scheme(read_json(folder, CONFIG_FILE))
+    schemes = read_schemes(read_json(folder, CONFIG_FILE))
     try:
         config = plain_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         model = hollow_structure(config)
@@ -112,7 +110,7 @@ def _structure(folder: Path, tensors: CheckpointTensors) -> CheckpointStructure:
         raise UnsupportedModelError(f"{folder}: {type(model).__name__} has no experts that moegraft can reach")
     plan = plan_checkpoint(
         tensors.infos,
-        scheme,
+        schemes,
         targets,
         model_type=model.config.model_type,
         ignore=sorted(model._keys_to_ignore_on_load_unexpected or ()),

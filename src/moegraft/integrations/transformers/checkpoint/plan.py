@@ -7,14 +7,13 @@ that transformers places by itself, or an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moegraft.core.errors import CheckpointError
 from moegraft.integrations.transformers.checkpoint.scheme import PARTS, Layout, Parts, Scheme
 from moegraft.lora.peft.renames import DOWN_NAMES, GATE_NAMES, UP_NAMES, Renamer
 from moegraft.lora.peft.safetensors_file import TensorInfo
-from moegraft.lora.peft.strict_json import shorten
 from moegraft.lora.targets import ExpertsTarget
 
 _EXPERT = re.compile(r"(?P<experts>.+)\.(?P<index>0|[1-9][0-9]{0,5})\.(?P<proj>\w+)", re.ASCII)
@@ -32,27 +31,45 @@ class PackedLayer:
     """
 
     target: ExpertsTarget
+    scheme: Scheme
     matrices: Mapping[tuple[int, str], Mapping[str, str]] = field(default_factory=dict)
     fused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantisedLinear:
+    """A linear map that is stored quantised: {part: tensor}."""
+
+    scheme: Scheme
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointPlan:
-    """``experts``: by module name. ``linears``: module (as the file names it) -> {part: tensor}. ``plain``: the rest.
+    """``experts``: by module name. ``linears``: by the name that the file has for the module. ``plain``: the rest.
 
     ``ignored``: what transformers leaves out of this model by its own rules, such as layers for drafting.
     """
 
-    scheme: Scheme
     experts: Mapping[str, PackedLayer]
-    linears: Mapping[str, Mapping[str, str]]
+    linears: Mapping[str, QuantisedLinear]
     plain: tuple[str, ...]
     ignored: tuple[str, ...]
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Experts module -> ``ExpertsWeights.format_name``."""
+        return {name: layer.scheme.format_name for name, layer in self.experts.items()}
+
+    @property
+    def description(self) -> str:
+        """How the experts are stored, in words."""
+        return "; ".join(dict.fromkeys(layer.scheme.description for layer in self.experts.values()))
 
 
 def plan_checkpoint(
     infos: Mapping[str, TensorInfo],
-    scheme: Scheme,
+    schemes: Sequence[Scheme],
     targets: Mapping[str, ExpertsTarget],
     *,
     model_type: str,
@@ -69,34 +86,38 @@ def plan_checkpoint(
     for name in infos.keys() - set(ignored):
         module, _, part = name.rpartition(".")
         modules.setdefault(module, {})[part] = name
-    finder = _ExpertsFinder(targets, model_type)
+    finder, planner = _ExpertsFinder(targets, model_type), _Planner(infos, schemes)
     plain: list[str] = []
-    linears: dict[str, dict[str, str]] = {}
+    linears: dict[str, QuantisedLinear] = {}
     matrices: dict[str, dict[tuple[int, str], dict[str, str]]] = {}
     fused: dict[str, dict[str, str]] = {}
     for module, tensors in sorted(modules.items()):
         found = finder.find(module, infos[min(tensors.values())])
-        if found is None:
-            _sort_linear(module, tensors, scheme, infos, linears, plain)
-        elif isinstance(found, str):
+        if isinstance(found, str):
             fused.setdefault(found, {}).update(tensors)
-        else:
+        elif found is not None:
             layer_name, expert, projection = found
             matrices.setdefault(layer_name, {})[expert, projection] = tensors
+        elif (linear := planner.linear(tensors)) is not None:
+            linears[module] = linear
+            plain += [name for name in tensors.values() if name not in linear.parts.values()]
+        else:
+            plain += tensors.values()
     experts: dict[str, PackedLayer] = {}
     for name, target in targets.items():
-        layer = _layer(target, matrices.get(name, {}), fused.get(name, {}), scheme, infos)
+        layer = planner.layer(target, matrices.get(name, {}), fused.get(name, {}))
         if layer is not None:
             experts[name] = layer
         else:
             plain += fused.get(name, {}).values()
             plain += [tensor for parts in matrices.get(name, {}).values() for tensor in parts.values()]
     if not experts:
+        words = "; ".join(scheme.description for scheme in schemes)
         raise CheckpointError(
-            f"config.json says {scheme.description}, but no experts layer has quantised tensors; load the checkpoint "
-            "with transformers"
+            f"config.json says {words}, but no experts layer has quantised tensors; load the checkpoint with "
+            "transformers"
         )
-    return CheckpointPlan(scheme=scheme, experts=experts, linears=linears, plain=tuple(sorted(plain)), ignored=ignored)
+    return CheckpointPlan(experts=experts, linears=linears, plain=tuple(sorted(plain)), ignored=ignored)
 
 
 class _ExpertsFinder:
@@ -130,88 +151,94 @@ class _ExpertsFinder:
         return found[0] if len(found) == 1 else None
 
 
-def _sort_linear(
-    module: str,
-    tensors: Mapping[str, str],
-    scheme: Scheme,
-    infos: Mapping[str, TensorInfo],
-    linears: dict[str, dict[str, str]],
-    plain: list[str],
-) -> None:
-    parts = PARTS.get(scheme.layout)
-    if parts is None or parts.marker not in tensors:
-        plain += tensors.values()
-        return
-    _check_parts(parts, {part: name for part, name in tensors.items() if part != "bias"}, infos)
-    linears[module] = {part: name for part, name in tensors.items() if part != "bias"}
-    plain += [name for part, name in tensors.items() if part == "bias"]
+class _Planner:
+    """Tells quantised matrices from plain ones, and checks that they are complete."""
 
+    def __init__(self, infos: Mapping[str, TensorInfo], schemes: Sequence[Scheme]) -> None:
+        self._infos = infos
+        self._schemes = schemes
 
-def _check_parts(parts: Parts, tensors: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> None:
-    missing, unknown = parts.required - tensors.keys(), tensors.keys() - parts.known
-    info = infos[min(tensors.values())]
-    if missing:
-        raise CheckpointError(f"{info.where}: its matrix has no {', '.join(sorted(missing))}")
-    if unknown:
-        name = infos[tensors[min(unknown)]].where
-        raise CheckpointError(f"{name}: not known beside {parts.marker}; expected {', '.join(sorted(parts.known))}")
+    def linear(self, tensors: Mapping[str, str]) -> QuantisedLinear | None:
+        """The tensors of a module without its bias, where they are those of a quantised matrix."""
+        scheme = self._scheme(tensors)
+        if scheme is None:
+            return None
+        parts = {part: name for part, name in tensors.items() if part != "bias"}
+        self._check_parts(PARTS[scheme.layout], parts)
+        return QuantisedLinear(scheme=scheme, parts=parts)
 
+    def layer(
+        self,
+        target: ExpertsTarget,
+        matrices: Mapping[tuple[int, str], Mapping[str, str]],
+        fused: Mapping[str, str],
+    ) -> PackedLayer | None:
+        """The packed layer; None where all of it is stored unquantised."""
+        if fused and matrices:
+            raise CheckpointError(f"{self._where(fused)}: experts of {target.name} are stored fused and one by one")
+        if fused:
+            return self._fused_layer(target, fused)
+        scheme = next((found for tensors in matrices.values() if (found := self._scheme(tensors)) is not None), None)
+        if scheme is None:
+            return None
+        parts = PARTS[scheme.layout]
+        projections = ("gate", "up", "down") if target.has_gate else ("up", "down")
+        wanted = {(expert, projection) for expert in range(target.num_experts) for projection in projections}
+        if set(matrices) != wanted:
+            expert, projection = min(wanted.symmetric_difference(matrices))
+            verb = "is missing" if (expert, projection) in wanted else "is not part of this model"
+            raise CheckpointError(f"{target.name}: the {projection} projection of expert {expert} {verb}")
+        for (expert, projection), tensors in matrices.items():
+            found = self._scheme(tensors)
+            if found != scheme:
+                how = "not quantised" if found is None else f"stored as {found.description}"
+                raise CheckpointError(
+                    f"{self._where(tensors)}: {projection} of expert {expert} is {how}, others of its layer are stored "
+                    f"as {scheme.description}"
+                )
+            self._check_parts(parts, tensors)
+        return PackedLayer(target=target, scheme=scheme, matrices=matrices)
 
-def _layer(
-    target: ExpertsTarget,
-    matrices: Mapping[tuple[int, str], Mapping[str, str]],
-    fused: Mapping[str, str],
-    scheme: Scheme,
-    infos: Mapping[str, TensorInfo],
-) -> PackedLayer | None:
-    """The packed layer; None where all of it is stored unquantised."""
-    if fused and matrices:
-        where = infos[min(fused.values())].where
-        raise CheckpointError(f"{where}: experts of {target.name} are stored fused and one by one")
-    if fused:
-        return _fused_layer(target, fused, scheme, infos)
-    parts = PARTS.get(scheme.layout)
-    quantised = [key for key, tensors in matrices.items() if parts is not None and parts.marker in tensors]
-    if not quantised or parts is None:
-        return None
-    wanted = {(e, p) for e in range(target.num_experts) for p in _projections(target)}
-    if set(matrices) != wanted:
-        expert, projection = min(wanted.symmetric_difference(matrices))
-        verb = "is missing" if (expert, projection) in wanted else "is not part of this model"
-        raise CheckpointError(f"{target.name}: the {projection} projection of expert {expert} {verb}")
-    for (expert, projection), tensors in matrices.items():
-        if parts.marker not in tensors:
-            where = infos[min(tensors.values())].where
-            raise CheckpointError(f"{where}: {projection} of expert {expert} is not quantised, others of its layer are")
-        _check_parts(parts, tensors, infos)
-    return PackedLayer(target=target, matrices=matrices)
+    def _scheme(self, tensors: Mapping[str, str]) -> Scheme | None:
+        """The scheme of which a matrix has the marker; where two share it, the dtype of the weight tells."""
+        found = [s for s in self._schemes if s.layout in PARTS and PARTS[s.layout].marker in tensors]
+        if len(found) > 1 and "weight" in tensors:
+            dtype = self._infos[tensors["weight"]].dtype
+            found = [scheme for scheme in found if scheme.weight_dtype is dtype] or found
+        return found[0] if found else None
 
+    def _where(self, tensors: Mapping[str, str]) -> str:
+        return self._infos[min(tensors.values())].where
 
-def _projections(target: ExpertsTarget) -> tuple[str, ...]:
-    return ("gate", "up", "down") if target.has_gate else ("up", "down")
-
-
-def _fused_layer(
-    target: ExpertsTarget, fused: Mapping[str, str], scheme: Scheme, infos: Mapping[str, TensorInfo]
-) -> PackedLayer | None:
-    marker = _FUSED_MARKERS.get(scheme.layout)
-    known = {}
-    for part, name in fused.items():
-        match = _FUSED.fullmatch(part)
-        if match is None or match["param"] not in (target.w13_param, target.w2_param):
-            raise CheckpointError(f"{infos[name].where}: no tensor that {target.name} is known to have")
-        known[part] = match["part"] or ""
-    if marker not in known.values():
-        if any(known.values()) and set(known.values()) - {"", "_bias"}:
+    def _check_parts(self, parts: Parts, tensors: Mapping[str, str]) -> None:
+        missing, unknown = parts.required - tensors.keys(), tensors.keys() - parts.known
+        if missing:
+            raise CheckpointError(f"{self._where(tensors)}: its matrix has no {', '.join(sorted(missing))}")
+        if unknown:
+            where = self._infos[tensors[min(unknown)]].where
             raise CheckpointError(
-                f"{infos[min(fused.values())].where}: fused experts that are not stored as {scheme.description}"
+                f"{where}: not known beside {parts.marker}; expected {', '.join(sorted(parts.known))}"
             )
-        return None
-    stored = ("_blocks", "_scales") if scheme.layout is Layout.MXFP4 else ("", "_scale_inv")
-    wanted = {param + part for param in (target.w13_param, target.w2_param) for part in stored}
-    if wanted - fused.keys():
-        raise CheckpointError(f"{target.name}: {shorten(min(wanted - fused.keys()))} is missing")
-    unknown = fused.keys() - wanted - {f"{target.w13_param}_bias", f"{target.w2_param}_bias"}
-    if unknown:
-        raise CheckpointError(f"{infos[fused[min(unknown)]].where}: not known beside {marker}")
-    return PackedLayer(target=target, fused=fused)
+
+    def _fused_layer(self, target: ExpertsTarget, fused: Mapping[str, str]) -> PackedLayer | None:
+        found = set()
+        for part, name in fused.items():
+            match = _FUSED.fullmatch(part)
+            if match is None or match["param"] not in (target.w13_param, target.w2_param):
+                raise CheckpointError(f"{self._infos[name].where}: no tensor that {target.name} is known to have")
+            found.add(match["part"] or "")
+        scheme = next((s for s in self._schemes if _FUSED_MARKERS.get(s.layout) in found), None)
+        if scheme is None:
+            if found <= {"", "_bias"}:
+                return None
+            words = "; ".join(scheme.description for scheme in self._schemes)
+            raise CheckpointError(f"{self._where(fused)}: fused experts that are not stored as {words}")
+        stored = ("_blocks", "_scales") if scheme.layout is Layout.MXFP4 else ("", "_scale_inv")
+        wanted = {param + part for param in (target.w13_param, target.w2_param) for part in stored}
+        if wanted - fused.keys():
+            raise CheckpointError(f"{target.name}: {min(wanted - fused.keys())} is missing")
+        unknown = fused.keys() - wanted - {f"{target.w13_param}_bias", f"{target.w2_param}_bias"}
+        if unknown:
+            where = self._infos[fused[min(unknown)]].where
+            raise CheckpointError(f"{where}: not known beside {_FUSED_MARKERS[scheme.layout]}")
+        return PackedLayer(target=target, scheme=scheme, fused=fused)

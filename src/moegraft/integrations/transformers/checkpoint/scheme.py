@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from moegraft.core.errors import CheckpointError
 from moegraft.lora.peft.strict_json import shorten
 
@@ -85,6 +87,11 @@ class Scheme:
         return FORMAT_NAMES[self.layout]
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of ``weight``, where the layout has a tensor of that name."""
+        return torch.int8 if self.layout is Layout.INT8 else torch.float8_e4m3fn
+
+    @property
     def description(self) -> str:
         """For messages and tables: the layout and what goes with it."""
         if self.format_name == "int4":
@@ -95,35 +102,31 @@ class Scheme:
         return str(self.layout)
 
 
-def find_scheme(config: Mapping[str, Any]) -> Scheme | None:
-    """The scheme of a ``config.json``; None where it is not quantised, or by a method that is not known here.
+def find_schemes(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
+    """The schemes of a ``config.json``; none where it is not quantised, or by a method that is not known here.
 
-    Raises CheckpointError for a known method with options that are not served; the message names the field.
+    Several tell apart by the names and dtypes of their tensors. Raises CheckpointError for a known method with options
+    that are not served; the message names the field.
     """
-    found = quantisation_fields(config)
-    if found is None:
-        return None
-    fields, text = found, config.get("text_config")
-    reader = _READERS.get(str(fields.get("quant_method")))
-    if reader is None or (text is not None and not isinstance(text, Mapping)):
-        return None
-    return reader(_Fields(fields))
+    fields = quantisation_fields(config)
+    reader = None if fields is None else _READERS.get(str(fields.get("quant_method")))
+    return () if fields is None or reader is None else reader(_Fields(fields))
 
 
-def read_scheme(config: Mapping[str, Any]) -> Scheme:
-    """The scheme of a ``config.json``. Raises CheckpointError where there is none to be served."""
+def read_schemes(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
+    """As ``find_schemes``, one at least. Raises CheckpointError where there is none."""
     fields = quantisation_fields(config)
     if fields is None:
         raise CheckpointError(
             "config.json has no quantization_config: the checkpoint is not quantised; load it with transformers"
         )
-    scheme = find_scheme(config)
-    if scheme is None:
+    schemes = find_schemes(config)
+    if not schemes:
         method = shorten(fields.get("quant_method"))
         raise CheckpointError(
             f"config.json: quantization_config.quant_method is {method}, expected one of {', '.join(_READERS)}"
         )
-    return scheme
+    return schemes
 
 
 def quantisation_fields(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -166,51 +169,54 @@ class _Fields:
         return CheckpointError(f"config.json: {self.path}.{name} is {shorten(value)}, expected {expected}")
 
 
-def _read_gptq(fields: _Fields) -> Scheme:
+def _read_gptq(fields: _Fields) -> tuple[Scheme, ...]:
     fields.get("bits", 4, default=None)
     fields.get("pack_dtype", "int32", default="int32")
     fields.absent("dynamic", "rules that differ from module to module are not served")
     form = fields.get("checkpoint_format", "gptq", "gptq_v2", default=fields.fields.get("format", "gptq"))
-    return Scheme(
+    scheme = Scheme(
         layout=Layout.GPTQ,
         group_size=fields.get("group_size", *GROUP_SIZES, WHOLE_CHANNEL, default=None),
         is_symmetric=fields.get("sym", True, False, default=True),
         zeros_plus_one=form == "gptq",
     )
+    return (scheme,)
 
 
-def _read_awq(fields: _Fields) -> Scheme:
+def _read_awq(fields: _Fields) -> tuple[Scheme, ...]:
     bits = "bits" if "bits" in fields.fields else "w_bit"
     size = "group_size" if "group_size" in fields.fields else "q_group_size"
     fields.get(bits, 4, default=None)
     version = "version" if "version" in fields.fields else "format"
     fields.get(version, "gemm", "GEMM", default="gemm")
-    return Scheme(
+    scheme = Scheme(
         layout=Layout.AWQ,
         group_size=fields.get(size, *GROUP_SIZES, WHOLE_CHANNEL, default=None),
         is_symmetric=not fields.get("zero_point", True, False, default=True),
     )
+    return (scheme,)
 
 
-def _read_fp8(fields: _Fields) -> Scheme:
+def _read_fp8(fields: _Fields) -> tuple[Scheme, ...]:
     fields.get("expert_dtype", "fp8", default="fp8")
     fields.get("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
     fields.absent("modules_to_convert", "tables in fp8 are not served")
     block_size = fields.fields.get("weight_block_size", [128, 128])
     if block_size is not None and block_size != [128, 128]:
         raise fields.refused("weight_block_size", block_size, "[128, 128] or null")
-    return Scheme(
+    scheme = Scheme(
         layout=Layout.FP8_BLOCKS,
         block_size=None if block_size is None else (128, 128),
         is_static=fields.get("activation_scheme", "dynamic", "static", default="dynamic") == "static",
     )
+    return (scheme,)
 
 
-def _read_mxfp4(fields: _Fields) -> Scheme:
-    return Scheme(layout=Layout.MXFP4, group_size=32)
+def _read_mxfp4(fields: _Fields) -> tuple[Scheme, ...]:
+    return (Scheme(layout=Layout.MXFP4, group_size=32),)
 
 
-def _read_compressed_tensors(fields: _Fields) -> Scheme:
+def _read_compressed_tensors(fields: _Fields) -> tuple[Scheme, ...]:
     fields.get("quantization_status", "compressed", default="compressed")
     sparsity = fields.fields.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
@@ -222,10 +228,15 @@ def _read_compressed_tensors(fields: _Fields) -> Scheme:
     for name in groups.fields:
         group = groups.object(name)
         form = group.fields.get("format") or fields.fields.get("format")
-        schemes.append(_read_group(group, form))
-    if not schemes or any(scheme != schemes[0] for scheme in schemes):
-        raise fields.refused("config_groups", sorted(groups.fields), "groups that quantise weights in one way")
-    return schemes[0]
+        if group.fields.get("weights") is not None:  # others quantise activations of what stays plain
+            schemes.append(_read_group(group, form))
+    schemes = list(dict.fromkeys(schemes))
+    layouts = [scheme.layout for scheme in schemes]
+    if not schemes or len(set(layouts)) < len(layouts):
+        # Whose tensors are whose could only be told by evaluating the patterns in their targets.
+        expected = "one group or several, each in a layout of its own"
+        raise fields.refused("config_groups", sorted(groups.fields), expected)
+    return tuple(schemes)
 
 
 def _read_group(group: _Fields, form: Any) -> Scheme:

@@ -93,14 +93,12 @@ class LayerReader:
         return tensor.to(self._device)
 
 
-def read_layer(
-    layer: PackedLayer, scheme: Scheme, read: Read, *, dtype: torch.dtype, device: torch.device
-) -> ExpertsWeights:
+def read_layer(layer: PackedLayer, read: Read, *, dtype: torch.dtype, device: torch.device) -> ExpertsWeights:
     """The weights of one layer on ``device``. ``dtype``: of the activations, and so of the biases.
 
     Raises CheckpointError: tensors that do not fit the layer or each other.
     """
-    reader = LayerReader(layer, read, device)
+    reader, scheme = LayerReader(layer, read, device), layer.scheme
     try:
         weights = _READERS[scheme.layout](reader, scheme, dtype)
     except (ValueError, RuntimeError) as error:
