@@ -14,8 +14,6 @@ from moegraft.lora.punica import PunicaWrapperBase
 from moegraft.lora.punica.sharded import ShardedLinearPunica
 from moegraft.moe.expert_parallel import expert_parallel_pair
 from moegraft.moe.layer import FusedMoE
-from moegraft.moe.prepare_finalize import FusedMoEPrepareAndFinalize
-from moegraft.moe.tensor_parallel import TensorParallelPrepareAndFinalize
 from moegraft.oracle import Decision
 from moegraft.parallel import Communicator, ExpertsSlice, LinearSlice, ParallelGroups
 from moegraft.parallel.expert_map import ExpertMap
@@ -49,11 +47,7 @@ def build_parallel_moe(
     ``config``: of the whole layer. Raises NoBackendError.
     """
     local = replace(config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
-    pair: FusedMoEPrepareAndFinalize
-    if groups.ep.size == 1:
-        pair = TensorParallelPrepareAndFinalize(config, groups.tp)
-    else:
-        pair = expert_parallel_pair(config, weights, groups, expert_map)
+    pair = expert_parallel_pair(config, weights, groups, expert_map)
     return build_fused_moe(local, weights, backend=backend, prepare_finalize=pair, parallel=groups.config)
 
 

@@ -20,7 +20,7 @@ def expert_parallel_pair(
 
     ``config`` is the whole layer's, ``weights`` are this rank's.
     """
-    if not groups.config.data_parallel and groups.ep.size == 1:
+    if groups.ep.size == 1:
         return TensorParallelPrepareAndFinalize(config, groups.tp)
     if not groups.config.data_parallel:
         return ReplicatedPrepareAndFinalize(config, weights, groups, expert_map)
