@@ -19,32 +19,37 @@ from moegraft.testing.poison import poison_allocations
 from moegraft.tuning.heuristic import heuristic_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
 
-SMALL = MoEConfig(num_experts=4, top_k=2, hidden_size=160, intermediate_size=96)
+SMALL = MoEConfig(num_experts=3, top_k=2, hidden_size=160, intermediate_size=96)
 RANKS = tuple(LoRASpec(r_gate=r, r_up=r, r2=r) for r in (1, 16, 20))
 CASES = {
-    "plain": MoECase(name="plain", config=SMALL, adapters=RANKS, routing=Routing.SENTINELS),
+    "plain": MoECase(name="plain", config=SMALL, num_tokens=6, adapters=RANKS, routing=Routing.SENTINELS),
     "whole_granules": MoECase(
-        name="whole_granules", config=replace(SMALL, hidden_size=256, intermediate_size=128), adapters=RANKS
+        name="whole_granules", config=replace(SMALL, hidden_size=256, intermediate_size=128), num_tokens=4
     ),
     "odd_sizes": MoECase(name="odd_sizes", config=replace(SMALL, hidden_size=37, intermediate_size=19), num_tokens=5),
     "gpt_oss": MoECase(
         name="gpt_oss",
         config=replace(SMALL, activation=Activation(kind=ActivationKind.SWIGLU_OAI), has_bias=True),
+        num_tokens=6,
         adapters=(LoRASpec(expert_ids=(1, 2), r_up=0), LoRASpec(shared_outer=True), LoRASpec(r2=0)),
     ),
     "no_gate": MoECase(
-        name="no_gate", config=replace(SMALL, activation=Activation(kind=ActivationKind.RELU2, gated=False))
+        name="no_gate",
+        config=replace(SMALL, activation=Activation(kind=ActivationKind.RELU2, gated=False)),
+        num_tokens=4,
     ),
     "no_tokens": MoECase(name="no_tokens", config=SMALL, num_tokens=0),
     "one_token": MoECase(name="one_token", config=SMALL, num_tokens=1, base_share=0.0),
     "one_hot_expert": MoECase(
         name="one_hot_expert", config=replace(SMALL, top_k=1), num_tokens=21, routing=Routing.HOT
     ),
-    "weight_on_input": MoECase(name="weight_on_input", config=replace(SMALL, apply_router_weight_on_input=True)),
+    "weight_on_input": MoECase(
+        name="weight_on_input", config=replace(SMALL, apply_router_weight_on_input=True), num_tokens=4
+    ),
 }
 TILES = {
-    "left_to_right": GemmTile(block_n=32, block_k=128),
-    "swapped": GemmTile(block_n=32, block_k=256, swapped=True),
+    "left_to_right": GemmTile(block_n=128, block_k=128),
+    "swapped": GemmTile(block_n=128, block_k=256, swapped=True),
 }
 
 
@@ -98,6 +103,6 @@ def test_layer_matches_merged_weights(name: str, format: str) -> None:
 @pytest.mark.parametrize("block_m", [16, 64])
 def test_every_format_in_either_order(format: str, order: str, block_m: int) -> None:
     """Both orders of the operands; scales on the sums (small blocks) and on the weights; steps of two granules."""
-    shape = TuningShape(num_tokens=12, num_experts=4, top_k=2, hidden_size=160, intermediate_size=96)
+    shape = TuningShape(num_tokens=6, num_experts=3, top_k=2, hidden_size=160, intermediate_size=96)
     tiles = replace(heuristic_tiles(shape), block_m=block_m, gemm13=TILES[order], gemm2=TILES[order])
     check("plain", format, tiles)

@@ -3,7 +3,8 @@
 A *granule* is 128 inputs of one output row: four runs of 32 inputs, and word i of its 32 words (int16) holds input i of
 each run. A kernel so gets four operands of 32 inputs from one load, each with one shift and one mask, and no number has
 to move to another thread. The words of all rows for one granule are neighbours, so that a tile of rows is one piece of
-memory. Scales (and zero points) of a granule lie the same way, S = 128 / group of them a row.
+memory. Scales (and zero points) of a granule lie the same way, S = 128 / group of them a row, in no less than the four
+bytes that an asynchronous copy takes: a scale alone is float32, zero points share 32 bits.
 
 Shape letters: E experts · R output rows · I inputs · P granules of 128 inputs · S scales a granule
 """
@@ -24,14 +25,16 @@ GRANULE = 128
 RUN = 32
 RUNS = GRANULE // RUN
 
+_ZEROS = {1: torch.int32, 2: torch.int16, 4: torch.uint8}
+
 
 @dataclass(frozen=True, kw_only=True)
 class FourBitMatrix(ABC):
     """[..., R, I] with any leading axes, 4 bits a number.
 
-    ``packed`` int16 [..., P, R, 32] · ``scales`` [..., P, R, S] · ``zeros`` uint8 like scales, or absent · ``group``:
-    inputs that share a scale, 32, 64 or 128; 0: all of a row, and P is 1 for scales and zeros. Inputs that pad a row to
-    whole granules have any number: a kernel gives them zeros.
+    ``packed`` int16 [..., P, R, 32] · ``scales`` [..., P, R, S], float32 where S is 1 · ``zeros`` of 32 / S bits, like
+    scales, or absent · ``group``: inputs that share a scale, 32, 64 or 128; 0: all of a row, and scales and zeros have
+    P and S of 1. Inputs that pad a row to whole granules have any number: a kernel gives them zeros.
     """
 
     packed: torch.Tensor
@@ -42,7 +45,7 @@ class FourBitMatrix(ABC):
 
     def __post_init__(self) -> None:
         *lead, P, R, words = self.packed.shape
-        expected = (*lead, *((P, R, GRANULE // self.group) if self.group else (1, R, 1)))
+        expected = (*lead, P if self.group else 1, R, _scales_a_granule(self.group))
         if self.packed.dtype != torch.int16 or words != RUN or -(-self.num_inputs // GRANULE) != P:
             raise ValueError(
                 f"4-bit matrix: found packed {self.packed.dtype} {list(self.packed.shape)} for {self.num_inputs} "
@@ -94,8 +97,8 @@ class FourBitMatrix(ABC):
         words = cls.spread(padded.unflatten(-1, (padded.shape[-1] // GRANULE, RUNS, RUN)))
         return cls(
             packed=_to_int16(words).transpose(-3, -2).contiguous(),
-            scales=_to_granules(scales, group),
-            zeros=None if zeros is None else _to_granules(zeros.to(torch.uint8), group),
+            scales=_to_granules(scales.float() if _scales_a_granule(group) == 1 else scales, group),
+            zeros=None if zeros is None else _to_granules(zeros.to(_ZEROS[_scales_a_granule(group)]), group),
             num_inputs=num_inputs,
             group=group,
         )
@@ -183,6 +186,11 @@ class FourBitMatrix(ABC):
         )
 
 
+def _scales_a_granule(group: int) -> int:
+    """S of the shape letters."""
+    return GRANULE // group if group else 1
+
+
 def _to_int16(words: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
 
@@ -191,9 +199,9 @@ def _to_granules(rows: torch.Tensor, group: int) -> torch.Tensor:
     """[..., R, groups] as [..., P, R, S]."""
     if not group:
         return rows.unsqueeze(-3).contiguous()
-    a_granule = GRANULE // group
-    padded = pad(rows, [0, -rows.shape[-1] % a_granule])
-    return padded.unflatten(-1, (padded.shape[-1] // a_granule, a_granule)).transpose(-3, -2).contiguous()
+    S = _scales_a_granule(group)
+    padded = pad(rows, [0, -rows.shape[-1] % S])
+    return padded.unflatten(-1, (padded.shape[-1] // S, S)).transpose(-3, -2).contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

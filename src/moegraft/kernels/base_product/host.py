@@ -15,7 +15,6 @@ from moegraft.tuning.tiles import GemmTile
 FORMAT_CODES = {format: code for code, format in enumerate(WeightFormat)}
 """As device.py numbers them."""
 FOUR_BIT = frozenset({WeightFormat.INT4, WeightFormat.MXFP4})
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +66,19 @@ def _four_bit_operand(
     zeros: torch.Tensor | None,
     tile: GemmTile,
 ) -> BaseOperand:
-    """Scales and zero points of a granule as one integer; float32 scales as they are."""
-    assert scales is not None
+    """Scales and zero points as ``four_bit_weights`` made them."""
     use_tma = tile.tma and has_hopper_features(packed_EPRW.device)
     operand: torch.Tensor | TensorDescriptor = packed_EPRW
     if use_tma:
         words = packed_EPRW.shape[-1]
         rows = packed_EPRW.numel() // words
         operand = TensorDescriptor(packed_EPRW, [rows, words], [words, 1], [tile.block_n, words])
-    scale_words = scales if scales.dtype == torch.float32 else _as_words(scales)
     return BaseOperand(
-        tensors=(operand, scale_words, None if zeros is None else _as_words(zeros)),
+        tensors=(operand, scales, zeros),
         strides=(0, 0, 0),
         up_offset=0,
         options=_options(weights, use_tma),
     )
-
-
-def _as_words(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(_WORDS[tensor.shape[-1] * tensor.element_size()])
 
 
 def _options(weights: MoEWeights, use_tma: bool) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Products of 4-bit weights in the tile order of ``formats/four_bit.py``. The contract: ``base_product/device.py``.
 
 One load brings the words of a granule, 128 inputs of each column; shifts and masks make four runs of 32 inputs of them,
-in registers and where the matrix unit wants them: each run meets its 32 columns of x in a product of its own.
+in registers and where the matrix unit wants them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import triton.language as tl
 
 GRANULE = tl.constexpr(128)
 RUN = tl.constexpr(32)
-LATE_BLOCK_M = tl.constexpr(32)
-"""Up to here a group's sum takes fewer multiplications by the scale than its weights do."""
+SMALL_BLOCK_M = tl.constexpr(32)
+"""Up to here each run is a product of its own: less is in flight, and a group's sum takes fewer multiplications by the
+scale than its weights do. Beyond, a granule is one product, which the compiler cuts so that the next inputs become
+numbers while the matrix unit works."""
 
 
 @triton.jit
@@ -23,7 +25,7 @@ def int4_product(x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_p
     """(code - zero) * scale; SCALE_GROUP 0: one scale for all inputs of a column, which multiplies its sum."""
     return _four_bit_product(
         x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, False, LENGTH, COLUMNS, GATED,
-        SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED, PRECISION, BLOCK_M <= LATE_BLOCK_M,
+        SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED, PRECISION,
     )  # fmt: skip
 
 
@@ -35,7 +37,7 @@ def mxfp4_product(x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_
     """e2m1 * 2**scale. Number times scale is exact, and the product brings the number's exponent into place too."""
     return _four_bit_product(
         x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, True, LENGTH, COLUMNS, GATED,
-        SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED, PRECISION, False,
+        SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED, PRECISION,
     )  # fmt: skip
 
 
@@ -43,108 +45,129 @@ def mxfp4_product(x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_
 def _four_bit_product(x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, E2M1: tl.constexpr,
                       LENGTH: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, SCALE_GROUP: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr,
-                      SWAPPED: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr):  # fmt: skip
-    """``LATE``: scales multiply the sums of groups instead of the weights.
-
-    Scales and zero points of a step are loaded a step ahead. Columns and granules past the end are read at the last
-    one: nothing of them is kept, and x has zeros there.
-    """
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+                      SWAPPED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Columns and granules past the end are read at the last one: nothing of them is kept, and x has zeros there."""
     NUM: tl.constexpr = (LENGTH + GRANULE - 1) // GRANULE
     UNROLL: tl.constexpr = BLOCK_K // 128 if BLOCK_K > 128 else 1
     STEPS: tl.constexpr = (NUM + UNROLL - 1) // UNROLL
     IS_WHOLE: tl.constexpr = STEPS * UNROLL * GRANULE == LENGTH
     ROWS: tl.constexpr = COLUMNS * (1 + GATED)
-    SCALES: tl.constexpr = NUM if SCALE_GROUP > 0 else 1
-    AHEAD: tl.constexpr = LATE or SCALE_GROUP == 0
+    SCALED: tl.constexpr = NUM if SCALE_GROUP > 0 else 1  # granules that have scales
     row = tl.minimum(n * BLOCK_N + tl.arange(0, BLOCK_N), COLUMNS - 1)
-    i = tl.arange(0, RUN)
-    x_ptrs = x_ptr + x_index.to(tl.int64)[:, None] * stride_x + i[None, :]
-    first = expert.to(tl.int64) * NUM * ROWS
+    up_row = row + GATED * COLUMNS
+    x_ptrs = x_ptr + x_index.to(tl.int64) * stride_x
     w_ptrs = w_ptr
     if not USE_TMA:
-        w_ptrs += (first + row)[:, None] * RUN + i[None, :]
-    first = expert.to(tl.int64) * SCALES * ROWS
+        w_ptrs += (expert.to(tl.int64) * NUM * ROWS + row)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    first = expert.to(tl.int64) * SCALED * ROWS
+    # Scales of sums are no operand of a product, so that the compiler would load them where they are used.
+    AHEAD: tl.constexpr = SCALE_GROUP > 0 and BLOCK_M <= SMALL_BLOCK_M and not E2M1
     acc_up = _zeros(BLOCK_M, BLOCK_N, SWAPPED)
     acc_gate = acc_up
-    up_row = row + GATED * COLUMNS
     if AHEAD:
-        up_scale = _load_words(w_scale_ptr, first + up_row)
-        up_zero = _load_words(w_zero_ptr, first + up_row)
-        scale, zero = up_scale, up_zero
+        up_scales = _load_words(w_scale_ptr, first + up_row)
+        scales = up_scales
         if GATED:
-            scale = _load_words(w_scale_ptr, first + row)
-            zero = _load_words(w_zero_ptr, first + row)
+            scales = _load_words(w_scale_ptr, first + row)
     for step in range(STEPS):
         for part in tl.static_range(UNROLL):
-            granule = step * UNROLL + part
-            if STEPS * UNROLL != NUM:
-                granule = tl.minimum(granule, NUM - 1)
             k = (step * UNROLL + part) * GRANULE
-            here = first + granule * ROWS
-            if not AHEAD:
-                up_scale = _load_words(w_scale_ptr, here + up_row)
-                up_zero = _load_words(w_zero_ptr, here + up_row)
+            granule = tl.minimum(step * UNROLL + part, NUM - 1)
+            here = first
+            if SCALE_GROUP > 0:
+                here += granule * ROWS
             if GATED:
                 if not AHEAD:
-                    scale = _load_words(w_scale_ptr, here + row)
-                    zero = _load_words(w_zero_ptr, here + row)
+                    scales = _load_words(w_scale_ptr, here + row)
                 w = _load_tile(w_ptrs, expert, granule, 0, n, NUM, ROWS, COLUMNS, BLOCK_N, USE_TMA)
                 acc_gate = _add_granule(
-                    acc_gate, x_ptrs, live, k, w, w_scale_ptr, scale, zero, E2M1, LENGTH, IS_WHOLE, SCALE_GROUP,
-                    BLOCK_M, BLOCK_N, SWAPPED, PRECISION, LATE, DTYPE,
+                    acc_gate, x_ptrs, live, k, w, w_scale_ptr, w_zero_ptr, scales, here + row, E2M1, LENGTH, IS_WHOLE,
+                    SCALE_GROUP, BLOCK_M, BLOCK_N, SWAPPED, PRECISION,
                 )  # fmt: skip
+            if not AHEAD:
+                up_scales = _load_words(w_scale_ptr, here + up_row)
             w = _load_tile(w_ptrs, expert, granule, GATED, n, NUM, ROWS, COLUMNS, BLOCK_N, USE_TMA)
             acc_up = _add_granule(
-                acc_up, x_ptrs, live, k, w, w_scale_ptr, up_scale, up_zero, E2M1, LENGTH, IS_WHOLE, SCALE_GROUP,
-                BLOCK_M, BLOCK_N, SWAPPED, PRECISION, LATE, DTYPE,
+                acc_up, x_ptrs, live, k, w, w_scale_ptr, w_zero_ptr, up_scales, here + up_row, E2M1, LENGTH, IS_WHOLE,
+                SCALE_GROUP, BLOCK_M, BLOCK_N, SWAPPED, PRECISION,
             )  # fmt: skip
-            if AHEAD and SCALE_GROUP > 0:
-                ahead = first + tl.minimum(granule + 1, NUM - 1) * ROWS
-                up_scale = _load_words(w_scale_ptr, ahead + up_row)
-                up_zero = _load_words(w_zero_ptr, ahead + up_row)
+            if AHEAD:
+                here = first + tl.minimum(granule + 1, NUM - 1) * ROWS
+                up_scales = _load_words(w_scale_ptr, here + up_row)
                 if GATED:
-                    scale = _load_words(w_scale_ptr, ahead + row)
-                    zero = _load_words(w_zero_ptr, ahead + row)
+                    scales = _load_words(w_scale_ptr, here + row)
     if SCALE_GROUP == 0:
-        acc_up = _scale_columns(acc_up, _scale_of(w_scale_ptr, up_scale, 0, 1, False, DTYPE), SWAPPED)
+        acc_up = _scale_columns(acc_up, tl.load(w_scale_ptr + first + up_row), SWAPPED)
         if GATED:
-            acc_gate = _scale_columns(acc_gate, _scale_of(w_scale_ptr, scale, 0, 1, False, DTYPE), SWAPPED)
+            acc_gate = _scale_columns(acc_gate, tl.load(w_scale_ptr + first + row), SWAPPED)
     return acc_gate, acc_up
 
 
 @triton.jit
-def _add_granule(acc, x_ptrs, live, k, words, scale_ptr, scale_words, zero_words, E2M1: tl.constexpr,
+def _add_granule(acc, x_ptrs, live, k, words, scale_ptr, zero_ptr, scales, index, E2M1: tl.constexpr,
                  LENGTH: tl.constexpr, IS_WHOLE: tl.constexpr, SCALE_GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr,
-                 DTYPE: tl.constexpr):  # fmt: skip
-    """acc + x W of 128 inputs from ``k`` on."""
+                 BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc + x W of 128 inputs from ``k`` on; ``index``: where the columns' zero points of this granule lie."""
+    DTYPE: tl.constexpr = x_ptrs.dtype.element_ty
     RUNS: tl.constexpr = SCALE_GROUP // 32 if SCALE_GROUP > 0 else 4  # of one scale
-    SCALES: tl.constexpr = 4 // RUNS
+    IS_SMALL: tl.constexpr = BLOCK_M <= SMALL_BLOCK_M
+    LATE: tl.constexpr = IS_SMALL and not E2M1
     runs = _runs(words, E2M1, DTYPE)
+    zeros = _load_words(zero_ptr, index)
     total = acc
-    for j in tl.static_range(4):
-        if IS_WHOLE:
-            x = tl.load(x_ptrs + k + j * RUN, mask=live[:, None], other=0.0)
-        else:
-            k_live = tl.arange(0, RUN) < LENGTH - k - j * RUN
-            x = tl.load(x_ptrs + k + j * RUN, mask=live[:, None] & k_live[None, :], other=0.0)
-        w = runs[j]
-        if not E2M1:
-            w = w - _zero_of(zero_words, j // RUNS, DTYPE)
-        if SCALE_GROUP > 0:
-            s = _scale_of(scale_ptr, scale_words, j // RUNS, SCALES, E2M1, DTYPE)
-            if not LATE:
-                w = w * s[:, None]
-        if LATE and SCALE_GROUP > 0:
-            if j % RUNS == 0:
-                total = _zeros(BLOCK_M, BLOCK_N, SWAPPED)
-            total = _dot(x, w, total, SWAPPED, PRECISION)
-            if j % RUNS == RUNS - 1:
-                acc += _scale_columns(total, s, SWAPPED)
-        else:
-            acc = _dot(x, w, acc, SWAPPED, PRECISION)
+    if IS_SMALL:
+        for j in tl.static_range(4):
+            x = _load_x(x_ptrs, live, k + j * RUN, RUN, LENGTH, IS_WHOLE)
+            w = _number(runs[j], scale_ptr, zero_ptr, scales, zeros, j, E2M1, SCALE_GROUP, LATE)
+            if LATE and SCALE_GROUP > 0:
+                if j % RUNS == 0:
+                    total = _zeros(BLOCK_M, BLOCK_N, SWAPPED)
+                total = _dot(x, w, total, SWAPPED, PRECISION)
+                if j % RUNS == RUNS - 1:
+                    s = _scale_of(scale_ptr, scales, j, E2M1, SCALE_GROUP, DTYPE)
+                    acc += _scale_columns(total, s, SWAPPED)
+            else:
+                acc = _dot(x, w, acc, SWAPPED, PRECISION)
+    else:
+        x = _load_x(x_ptrs, live, k, GRANULE, LENGTH, IS_WHOLE)
+        first = _side_by_side(
+            _number(runs[0], scale_ptr, zero_ptr, scales, zeros, 0, E2M1, SCALE_GROUP, LATE),
+            _number(runs[1], scale_ptr, zero_ptr, scales, zeros, 1, E2M1, SCALE_GROUP, LATE),
+        )
+        second = _side_by_side(
+            _number(runs[2], scale_ptr, zero_ptr, scales, zeros, 2, E2M1, SCALE_GROUP, LATE),
+            _number(runs[3], scale_ptr, zero_ptr, scales, zeros, 3, E2M1, SCALE_GROUP, LATE),
+        )
+        acc = _dot(x, _side_by_side(first, second), acc, SWAPPED, PRECISION)
     return acc
+
+
+@triton.jit
+def _number(run, scale_ptr, zero_ptr, scales, zeros, j: tl.constexpr, E2M1: tl.constexpr,
+            SCALE_GROUP: tl.constexpr, LATE: tl.constexpr):  # fmt: skip
+    """The weights of run j, with their scale unless it is ``LATE``."""
+    if not E2M1:
+        run -= _zero_of(zero_ptr, zeros, j, SCALE_GROUP, run.dtype)
+    if SCALE_GROUP > 0 and not LATE:
+        run *= _scale_of(scale_ptr, scales, j, E2M1, SCALE_GROUP, run.dtype).to(run.dtype)[:, None]
+    return run
+
+
+@triton.jit
+def _side_by_side(a, b):
+    """[n, k] and [n, k] as [n, 2k]; in the layout of an operand, other names for the same registers."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _load_x(x_ptrs, live, k, WIDTH: tl.constexpr, LENGTH: tl.constexpr, IS_WHOLE: tl.constexpr):
+    """x [m, WIDTH] from column k on."""
+    i = tl.arange(0, WIDTH)
+    if IS_WHOLE:
+        x = tl.load(x_ptrs[:, None] + k + i[None, :], mask=live[:, None], other=0.0)
+    else:
+        x = tl.load(x_ptrs[:, None] + k + i[None, :], mask=live[:, None] & (i < LENGTH - k)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
@@ -160,7 +183,7 @@ def _load_tile(w_ptrs, expert, granule, half: tl.constexpr, n, NUM: tl.constexpr
 
 @triton.jit
 def _load_words(ptr, index):
-    """One element a column, with all scales (or zero points) of a granule in it; in float32, where they are."""
+    """One integer a column, with all scales (or zero points) that lie together in it; of floats, where they are."""
     words = index
     if ptr is not None:  # noqa: SIM102  # the compiler would look at both sides of an ``and``
         if ptr.dtype.element_ty.is_int():
@@ -169,31 +192,39 @@ def _load_words(ptr, index):
 
 
 @triton.jit
-def _scale_of(ptr, words, which: tl.constexpr, SCALES: tl.constexpr, E2M1: tl.constexpr, DTYPE: tl.constexpr):
-    """[BLOCK_N] in the dtype of x."""
+def _scale_of(ptr, words, j: tl.constexpr, E2M1: tl.constexpr, SCALE_GROUP: tl.constexpr,
+              DTYPE: tl.constexpr):  # fmt: skip
+    """[BLOCK_N] of run j: of e2m1 with the factor that its exponents lack."""
     if E2M1:
-        byte = ((words >> 8 * which) & 0xFF).to(tl.int32)
+        byte = ((words >> 8 * j) & 0xFF) + 126
         if DTYPE.is_fp32():
-            scale = ((byte + 126) << 23).to(tl.float32, bitcast=True)
+            scale = (byte << 23).to(tl.float32, bitcast=True)
         else:
-            scale = ((byte + 126) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+            scale = (byte << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
     elif DTYPE.is_fp32():
-        scale = tl.load(ptr + words * SCALES + which)
-    elif SCALES == 1 and words.dtype == tl.int32:
-        scale = words.to(tl.float32, bitcast=True).to(DTYPE)
+        scale = tl.load(ptr + words * (128 // SCALE_GROUP) + j * 32 // SCALE_GROUP)
+    elif SCALE_GROUP == 128:
+        scale = words.to(tl.float32, bitcast=True)
     else:
-        scale = (words >> 16 * which).to(tl.int16).to(DTYPE, bitcast=True)
+        scale = (words >> 16 * (j * 32 // SCALE_GROUP)).to(tl.int16).to(DTYPE, bitcast=True)
     return scale
 
 
 @triton.jit
-def _zero_of(words, which: tl.constexpr, DTYPE: tl.constexpr):
-    """What ``_runs`` makes of the zero point."""
-    OFFSET: tl.constexpr = 0.0 if DTYPE.is_fp32() else (128.0 if DTYPE.is_bf16() else 1024.0)
-    if words.dtype == tl.int64:  # positions, for want of zero points
-        zero = tl.full([1, 1], OFFSET + 8.0, DTYPE)
+def _zero_of(ptr, words, j: tl.constexpr, SCALE_GROUP: tl.constexpr, DTYPE: tl.constexpr):
+    """What ``_runs`` makes of the zero point of run j: [BLOCK_N, 1], or one for all columns."""
+    OFFSET: tl.constexpr = 0 if DTYPE.is_fp32() else (0x4300 if DTYPE.is_bf16() else 0x6400)
+    if ptr is None:
+        zero = tl.full([1, 1], 8 if DTYPE.is_fp32() else (136 if DTYPE.is_bf16() else 1032), DTYPE)
     else:
-        zero = (((words >> 8 * which) & 0xFF).to(tl.float32) + OFFSET).to(DTYPE)[:, None]
+        zero = words
+        if SCALE_GROUP > 0:
+            zero = (words >> SCALE_GROUP // 4 * (j * 32 // SCALE_GROUP)) & 0xFF
+        zero = (zero + OFFSET)[:, None]
+        if DTYPE.is_fp32():
+            zero = zero.to(DTYPE)
+        else:
+            zero = zero.to(tl.int16).to(DTYPE, bitcast=True)
     return zero
 
 

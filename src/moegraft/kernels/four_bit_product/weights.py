@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 
 from moegraft.core.config import Activation
-from moegraft.formats.four_bit import FourBitExperts
+from moegraft.formats.four_bit import FourBitExperts, FourBitMatrix
 from moegraft.kernels.records import MoEWeights, Quantisation, WeightFormat
+
+_WORDS = {4: torch.int32, 8: torch.int64}
 
 
 def four_bit_weights(experts: FourBitExperts, activation: Activation, dtype: torch.dtype) -> MoEWeights:
-    """The packed tensors themselves; floating scales rounded to ``dtype``, in which the kernels multiply."""
+    """The packed tensors themselves, for rows of ``dtype``.
+
+    The scales of a granule are one integer, its zero points too. Scales of groups of 32 and 64 are rounded to
+    ``dtype``; of a granule or of all inputs they stay float32. In float32 all scales are floats.
+    """
     w13, w2 = experts.w13, experts.w2
     return MoEWeights(
         w13=w13.packed,
@@ -20,12 +26,25 @@ def four_bit_weights(experts: FourBitExperts, activation: Activation, dtype: tor
         activation=activation,
         quantisation=Quantisation(
             format=WeightFormat(experts.format_name),
-            scales13=w13.scales.to(dtype) if w13.scales.is_floating_point() else w13.scales,
-            scales2=w2.scales.to(dtype) if w2.scales.is_floating_point() else w2.scales,
-            zeros13=w13.zeros,
-            zeros2=w2.zeros,
+            scales13=_scale_words(w13, dtype),
+            scales2=_scale_words(w2, dtype),
+            zeros13=None if w13.zeros is None else _as_words(w13.zeros),
+            zeros2=None if w2.zeros is None else _as_words(w2.zeros),
             scale_group=w13.group,
             hidden_size=experts.hidden_size,
             intermediate_size=experts.intermediate_size,
         ),
     )
+
+
+def _scale_words(matrix: FourBitMatrix, dtype: torch.dtype) -> torch.Tensor:
+    scales = matrix.scales
+    if not matrix.group or (dtype == torch.float32 and scales.is_floating_point()):
+        return scales.float()
+    if not scales.is_floating_point() or scales.shape[-1] == 1:
+        return _as_words(scales)
+    return _as_words(scales.to(dtype))
+
+
+def _as_words(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(_WORDS[tensor.shape[-1] * tensor.element_size()])
