@@ -50,7 +50,7 @@ def reference(case: MoECase, inputs: MoEInputs, slots_T: torch.Tensor | None) ->
     )
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7, 70, 150, 700, 1500])
+@pytest.mark.parametrize("num_tokens", [1, 7, 70, 150, 470, 700, 1500])
 @pytest.mark.parametrize("layout", ["qwen", "gpt_oss", "nemotron"])
 def test_layer_matches_merged_weights(layout: str, num_tokens: int) -> None:
     config = {"qwen": QWEN, "gpt_oss": GPT_OSS, "nemotron": NEMOTRON}[layout]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moegraft.kernels.base_product.device import DENSE
 from moegraft.kernels.device_lib import grouped_order, load_lanes, load_low_rank
 
 
@@ -21,6 +22,20 @@ def find_block(block_ptr, count_ptr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexp
     first = tl.load(record_ptr + 1, mask=has_block, other=0)
     end = tl.load(record_ptr + 2, mask=has_block, other=0)
     return block, n, expert, first, end
+
+
+@triton.jit
+def has_short_block(num_rows, FORMAT: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether half a block's rows are room enough: so it mostly is for the last block of an expert.
+
+    Only where half a block is one matrix instruction of four warps, as the halves of a whole block are: a row's sums
+    have the same bits in either.
+    """
+    if FORMAT == DENSE and BLOCK_M == 128:
+        is_short = num_rows <= BLOCK_M // 2
+    else:
+        is_short: tl.constexpr = False  # type: ignore[no-redef]
+    return is_short
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from moegraft.kernels.base_product.device import base_product
 from moegraft.kernels.device_lib import await_prior_kernel, release_next_kernel
-from moegraft.kernels.gemm_lib import expand, find_block, first_lanes
+from moegraft.kernels.gemm_lib import expand, find_block, first_lanes, has_short_block
 
 
 @triton.jit
@@ -25,6 +25,34 @@ def gemm2_kernel(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias
     block, n, expert, first, end = find_block(block_ptr, count_ptr, D, BLOCK_N, GROUP)
     if first >= end:
         return
+    if has_short_block(end - first, FORMAT, BLOCK_M):
+        _gemm2_block(
+            y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, router_weight_ptr, order_ptr,
+            segment_ptr, block_ptr, u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr, block, n, expert,
+            first, end, stride_h, stride_we, stride_wd, stride_wf, stride_be, stride_bd, FORMAT, D, F, HAS_BIAS,
+            HAS_WEIGHT, SCALE_GROUP, HAS_LORA, U_WIDTH, ALIGN, BLOCK_M // 2, BLOCK_N, BLOCK_K, BLOCK_L, USE_TMA,
+            SWAPPED, PRECISION, PDL,
+        )  # fmt: skip
+    else:
+        _gemm2_block(
+            y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, router_weight_ptr, order_ptr,
+            segment_ptr, block_ptr, u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr, block, n, expert,
+            first, end, stride_h, stride_we, stride_wd, stride_wf, stride_be, stride_bd, FORMAT, D, F, HAS_BIAS,
+            HAS_WEIGHT, SCALE_GROUP, HAS_LORA, U_WIDTH, ALIGN, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_L, USE_TMA,
+            SWAPPED, PRECISION, PDL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gemm2_block(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, router_weight_ptr, order_ptr,
+                 segment_ptr, block_ptr, u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr, element_ptr, block, n,
+                 expert, first, end, stride_h, stride_we, stride_wd, stride_wf, stride_be, stride_bd,
+                 FORMAT: tl.constexpr, D: tl.constexpr, F: tl.constexpr, HAS_BIAS: tl.constexpr,
+                 HAS_WEIGHT: tl.constexpr, SCALE_GROUP: tl.constexpr, HAS_LORA: tl.constexpr, U_WIDTH: tl.constexpr,
+                 ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                 BLOCK_L: tl.constexpr, USE_TMA: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """The block's positions, of which there are at most BLOCK_M."""
     positions = first + tl.arange(0, BLOCK_M)
     live = positions < end
     row = tl.load(order_ptr + positions, mask=live, other=0)
