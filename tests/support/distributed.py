@@ -54,6 +54,7 @@ class WorldPool:
         self.size = size
         self.timeout_seconds = timeout_seconds
         self._ranks: list[tuple[Any, Connection]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """The results by rank. Raises RankError with every rank's trace where one failed."""
@@ -87,6 +88,8 @@ class WorldPool:
         for process, _ in self._ranks:
             process.join()
         self._ranks = []
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def __enter__(self) -> WorldPool:
         return self
@@ -98,9 +101,11 @@ class WorldPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "moegraft.build", "moegraft.testing"])
+        # transformers takes seconds to import: once, and not in every rank.
+        context.set_forkserver_preload(["torch.distributed", "moegraft.testing", "support.parallel_acts"])
         # A file is the meeting point: no port that another test run might take.
-        meeting = Path(tempfile.mkdtemp()) / "meeting"
+        self._folder = tempfile.TemporaryDirectory()
+        meeting = Path(self._folder.name) / "meeting"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.size, str(meeting)), daemon=True)
