@@ -57,8 +57,9 @@ CASES = {
     "one_token": replace(CASE, num_tokens=1, routing=Routing.RANDOM, base_share=0.0),
     "no_tokens": replace(CASE, num_tokens=0),
 }
-# float32: sums in another order; an activation at the edge of two codes may fall to the other side (2**-3 of it).
-TOL = {"int8": 1e-5, "fp8": 2e-3}
+# float32: sums in another order; an activation at the edge of two codes may fall to the other side (2**-3 of it). The
+# fp8 matrix unit of Hopper keeps about 14 bits of a sum of products (2e-4, measured), which brings more of them there.
+TOL = {"int8": 1e-5, "fp8": 2e-3 if DEVICE == "cpu" else 1e-2}
 
 
 def pack(name: str, dense: DenseExperts) -> ExpertsWeights:
@@ -144,7 +145,7 @@ def test_gemm13_quantises_x(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", ["gpt_oss", "odd_sizes"])
 def test_gemm13_writes_quantised_groups(case: str) -> None:
     """Tiles as wide as a group of h."""
-    check(CASES[case], "fp8 block", tiles(block_m=64, block_n=128))
+    check(CASES[case], "fp8 block", tiles(block_m=16, block_n=128, swapped=True))
 
 
 def test_lora_reads_its_own_rows() -> None:

@@ -11,22 +11,29 @@ FP8_BLOCK = 128
 X_IN_GEMM = 0
 H_IN_GEMM = 32
 """Up to this ``block_m`` a GEMM over block-scaled weights quantises its rows itself, in every program; beyond, they are
-quantised once: x by a kernel of its own, h by GEMM 13 where its tile is as wide as a group, else by a kernel too."""
+quantised once: x by a kernel of its own, h by GEMM 13 where ``writes_groups``, else by a kernel too."""
+NUM_SMS = 132
+ROWS_OF_128 = 512
+"""Rows an expert from which blocks of 128 rows, of which the last is half empty, beat blocks of 64."""
 
 
 def fp8_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
-    """(GEMM 13, GEMM 2)."""
+    """(GEMM 13, GEMM 2). The products of a step need registers beside the sums: smaller tiles than those of bf16."""
     block_l = 64 if shape.rank13 > 32 else 32
     if block_m <= 32:
-        tile = GemmTile(
-            block_n=128, block_k=128, num_stages=3, num_warps=block_m // 4, block_l=block_l, tma=True, swapped=True
-        )
-        return tile, tile
-    if block_m == 64:
-        tile = GemmTile(block_n=128, block_k=128, num_stages=4, block_l=32, group=8, tma=True)
-        return tile, tile
-    tile = GemmTile(block_n=128, block_k=128, num_stages=3, num_warps=8, block_l=32, group=8, tma=True)
-    return tile, tile
+        tile = GemmTile(block_n=128, block_k=128, num_stages=3, block_l=block_l, tma=True, swapped=True)
+        experts = min(shape.num_experts, shape.num_tokens * shape.top_k)
+        if experts * shape.intermediate_size >= NUM_SMS * tile.block_n:
+            return tile, tile
+        return replace(tile, block_n=64, num_stages=4), tile
+    num_warps, group = (4, 4) if block_m == 64 else (8, 8)
+    tile = GemmTile(block_n=128, block_k=128, num_stages=3, num_warps=num_warps, block_l=32, group=group, tma=True)
+    return replace(tile, block_n=64), tile
+
+
+def fp8_block_m(block_m: int, rows_per_expert: float) -> int:
+    """The rows of a block, from those that bf16 would have."""
+    return min(block_m, 64) if rows_per_expert < ROWS_OF_128 else block_m
 
 
 def int8_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
@@ -56,8 +63,11 @@ def stores_h(shape: TuningShape, tiles: MoETiles) -> bool:
 
 
 def writes_groups(gemm13: GemmTile, group: int) -> bool:
-    """Whether a program of GEMM 13 has whole groups of h, and can quantise what it writes."""
-    return gemm13.block_n == group
+    """Whether a program of GEMM 13 has whole groups of h, and quantises what it writes.
+
+    A tile that is not swapped holds four times the numbers a thread: beside them there is no room for this.
+    """
+    return gemm13.block_n == group and gemm13.swapped
 
 
 def fit_tiles(tiles: MoETiles, shape: TuningShape) -> MoETiles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moegraft.tuning.eight_bit import fp8_tiles, int8_tiles
+from moegraft.tuning.eight_bit import fp8_block_m, fp8_tiles, int8_tiles
 from moegraft.tuning.four_bit import four_bit_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TuningShape
 
@@ -19,6 +19,8 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
     block_m = 16
     while block_m < 128 and block_m < rows_per_expert * 1.25:
         block_m *= 2
+    if shape.weight_format == "fp8":
+        block_m = fp8_block_m(block_m, rows_per_expert)
     tile_m = 16 if rows_per_expert < 64 else 32
     gemm13, gemm2 = gemm_tiles(block_m, shape)
     return MoETiles(

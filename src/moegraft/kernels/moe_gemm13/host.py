@@ -54,7 +54,7 @@ def moe_gemm13(
         D=D, F=F, K=routing.top_k, GATED=weights.activation.gated, KIND=KIND_CODES[weights.activation.kind],
         HAS_BIAS=weights.b13 is not None, WEIGHT_ON_INPUT=input_weights_TK is not None,
         WAIT_FIRST=expand is None or not expand.is_behind_routing, BLOCK_M=routing.block_m, **base.options,
-        **lora_sizes(expand, F), **tile_options(tile, x_TD),
+        **lora_sizes(expand, F), **tile_options(tile, h_NF),
     )  # fmt: skip
 
 
@@ -73,16 +73,16 @@ def lora_sizes(expand: Expand | None, columns: int) -> dict[str, int]:
     return {"HAS_LORA": True, "U_WIDTH": expand.u_NW.shape[1], "ALIGN": expand.lora.row_alignment(columns)}
 
 
-def tile_options(tile: GemmTile, x: torch.Tensor) -> dict[str, object]:
-    """Constants and launch options of a GEMM."""
+def tile_options(tile: GemmTile, out: torch.Tensor) -> dict[str, object]:
+    """Constants and launch options of a GEMM; ``out`` is in the compute dtype, whatever its rows were quantised to."""
     return {
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "BLOCK_L": tile.block_l,
         "GROUP": tile.group,
         "SWAPPED": tile.swapped,
-        "PRECISION": dot_precision(x.dtype),
+        "PRECISION": dot_precision(out.dtype),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        **pdl_options(x.device),
+        **pdl_options(out.device),
     }

@@ -41,5 +41,5 @@ def moe_gemm2(
         y_ND, h_NF, h_scales, *base.tensors, weights.b2, output_weights_TK, routing.order, routing.segment,
         routing.blocks, routing.counts, *lora_operands(expand), h_NF.stride(0), *base.strides, stride_be, stride_bd,
         D=D, F=F, HAS_BIAS=weights.b2 is not None, HAS_WEIGHT=output_weights_TK is not None,
-        BLOCK_M=routing.block_m, **base.options, **lora_sizes(expand, D), **tile_options(tile, h_NF),
+        BLOCK_M=routing.block_m, **base.options, **lora_sizes(expand, D), **tile_options(tile, y_ND),
     )  # fmt: skip
