@@ -116,6 +116,18 @@ def test_bfloat16_activations_give_bfloat16_adapters(checkpoint: QuantisedCheckp
         assert graft(input_ids=random_ids()).logits.dtype is torch.bfloat16
 
 
+def test_gradients_go_through_transformers_itself(checkpoint: QuantisedCheckpoint) -> None:
+    """Outside a batch of adapters, where gradients are wanted; the stand-in reads unquantised activations."""
+    ids, model = random_ids(), load(checkpoint)
+    model.set_experts_implementation("eager")
+    expected = checkpoint.dense(input_ids=ids).logits.detach()
+    with moegraft.attach(model, adapter_memory="1MiB") as graft:
+        found = model(input_ids=ids).logits
+        assert found.requires_grad
+        assert relative_error(found.detach(), expected) < 1e-5
+        assert relative_error(graft(input_ids=ids).logits, expected) > 1e-3
+
+
 def test_one_scale_a_matrix_and_static_activations(checkpoint: QuantisedCheckpoint) -> None:
     model = load(checkpoint)
     name, target = next(iter(experts_targets(model).items()))

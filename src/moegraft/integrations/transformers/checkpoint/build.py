@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -56,9 +56,14 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def hollow_structure(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: its modules and shapes, no weights."""
+    """The model on the meta device: its modules and shapes, no weights. A text model where there is one.
+
+    Raises ValueError where transformers has no model for the config.
+    """
+    has_text_model = type(config) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if has_text_model else AutoModelForImageTextToText
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = auto.from_config(config)
     return model
 
 
