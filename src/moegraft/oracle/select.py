@@ -6,10 +6,21 @@ from dataclasses import dataclass
 
 from moegraft.core.config import BackendRequest
 from moegraft.core.errors import NoBackendError
-from moegraft.moe.experts import FusedMoEExpertsModular, TorchExperts, TritonExperts
+from moegraft.moe.experts import (
+    FusedMoEExpertsModular,
+    MarlinExperts,
+    TorchExperts,
+    TritonExperts,
+    UnfusedOAITritonExperts,
+)
 
 # The order of preference; the first that can serve the request is taken.
-EXPERTS_CLASSES: tuple[type[FusedMoEExpertsModular], ...] = (TritonExperts, TorchExperts)
+EXPERTS_CLASSES: tuple[type[FusedMoEExpertsModular], ...] = (
+    TritonExperts,
+    MarlinExperts,
+    UnfusedOAITritonExperts,
+    TorchExperts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
