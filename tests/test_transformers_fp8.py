@@ -21,7 +21,7 @@ from support.mixed import EXPERTS, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
-from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import moegraft
@@ -151,9 +151,8 @@ def test_one_scale_a_matrix_and_static_activations(checkpoint: QuantisedCheckpoi
 def test_mxfp4_in_the_order_of_its_kernels_is_sent_to_our_reader() -> None:
     """What transformers makes of gpt-oss where it finds a GPU and the kernels that it downloads."""
     model = build("gpt_oss")
-    mlp = model.model.layers[0].mlp
-    model.set_submodule("model.layers.0.mlp", Mxfp4GptOssMLP(mlp.router, Mxfp4GptOssExperts(model.config)))
-    model.set_submodule("model.layers.1.mlp", Mxfp4GptOssMLP(mlp.router, Mxfp4GptOssExperts(model.config)))
+    for layer in model.model.layers:
+        layer.mlp.experts = Mxfp4GptOssExperts(model.config)
     with pytest.raises(UnsupportedModelError, match=r"Mxfp4GptOssExperts.*load_quantised"):
         moegraft.attach(model)
 
