@@ -19,6 +19,7 @@ from moegraft.parallel import Communicator, ExpertsSlice, LinearSlice, ParallelG
 from moegraft.parallel.expert_map import ExpertMap
 
 
+@torch.no_grad()  # a graph would hold what is cut off
 def take_slice(weights: ExpertsWeights, mine: ExpertsSlice, *, adds_bias: bool) -> ExpertsWeights:
     """What a rank holds of a layer, in memory of its own.
 

@@ -21,9 +21,9 @@ from moegraft.integrations.transformers.call import CallState
 from moegraft.integrations.transformers.parallel_layout import RankLayout
 from moegraft.integrations.transformers.storage import (
     PackedExperts,
-    empty_experts,
     experts_sizes,
     experts_weights,
+    give_up_experts,
     moved,
     packed_experts,
 )
@@ -179,7 +179,7 @@ def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> d
         # Not a submodule: its parameters are the module's own and must not be listed twice.
         object.__setattr__(model.get_submodule(name), _SITE, site)
         if site.is_cut:
-            empty_experts(model.get_submodule(name))
+            give_up_experts(model.get_submodule(name))
     model.set_experts_implementation(IMPLEMENTATION)
     return previous
 

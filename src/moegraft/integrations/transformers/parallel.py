@@ -90,7 +90,12 @@ class RankAdapters:
         (self._collective or self.bank).pin(name)
 
     def check_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises BatchError where ranks that share their rows were given different ones; collective."""
+        """Raises BatchError where ranks that share their rows were given different ones; collective.
+
+        And for a batch without rows, which transformers cannot run: a rank without requests must take part.
+        """
+        if self.layout.rows_travel and batch_rows(args, kwargs, INPUTS) == 0:
+            raise BatchError("every rank needs a row: give a rank without requests one of the base model")
         found = [x for x in (*args[:1], *(kwargs.get(name) for name in INPUTS)) if isinstance(x, torch.Tensor)]
         self._check_same(
             lambda: [(tuple(x.shape), x.detach().double().sum().item()) for x in found],
@@ -102,8 +107,7 @@ class RankAdapters:
     ) -> dict[str, Any]:
         """The options of ``generate`` under which ranks stay in step.
 
-        Raises BatchError where ranks that share their rows would sample different tokens, and for a batch without
-        rows, which transformers cannot generate from.
+        Raises BatchError as ``check_inputs``, and where ranks that share their rows would sample different tokens.
         """
         self.check_inputs(args, kwargs)
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or defaults
@@ -115,8 +119,6 @@ class RankAdapters:
             )
         if not self.layout.rows_travel:
             return kwargs
-        if batch_rows(args, kwargs, INPUTS) == 0:
-            raise BatchError("generate() needs a row on every rank: give a rank without requests one of the base model")
         # A rank whose rows have ended runs on for the others, whose rows need its experts.
         return {"synced_gpus": True, **kwargs}
 

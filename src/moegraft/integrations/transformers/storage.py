@@ -83,6 +83,12 @@ def empty_experts(module: nn.Module) -> None:
     setattr(module, "_is_hf_initialized", True)  # noqa: B010  # no attribute that nn.Module declares
 
 
+def give_up_experts(module: nn.Module) -> None:
+    """Takes the weights out of an experts module, however they are stored: others hold what is still needed."""
+    empty_experts(module)
+    module._modules.pop(_PACKED, None)
+
+
 def pack_experts(module: nn.Module, weights: ExpertsWeights, dtype: torch.dtype) -> None:
     """Puts weights behind an emptied experts module."""
     module.add_module(_PACKED, PackedExperts(weights, dtype))

@@ -187,7 +187,7 @@ def _unsupported_experts(module: HookedExperts) -> str | None:
     if getattr(module, "has_post_expert_norm", False):
         return "normalises the output of each expert (has_post_expert_norm), which moegraft does not serve"
     if getattr(module, "_is_expert_parallel", False) and not any(map(is_sharded, module.parameters(recurse=False))):
-        return "is already shared out over ranks (expert parallel), but not by a plan of transformers; load the model whole"
+        return "is shared out over ranks (expert parallel), but not by a plan of transformers; load the model whole"
     try:
         experts_activation(module)
     except UnsupportedModelError as error:

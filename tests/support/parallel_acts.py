@@ -1,0 +1,145 @@
+"""What the ranks of a test do with a model: functions that run in every process of a pool."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moegraft
+from moegraft.integrations.transformers.storage import experts_weights, give_up_experts, pack_experts
+from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.parallel import ParallelConfig
+from moegraft.parallel.expert_map import ExpertMap
+from support.families import build
+from support.formats import PACKS
+from support.parallel_models import GENERATE, ModelCase, make_batch
+
+
+def run_packed(case: ModelCase, packing: str) -> torch.Tensor:
+    model = build(case.family)
+    for name, target in discover_targets(model).experts.items():
+        module = model.get_submodule(name)
+        pack = PACKS[packing].pack
+        assert pack is not None
+        packed = pack(experts_weights(module, target))  # type: ignore[arg-type]
+        give_up_experts(module)
+        pack_experts(module, packed, torch.float32)
+    with moegraft.attach(model, adapter_memory="64MiB", parallel=case.config) as graft:
+        for name, path in case.adapters.items():
+            graft.load_adapter(path, name=name)
+        return graft(**make_batch(len(case.names)), adapters=case.names).logits
+
+
+def hold_and_give_up(config: ParallelConfig) -> dict[str, Any]:
+    """What is left of the experts while attached, and afterwards."""
+    model = build("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    storage = weakref.ref(experts.down_proj)
+    graft = moegraft.attach(model, parallel=config, adapter_memory="4MiB")
+    gc.collect()
+    found: dict[str, Any] = {"freed": storage() is None, "parameters": len(list(experts.parameters()))}
+    ids = make_batch(2)["input_ids"]
+    errors = {}
+    for what, call in {
+        "gradients": lambda: model(input_ids=ids),
+        "twice": lambda: moegraft.attach(model, parallel=config),
+        "detached": lambda: (graft.detach(), graft.detach(), model(input_ids=ids)),
+        "detached, no gradients": lambda: _without_grad(model, ids),
+        "again": lambda: moegraft.attach(model),
+        "used": lambda: graft(input_ids=ids),
+    }.items():
+        errors[what] = told(call)
+    return {**found, "errors": errors}
+
+
+def _without_grad(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        model(input_ids=ids)
+
+
+def told(call: Callable[[], object]) -> str:
+    """The class and the message of what a call raises; nothing where it raises nothing."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def load_badly(case: ModelCase, config: ParallelConfig, bad: Mapping[int, Path]) -> dict[str, Any]:
+    """Loads an adapter that is bad on some ranks, then a good one under its name."""
+    with moegraft.attach(build(case.family), parallel=config, adapter_memory="4MiB") as graft:
+        batch = make_batch(3)
+        graft.load_adapter(case.adapters["part"], name="part")
+        hooks = _hooks(graft.model)
+        used = graft.bank.pool.num_free
+        message = told(lambda: graft.load_adapter(bad.get(_rank(), case.adapters["everything"]), name="new"))
+        found = {"message": message, "names": list(graft.adapters)}
+        found["as before"] = _hooks(graft.model) == hooks and graft.bank.pool.num_free == used
+        graft.bank.check_integrity()
+        graft.load_adapter(case.adapters["everything"], name="new")
+        return {**found, "logits": graft(**batch, adapters=["new", None, "part"]).logits}
+
+
+def _hooks(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if module._forward_hooks]
+
+
+def act_differently(config: ParallelConfig) -> dict[str, str]:
+    """What the ranks are told when they do not act alike; in one process after the other."""
+    errors = {}
+    model = build("qwen3_moe", seed=0)
+    with moegraft.attach(model, parallel=config, adapter_memory="4MiB") as graft:
+        batch = make_batch(2)
+        other = {**batch, "input_ids": batch["input_ids"] + _rank()}
+        torch.manual_seed(_rank())
+        for what, call in {
+            "inputs": lambda: graft(**other),
+            "prompts": lambda: graft.generate(input_ids=other["input_ids"], **GENERATE),
+            "names": lambda: graft(**batch, adapters=[None, "x" if _rank() else None]),
+            "sampling": lambda: graft.generate(input_ids=batch["input_ids"], max_new_tokens=2, do_sample=True),
+        }.items():
+            errors[what] = told(call)
+        torch.manual_seed(3)
+        tokens = graft.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=True)
+        errors["sampled"] = str(tokens.tolist())
+    for what, call in {
+        "models": lambda: moegraft.attach(build("mixtral" if _rank() else "qwen3_moe"), parallel=config),
+        "one rank cannot": lambda: moegraft.attach(
+            build("qwen3_moe"), parallel=config, backend="TritonExperts" if _rank() else None
+        ),
+        "world": lambda: moegraft.attach(build("qwen3_moe"), parallel=ParallelConfig(tp=3)),
+        "maps": lambda: moegraft.attach(
+            build("qwen3_moe"), parallel=config, expert_maps={"model.x": ExpertMap.contiguous(7, config.ep)}
+        ),
+    }.items():
+        errors[what] = told(call)
+    return errors
+
+
+def serve_unevenly(case: ModelCase, config: ParallelConfig) -> dict[str, Any]:
+    """Rank 0 brings all rows with their adapters, rank 1 one of the base; they generate for different lengths."""
+    with moegraft.attach(build(case.family), parallel=config, adapter_memory="64MiB") as graft:
+        for name, path in case.adapters.items():
+            graft.load_adapter(path, name=name)
+        batch, names = make_batch(len(case.names)), list(case.names)
+        if _rank() == 1:
+            batch, names = {key: tensor[:1] for key, tensor in batch.items()}, [None]
+        prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        new = 2 if _rank() else 6
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        return {
+            "mixed": graft(**batch, adapters=names).logits,
+            "other rank has adapters": graft(**batch, adapters=None if _rank() else names).logits,
+            "tokens": graft.generate(**prompts, adapters=names, **options),
+            "no rows": told(lambda: graft(input_ids=batch["input_ids"][:0], adapters=[])),
+        }

@@ -1,0 +1,197 @@
+"""attach(parallel=...) in real processes: what ranks make of a model together is what one process makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from support.families import build
+from support.family_adapters import save_everything, save_experts, save_part, save_replacements
+from support.parallel_acts import act_differently, hold_and_give_up, load_badly, run_packed, serve_unevenly
+from support.parallel_models import (
+    ModelCase,
+    ModelResult,
+    check_ranks,
+    make_batch,
+    run_alone,
+    run_rank,
+)
+
+import moegraft
+from moegraft.core.errors import AdapterFileError, AdapterTensorError, BatchError, ParallelError, UnsupportedModelError
+from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.parallel import ParallelConfig
+from moegraft.parallel.expert_map import ExpertMap
+
+if TYPE_CHECKING:
+    from support.distributed import WorldPool
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss")
+NAMES = (None, "everything", "experts", "part", "replacements")
+TP2 = ParallelConfig(tp=2)
+EP2 = ParallelConfig(ep=2)
+LAYOUTS = {
+    "tensor parallel": TP2,
+    "fully sharded": ParallelConfig(tp=2, fully_sharded=True),
+    "expert parallel": EP2,
+    "data parallel, all-to-all": ParallelConfig(ep=2, data_parallel=True),
+    "data parallel, all-gather": ParallelConfig(ep=2, data_parallel=True, dispatch="all_gather"),
+    "both": ParallelConfig(tp=2, ep=2),
+    "both, fully sharded, data parallel": ParallelConfig(tp=2, ep=2, fully_sharded=True, data_parallel=True),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelCase:
+    return _case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> ModelCase:
+    return _case("qwen3_moe", tmp_path_factory.mktemp("qwen3"))
+
+
+def _case(family: str, folder: Path) -> ModelCase:
+    save = {
+        "everything": save_everything,
+        "experts": save_experts,
+        "part": save_part,
+        "replacements": save_replacements,
+    }
+    adapters = {name: make(family, folder / name).path for name, make in save.items()}
+    return ModelCase(family=family, adapters=adapters, names=NAMES)
+
+
+@pytest.fixture(scope="module")
+def alone(case: ModelCase) -> ModelResult:
+    return run_alone(case)
+
+
+def _pool(config: ParallelConfig, world2: WorldPool, world4: WorldPool) -> WorldPool:
+    return world2 if config.world_size == 2 else world4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_together_are_one_process(
+    case: ModelCase, alone: ModelResult, layout: str, world2: WorldPool, world4: WorldPool
+) -> None:
+    config = LAYOUTS[layout]
+    mine = replace(case, config=config)
+    results = _pool(config, world2, world4).run(run_rank, mine)
+    check_ranks(mine, results, alone)
+    # Each rank holds its share of the experts, and of the adapters on them.
+    biases = alone.experts_bytes // 10 if case.family == "gpt_oss" else 0
+    share = -(-build_experts(case.family) // config.ep) / build_experts(case.family) / config.tp
+    for result in results:
+        assert result.experts_bytes <= share * alone.experts_bytes + biases
+        assert result.adapter_bytes["experts"] < (0.95 if config.ep == 1 else 0.65) * alone.adapter_bytes["experts"]
+        assert result.adapter_bytes["replacements"] == alone.adapter_bytes["replacements"]
+    assert sum(result.experts_bytes for result in results) >= alone.experts_bytes
+
+
+def build_experts(family: str) -> int:
+    return next(iter(discover_targets(build(family)).experts.values())).num_experts
+
+
+def test_experts_on_any_rank(qwen3: ModelCase, world2: WorldPool) -> None:
+    """Dealt out one by one, and one of them on both ranks."""
+    spread = ExpertMap.round_robin(7, 2).with_copies({3: [0]})
+    maps = {f"model.layers.{layer}.mlp.experts": spread for layer in range(2)}
+    config = replace(EP2, data_parallel=True)
+    mine = replace(qwen3, config=config, expert_maps=maps)
+    check_ranks(mine, world2.run(run_rank, mine), run_alone(qwen3))
+
+
+@pytest.mark.parametrize("config", [TP2, EP2], ids=["tp", "ep"])
+def test_quantised_experts(qwen3: ModelCase, world2: WorldPool, config: ParallelConfig) -> None:
+    expected = run_packed(qwen3, "int8")
+    for found in world2.run(run_packed, replace(qwen3, config=config), "int8"):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_cut_is_freed_and_not_given_back(world2: WorldPool) -> None:
+    for found in world2.run(hold_and_give_up, EP2):
+        assert found["freed"]
+        assert found["parameters"] == 0
+        errors = found["errors"]
+        assert all(error.startswith("UnsupportedModelError") for error in errors.values()), errors
+        for what in ("gradients", "detached", "detached, no gradients"):
+            assert "MixtralExperts was cut to a rank's slice" in errors[what]
+        assert "is grafted already" in errors["twice"]
+        assert "given up by detach(); load it again" in errors["again"]
+        assert "was detached" in errors["used"]
+
+
+@pytest.mark.parametrize("config", [TP2, replace(EP2, data_parallel=False)], ids=["tp", "ep"])
+def test_an_adapter_that_is_bad_on_one_rank(
+    qwen3: ModelCase, world2: WorldPool, config: ParallelConfig, tmp_path: Path
+) -> None:
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    for file in qwen3.adapters["everything"].iterdir():
+        if file.is_file():
+            data = file.read_bytes()
+            (truncated / file.name).write_bytes(data[:-100] if file.suffix == ".safetensors" else data)
+    expected = _load_badly_alone(qwen3)
+    for found in world2.run(load_badly, qwen3, config, {1: truncated}):
+        assert "rank 1: " in found["message"]
+        assert found["message"].startswith((AdapterFileError.__name__, AdapterTensorError.__name__))
+        assert found["names"] == ["part"]
+        assert found["as before"]
+        torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def _load_badly_alone(case: ModelCase) -> torch.Tensor:
+    with moegraft.attach(build(case.family), adapter_memory="4MiB") as graft:
+        for name, path in (("part", "part"), ("new", "everything")):
+            graft.load_adapter(case.adapters[path], name=name)
+        return graft(**make_batch(3), adapters=["new", None, "part"]).logits
+
+
+def test_ranks_with_different_adapters(qwen3: ModelCase, world2: WorldPool) -> None:
+    for found in world2.run(load_badly, qwen3, TP2, {1: qwen3.adapters["experts"]}):
+        assert "differ between ranks" in found["message"]
+        assert found["names"] == ["part"]
+        assert found["as before"]
+
+
+def test_ranks_that_do_not_act_alike(world2: WorldPool) -> None:
+    first, second = world2.run(act_differently, TP2)
+    for errors in (first, second):
+        for what, message in {
+            "inputs": f"{BatchError.__name__}: ranks [0, 1] share their rows, but were given different inputs",
+            "prompts": "were given different inputs",
+            "names": "no adapter 'x' is loaded",
+            "sampling": "different random states",
+            "models": f"{ParallelError.__name__}: ranks",
+            "world": "tp = 3 and ep = 1 need 3 processes, but the world of torch.distributed has 2",
+            "maps": f"{UnsupportedModelError.__name__}: expert_maps names 'model.x'",
+        }.items():
+            assert message in errors[what], (what, errors[what])
+    assert "rank 1: " in first["one rank cannot"]
+    assert second["one rank cannot"].startswith("NoBackendError")
+    assert first["sampled"] == second["sampled"]
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])
+def test_a_rank_without_requests(qwen3: ModelCase, world2: WorldPool, dispatch: Any) -> None:
+    config = replace(EP2, data_parallel=True, dispatch=dispatch)
+    first, second = world2.run(serve_unevenly, qwen3, config)
+    with moegraft.attach(build(qwen3.family), adapter_memory="64MiB") as graft:
+        for name, path in qwen3.adapters.items():
+            graft.load_adapter(path, name=name)
+        batch = make_batch(len(NAMES))
+        expected = graft(**batch, adapters=NAMES).logits
+        prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        tokens = graft.generate(**prompts, adapters=NAMES, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    for what in ("mixed", "other rank has adapters"):
+        torch.testing.assert_close(first[what], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(second[what], expected[:1], rtol=1e-4, atol=1e-4)
+    assert first["tokens"].tolist() == tokens.tolist()
+    assert second["tokens"].tolist() == tokens[:1, : batch["input_ids"].shape[1] + 2].tolist()
+    assert "every rank needs a row" in first["no rows"]
