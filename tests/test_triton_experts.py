@@ -17,6 +17,7 @@ import moegraft.kernels.moe_forward.host as moe_forward
 from moegraft.build import build_fused_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import NoBackendError
+from moegraft.formats import FORMAT_NAMES
 from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.lora.punica import PunicaWrapperCPU
 from moegraft.moe.experts import TorchExperts, TritonExperts
@@ -24,6 +25,7 @@ from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.moe.method import FusedMoEModularMethod
 from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize, PreparedRows
 from moegraft.oracle import select_experts
+from moegraft.oracle.select import EXPERTS_CLASSES
 from moegraft.testing import MOE_CASES, assert_close, assert_close_delta
 
 CASES = {case.name: case for case in MOE_CASES}
@@ -124,8 +126,39 @@ def test_oracle_takes_it_on_cuda(dtype: torch.dtype, capability: tuple[int, int]
     device = replace(HOPPER, capability=capability)
     decision = select_experts(BackendRequest(config=replace(CONFIG, dtype=dtype), device=device))
     assert decision.experts_cls is TritonExperts
-    assert [rejection.backend for rejection in decision.rejections] == ["TorchExperts"]
-    assert "TritonExperts comes first" in decision.rejections[0].reason
+    reasons = {rejection.backend: rejection.reason for rejection in decision.rejections}
+    assert set(reasons) == {cls.__name__ for cls in EXPERTS_CLASSES} - {"TritonExperts"}
+    assert "TritonExperts comes first" in reasons["TorchExperts"]
+
+
+@pytest.mark.parametrize(
+    ("format_name", "capability", "backend"),
+    [
+        ("dense", (8, 0), "TritonExperts"),
+        ("int8", (8, 0), "TritonExperts"),
+        ("fp8", (8, 9), "TritonExperts"),
+        ("fp8", (8, 6), "TorchExperts"),
+        ("int4", (8, 0), "MarlinExperts"),
+        ("mxfp4", (8, 0), "UnfusedOAITritonExperts"),
+        ("mxfp4", (7, 5), "TorchExperts"),
+    ],
+)
+def test_the_backend_of_each_format(format_name: str, capability: tuple[int, int], backend: str) -> None:
+    device = replace(HOPPER, capability=capability)
+    decision = select_experts(BackendRequest(config=CONFIG, device=device, format_name=format_name))
+    assert decision.backend == backend
+
+
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_every_format_has_kernels(format_name: str) -> None:
+    decision = select_experts(BackendRequest(config=CONFIG, device=HOPPER, format_name=format_name))
+    assert decision.experts_cls is not TorchExperts
+
+
+def test_fp8_needs_a_device_that_knows_it() -> None:
+    request = BackendRequest(config=CONFIG, device=replace(HOPPER, capability=(8, 0)), format_name="fp8")
+    with pytest.raises(NoBackendError, match=r"needs compute capability 8.9 for fp8 weights, the device is cuda sm80"):
+        select_experts(request, backend="TritonExperts")
 
 
 REFUSED = {
