@@ -262,6 +262,13 @@ class TestSound:
         edit_tensors(folder, fuse)
         assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
 
+    def test_layers_that_transformers_leaves_out(self, folders: Any) -> None:
+        """DeepSeek-V3 publishes a layer for drafting behind its last one."""
+        folder = folders("compressed-tensors int8")
+        expected = moegraft.load_quantised(folder)(input_ids=random_ids()).logits
+        edit_tensors(folder, add("model.layers.61.mlp.experts.0.up_proj.weight_scale", torch.ones(24, 1)))
+        assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
+
     def test_zero_points_that_only_some_experts_have(self, folders: Any) -> None:
         """Zero points that are all 8 are left out when a matrix is packed; its neighbours may need theirs."""
         folder = folders("awq")

@@ -101,6 +101,8 @@ def read_layer(layer: PackedLayer, read: Read, *, dtype: torch.dtype, device: to
     reader, scheme = LayerReader(layer, read, device), layer.scheme
     try:
         weights = _READERS[scheme.layout](reader, scheme, dtype)
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{layer.target.name}: stored as {scheme.description}: {error}") from error
     target = layer.target
@@ -114,6 +116,8 @@ def read_layer(layer: PackedLayer, read: Read, *, dtype: torch.dtype, device: to
 def _fp8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeights:
     scale = "weight_scale_inv" if scheme.layout is Layout.FP8_BLOCKS else "weight_scale"
     if reader.layer.fused:
+        if reader.target.is_interleaved or reader.target.is_transposed:
+            raise ValueError("found fused experts of a model that interleaves gate and up, or transposes its weights")
         first, second = reader.target.w13_param, reader.target.w2_param
         names = (first, second, f"{first}_scale_inv", f"{second}_scale_inv", f"{first}_bias", f"{second}_bias")
         w13, w2, w13_scale, w2_scale, b13, b2 = (
@@ -179,8 +183,10 @@ def _alike(matrices: list[Int4Matrix]) -> list[Int4Matrix]:
 
 
 def _mxfp4(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeights:
-    """Expert by expert, as int4."""
+    """Expert by expert, as int4. gpt-oss alternates gate and up, and the files have its weights as [out, in]."""
     E, D, F = reader.target.num_experts, reader.target.hidden_size, reader.target.intermediate_size
+    if not reader.target.is_interleaved:
+        raise ValueError("found a model that does not interleave gate and up, expected gpt-oss")
     tensors = {name: tensor for name in reader.layer.fused if (tensor := reader.fused(name)) is not None}
     for name, tensor in tensors.items():
         rows, columns = (2 * F, D) if name.startswith(reader.target.w13_param) else (D, F)
