@@ -143,3 +143,12 @@ def serve_unevenly(case: ModelCase, config: ParallelConfig) -> dict[str, Any]:
             "tokens": graft.generate(**prompts, adapters=names, **options),
             "no rows": told(lambda: graft(input_ids=batch["input_ids"][:0], adapters=[])),
         }
+
+
+def attach_to_plan(case: ModelCase, options: Mapping[str, Any], adapter: Path | None) -> str:
+    """What attaching to a model that a plan has shared out raises, or else loading the adapter."""
+    model = case.model()
+    if adapter is None:
+        return told(lambda: moegraft.attach(model, **options))
+    with moegraft.attach(model, adapter_memory="4MiB", **options) as graft:
+        return told(lambda: graft.load_adapter(adapter))
