@@ -20,7 +20,7 @@ class LayerChoice:
     """The oracle's word on one experts layer.
 
     ``kept_by``: who holds its weights, "transformers" (parameters of the module) or "moegraft" (packed, as
-    ``load_quantised`` leaves them).
+    ``load_quantised`` leaves them, or a rank's slice).
     """
 
     layer: str
@@ -31,13 +31,13 @@ class LayerChoice:
     rejections: tuple[Rejection, ...]
 
     @classmethod
-    def of(cls, layer: str, decision: Decision, *, is_packed: bool) -> LayerChoice:
+    def of(cls, layer: str, decision: Decision, *, is_ours: bool) -> LayerChoice:
         return cls(
             layer=layer,
             backend=decision.backend,
             format_name=decision.request.format_name,
             device=str(decision.request.device),
-            kept_by="moegraft" if is_packed else "transformers",
+            kept_by="moegraft" if is_ours else "transformers",
             rejections=decision.rejections,
         )
 
@@ -80,5 +80,5 @@ def explain_structure(model: PreTrainedModel, packed: Mapping[str, str]) -> Expl
             device=DeviceTarget.of(device),
             format_name=packed.get(name, "dense"),
         )
-        choices.append(LayerChoice.of(name, select_experts(request), is_packed=name in packed))
+        choices.append(LayerChoice.of(name, select_experts(request), is_ours=name in packed))
     return Explanation(choices=tuple(choices))

@@ -248,8 +248,8 @@ class GraftedModel:
         """For each experts layer the chosen backend and why every other was refused."""
         choices = []
         for name, site in self._sites.items():
-            is_packed = packed_experts(self.model.get_submodule(name)) is not None
-            choices.append(LayerChoice.of(name, site.decision, is_packed=is_packed))
+            is_ours = site.is_cut or packed_experts(self.model.get_submodule(name)) is not None
+            choices.append(LayerChoice.of(name, site.decision, is_ours=is_ours))
         return Explanation(choices=tuple(choices))
 
     def detach(self) -> PreTrainedModel:
