@@ -6,17 +6,29 @@ S adapter slots · r rank · C tokens that the oracle checks
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from moegraft.core.config import Activation
 from moegraft.core.tables import NUM_FIELDS, ExpertsFactor, ExpertsTables, Field
+from moegraft.formats.base import ExpertsWeights
+from moegraft.formats.dense import DenseExperts
+from moegraft.formats.fp8 import Fp8Experts
+from moegraft.formats.int4 import Int4Experts, Int4Matrix
+from moegraft.formats.int8 import Int8Experts
+from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
+from moegraft.formats.scaled import Granularity
+from moegraft.kernels.four_bit_product.weights import four_bit_weights
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.lora.bank.layout import ALIGN_BYTES, DEFAULT_PAGE_BYTES, choose_page_elems
 
 BYTES_PER_S = 4.3e12
 FLOPS_PER_S = 790e12
 DTYPE = torch.bfloat16
+Read = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +89,64 @@ class Batch:
     token_slots_T: torch.Tensor
 
 
+FORMATS = ("bf16", "fp8", "int8", "int4", "mxfp4")
+
+
 def make_layer(shape: LayerShape, device: torch.device | str) -> MoEWeights:
     """Random weights; hidden states of unit variance keep it through the layer."""
     return MoEWeights(
         w13=_randn(shape.E, 2 * shape.F, shape.D, device=device).mul_(shape.D**-0.5),
         w2=_randn(shape.E, shape.D, shape.F, device=device).mul_(shape.F**-0.5),
     )
+
+
+def make_experts(shape: LayerShape, format_name: str, device: torch.device | str) -> ExpertsWeights:
+    """A layer in one of ``FORMATS``: fp8 in blocks, int4 in groups of 128. 4-bit codes are drawn, not rounded."""
+    E, D, F = shape.E, shape.D, shape.F
+    if format_name == "int4":
+        w13, w2 = (_int4(E, *size, device=device) for size in ((2 * F, D), (D, F)))
+        return Int4Experts(w13=w13, w2=w2)
+    if format_name == "mxfp4":
+        w13, w2 = (_mxfp4(E, *size, device=device) for size in ((2 * F, D), (D, F)))
+        return MXFP4Experts(w13=w13, w2=w2)
+    dense = make_layer(shape, device)
+    if format_name == "bf16":
+        return DenseExperts(w13=dense.w13, w2=dense.w2)
+    if format_name == "fp8":
+        return Fp8Experts.pack(dense.w13, dense.w2, granularity=Granularity.BLOCK)
+    return Int8Experts.pack(dense.w13, dense.w2)
+
+
+def kernel_weights(experts: ExpertsWeights) -> MoEWeights:
+    """The layer as the kernels take it."""
+    if isinstance(experts, Int4Experts | MXFP4Experts):
+        return four_bit_weights(experts, Activation(), DTYPE)
+    from moegraft.moe.experts.triton_experts import kernel_weights as eight_bit_weights
+
+    return eight_bit_weights(experts, Activation())
+
+
+def _int4(E: int, rows: int, length: int, *, device: torch.device | str) -> Int4Matrix:
+    """Codes uniform in 0..15 have a standard deviation of 4.6."""
+    granules = -(-length // 128)
+    spread = torch.rand(E, granules, rows, 1, device=device) + 0.5
+    return Int4Matrix(
+        packed=_words(E, granules, rows, device=device),
+        scales=spread.mul_(length**-0.5 / 4.8).to(DTYPE).float(),
+        num_inputs=length,
+        group=128,
+    )
+
+
+def _mxfp4(E: int, rows: int, length: int, *, device: torch.device | str) -> MXFP4Matrix:
+    """Uniform codes have a standard deviation of 3.0; scales are powers of two around what is needed."""
+    granules, exponent = -(-length // 128), 127 + math.floor(math.log2(length**-0.5 / 3.0))
+    scales = torch.randint(exponent, exponent + 2, (E, granules, rows, 4), dtype=torch.uint8, device=device)
+    return MXFP4Matrix(packed=_words(E, granules, rows, device=device), scales=scales, num_inputs=length)
+
+
+def _words(*size: int, device: torch.device | str) -> torch.Tensor:
+    return torch.randint(-(2**15), 2**15, (*size, 32), dtype=torch.int16, device=device)
 
 
 def make_adapters(shape: LayerShape, ranks: list[int], device: torch.device | str, *, pad_to: int = 0) -> Adapters:
@@ -181,27 +245,30 @@ def lora_batch(adapters: Adapters, batch: Batch) -> LoRABatch:
     )
 
 
-def floor_us(shape: LayerShape, batch: Batch, rank: int) -> float:
+def floor_us(shape: LayerShape, batch: Batch, rank: int, expert_bytes: float | None = None) -> float:
     """Decode: bytes of the experts hit and of the (adapter, expert) pairs hit, over the copy bandwidth. Prefill: FLOPs
-    of the base over the matrix rate. ``rank`` 0: without adapters."""
+    of the base over the matrix rate. ``rank`` 0: without adapters. ``expert_bytes``: of packed weights."""
     D, F, (T, K) = shape.D, shape.F, batch.topk_ids_TK.shape
     if T >= PREFILL_TOKENS:
         return 1e6 * T * K * 6 * D * F / FLOPS_PER_S
     experts = batch.topk_ids_TK.unique().numel()
     pairs = (batch.topk_ids_TK + shape.E * batch.token_slots_T[:, None]).unique().numel()
-    elements = experts * 3 * D * F + pairs * rank * (3 * D + 3 * F)
-    return 1e6 * elements * DTYPE.itemsize / BYTES_PER_S
+    base = experts * (3 * D * F * DTYPE.itemsize if expert_bytes is None else expert_bytes)
+    return 1e6 * (base + pairs * rank * (3 * D + 3 * F) * DTYPE.itemsize) / BYTES_PER_S
 
 
-def oracle(weights: MoEWeights, adapters: Adapters | None, batch: Batch, tokens_C: torch.Tensor) -> torch.Tensor:
-    """Float32 outputs [C, D] of some tokens."""
+def oracle(
+    weights: MoEWeights | ExpertsWeights, adapters: Adapters | None, batch: Batch, tokens_C: torch.Tensor
+) -> torch.Tensor:
+    """Float32 outputs [C, D] of some tokens, over dequantised weights and activations as their format reads them."""
     x_CD, ids_CK = batch.x_TD[tokens_C].float(), batch.topk_ids_TK[tokens_C].long()
     slots_C, weights_CK = batch.token_slots_T[tokens_C].long(), batch.topk_weights_TK[tokens_C]
     out_CD = torch.zeros_like(x_CD)
     for e in ids_CK.unique().tolist():
         c, k = torch.where(ids_CK == e)
         x = x_CD[c]
-        u = x @ weights.w13[e].float().T
+        w13_DF, w2_FD, read = _matrices(weights, e)
+        u = read(x) @ w13_DF
 
         def low_rank(v: torch.Tensor, factor: ExpertsFactor, slots: torch.Tensor, expert: int) -> torch.Tensor:
             return torch.einsum("ci,cri->cr", v, adapters.factors[factor][slots, expert].float())
@@ -219,11 +286,18 @@ def oracle(weights: MoEWeights, adapters: Adapters | None, batch: Batch, tokens_
             )
         gate, up = u.chunk(2, dim=1)
         h = torch.nn.functional.silu(gate) * up
-        y = h @ weights.w2[e].float().T
+        y = read(h) @ w2_FD
         if adapters is not None:
             y = y + expand(low_rank(h, ExpertsFactor.A2, slots_C[c], e), ExpertsFactor.B2, slots_C[c], e)
         out_CD.index_add_(0, c, y * weights_CK[c, k, None])
     return out_CD
+
+
+def _matrices(weights: MoEWeights | ExpertsWeights, expert: int) -> tuple[torch.Tensor, torch.Tensor, Read]:
+    if isinstance(weights, MoEWeights):
+        return weights.w13[expert].float().T, weights.w2[expert].float().T, lambda x: x
+    w13_DF, w2_FD = weights.w13_in_out_of(expert, torch.float32), weights.w2_in_out_of(expert, torch.float32)
+    return w13_DF, w2_FD, weights.quantise_input
 
 
 def _randn(*size: int, device: torch.device | str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A whole MoE layer with LoRA, own sorting included, over the grid of shapes, tokens and adapters.
 
-    python benchmarks/moe_lora_grid.py [--shapes qwen3-30b,...] [--tokens 1,8,...] [--cells 8:16:8,...] [--plot x.png]
+    python benchmarks/moe_lora_grid.py [--format int4] [--shapes qwen3-30b,...] [--tokens 1,8,...] [--cells 8:16:8,...]
+                                       [--plot x.png]
 
 Correctness first: a cell whose delta is off by more than 1e-2 of the float32 oracle's is not timed, and the run fails.
 Times are medians of CUDA-graph replays. Prints a table, one JSON line a cell, and last a summary line against the peer.
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from grid_problem import (
     CELLS,
-    DTYPE,
+    FORMATS,
     SHAPES,
     TOKENS,
     Adapters,
@@ -31,17 +32,21 @@ from grid_problem import (
     LayerShape,
     empty_adapters,
     floor_us,
+    kernel_weights,
     lora_batch,
     make_adapters,
     make_batch,
-    make_layer,
+    make_experts,
     oracle,
 )
 
+from moegraft.formats.base import ExpertsWeights
 from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.records import MoEWeights
 
-PEER = Path(__file__).parent / "peers" / "vllm-0.24-h200.jsonl"
+PEERS = Path(__file__).parent / "peers"
+PEER = {"bf16": "vllm-0.24-h200.jsonl", "int4": "vllm-0.24-marlin-h200.jsonl", "mxfp4": "vllm-0.24-marlin-h200.jsonl"}
+BF16 = Path(__file__).parent / "results" / "moe_lora_grid-h200.jsonl"
+"""This layer in bf16, as it was measured."""
 MAX_REL_ERR = 1e-2
 CHECKED_TOKENS = 32
 Row = dict[str, float | int | str]
@@ -56,24 +61,24 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     rows, failed = [], 0
     for shape in args.shapes:
-        weights = make_layer(shape, "cuda")
+        experts = make_experts(shape, args.format, "cuda")
         base_us: dict[int, float] = {}
         for cell in args.cells:
             adapters = make_adapters(shape, [cell.rank] * cell.slots, "cuda")
             for num_tokens in args.tokens:
-                row = _measure(shape, cell, weights, adapters, num_tokens, base_us)
+                row = _measure(shape, cell, experts, adapters, num_tokens, base_us)
                 rows.append(row)
                 failed += "lora_us" not in row
                 _print_row(row)
             del adapters
             torch.cuda.empty_cache()
-        del weights
+        del experts
     for row in rows:
         print(json.dumps(row))
-    summary = _summary(rows, _read_peer())
+    summary = _summary(rows, args.format)
     print(json.dumps(summary))
     if args.plot:
-        _plot(rows, _read_peer(), args.plot)
+        _plot(rows, _read_peer(args.format), args.plot)
     if failed:
         sys.exit(f"{failed} cells are wrong and were not timed")
 
@@ -83,6 +88,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--shapes", type=lambda s: [SHAPES[name] for name in s.split(",")], default=list(SHAPES.values())
     )
+    parser.add_argument("--format", choices=FORMATS, default="bf16")
     parser.add_argument("--tokens", type=lambda s: list(map(int, s.split(","))), default=list(TOKENS))
     parser.add_argument("--cells", type=lambda s: list(map(Cell.parse, s.split(","))), default=list(CELLS))
     parser.add_argument("--plot", type=Path)
@@ -93,13 +99,13 @@ def _parse() -> argparse.Namespace:
 def _measure(
     shape: LayerShape,
     cell: Cell,
-    weights: MoEWeights,
+    experts: ExpertsWeights,
     adapters: Adapters,
     num_tokens: int,
     base_us: dict[int, float],
 ) -> Row:
     batch = make_batch(shape, num_tokens, cell.active, "cuda")
-    lora = lora_batch(adapters, batch)
+    lora, weights = lora_batch(adapters, batch), kernel_weights(experts)
     args = (batch.x_TD, weights, batch.topk_ids_TK, batch.topk_weights_TK)
 
     def with_lora() -> torch.Tensor:
@@ -109,26 +115,34 @@ def _measure(
         return fused_moe_lora(*args)
 
     row: Row = {"shape": shape.name, "tokens": num_tokens, "slots": cell.slots, "active_adapters": cell.active}
-    row |= {"rank": cell.rank, "rel_err": _delta_error(with_lora(), without(), weights, adapters, batch)}
-    if not row["rel_err"] <= MAX_REL_ERR:
+    base_err, delta_err = _errors(with_lora(), without(), experts, adapters, batch)
+    row |= {"rank": cell.rank, "rel_err": delta_err, "base_rel_err": base_err}
+    if weights.quantisation is not None:
+        row["format"] = experts.format_name
+    if not max(base_err, delta_err) <= MAX_REL_ERR:
         return row
     if num_tokens not in base_us:
         base_us[num_tokens] = graph_us(without)
     row |= {
         "base_us": base_us[num_tokens],
         "lora_us": graph_us(with_lora),
-        "floor_us": floor_us(shape, batch, cell.rank),
+        "floor_us": floor_us(shape, batch, cell.rank, experts.num_bytes / shape.E),
+        "base_floor_us": floor_us(shape, batch, 0, experts.num_bytes / shape.E),
     }
     return row
 
 
-def _delta_error(
-    out_TD: torch.Tensor, base_TD: torch.Tensor, weights: MoEWeights, adapters: Adapters, batch: Batch
-) -> float:
+def _errors(
+    out_TD: torch.Tensor, base_TD: torch.Tensor, experts: ExpertsWeights, adapters: Adapters, batch: Batch
+) -> tuple[float, float]:
+    """Relative errors of the base output and of the delta."""
     tokens_C = torch.randperm(out_TD.shape[0], device=out_TD.device)[:CHECKED_TOKENS]
-    reference = oracle(weights, adapters, batch, tokens_C) - oracle(weights, None, batch, tokens_C)
-    delta = out_TD[tokens_C].float() - base_TD[tokens_C].float()
-    return ((delta - reference).norm() / reference.norm()).item()
+    base_reference = oracle(experts, None, batch, tokens_C)
+    reference = oracle(experts, adapters, batch, tokens_C) - base_reference
+    base = base_TD[tokens_C].float()
+    delta = out_TD[tokens_C].float() - base
+    base_err = ((base - base_reference).norm() / base_reference.norm()).item()
+    return base_err, ((delta - reference).norm() / reference.norm()).item()
 
 
 def graph_us(call: Callable[[], object], *, batches: int = 7) -> float:
@@ -165,13 +179,10 @@ def _compile(args: argparse.Namespace) -> None:
 
 
 def _compile_part(args: argparse.Namespace) -> None:
-    """Weights hold anything and the adapters nothing: which kernels there are depends on neither."""
+    """The adapters hold nothing: which kernels there are does not depend on it."""
     part, parts = args.compile_part
     for shape in args.shapes:
-        weights = MoEWeights(
-            w13=torch.empty(shape.E, 2 * shape.F, shape.D, dtype=DTYPE, device="cuda"),
-            w2=torch.empty(shape.E, shape.D, shape.F, dtype=DTYPE, device="cuda"),
-        )
+        weights = kernel_weights(make_experts(shape, args.format, "cuda"))
         cases = [(num_tokens, cell) for num_tokens in args.tokens for cell in args.cells]
         for num_tokens, cell in cases[part::parts]:
             batch = make_batch(shape, num_tokens, cell.active, "cuda")
@@ -183,7 +194,7 @@ def _compile_part(args: argparse.Namespace) -> None:
 
 def _print_row(row: Row) -> None:
     cell = f"{row['slots']}:{row['rank']}:{row['active_adapters']}"
-    head = f"{row['shape']:10s} {row['tokens']:5d} {cell:8s} delta err {row['rel_err']:.4f}"
+    head = f"{row['shape']:10s} {row['tokens']:5d} {cell:8s} err {row['base_rel_err']:.4f}, delta {row['rel_err']:.4f}"
     if "lora_us" not in row:
         print(head, "WRONG", flush=True)
         return
@@ -195,22 +206,36 @@ def _print_row(row: Row) -> None:
 
 
 def _key(row: Row) -> tuple[float | int | str, ...]:
-    return row["shape"], row["tokens"], row["slots"], row["rank"], row["active_adapters"]
+    shape = str(row["shape"]).partition(" ")[0]  # a peer says behind it what it had to pad
+    return shape, row["tokens"], row["slots"], row["rank"], row["active_adapters"]
 
 
-def _read_peer() -> dict[tuple[float | int | str, ...], Row]:
-    return {_key(row): row for row in map(json.loads, PEER.read_text().splitlines())}
+def _read_peer(format_name: str) -> dict[tuple[float | int | str, ...], Row]:
+    """The peer's rows of a format; none where it was not measured."""
+    if format_name not in PEER:
+        return {}
+    rows = map(json.loads, (PEERS / PEER[format_name]).read_text().splitlines())
+    return {_key(row): row for row in rows if row.get("format", "bf16") == format_name}
+
+
+def _speedups(rows: Sequence[Row], others: dict[tuple[float | int | str, ...], Row]) -> dict[str, float]:
+    """Another's time over ours, over the cells that it has."""
+    both = [(row, others[_key(row)]) for row in rows if _key(row) in others]
+    found = {}
+    for name, field in (("on", "lora_us"), ("off", "base_us")):
+        ratios = [float(other[field]) / float(row[field]) for row, other in both]
+        found |= {f"{name}": round(_geomean(ratios), 3), f"{name}_worst": round(min(ratios, default=math.nan), 3)}
+    return found
 
 
 def _geomean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
-def _summary(rows: Sequence[Row], peer: dict[tuple[float | int | str, ...], Row]) -> dict[str, object]:
-    """Geometric means over the cells that were timed; ``speedup_*``: the peer's time over ours."""
+def _summary(rows: Sequence[Row], format_name: str) -> dict[str, object]:
+    """Geometric means over the cells that were timed; ``speedup``: the peer's time over ours, ``over_bf16`` ours."""
     timed = [row for row in rows if "lora_us" in row]
-    on = [float(peer[_key(row)]["lora_us"]) / float(row["lora_us"]) for row in timed]
-    off = [float(peer[_key(row)]["base_us"]) / float(row["base_us"]) for row in timed]
+    bf16 = {} if format_name == "bf16" else {_key(row): row for row in map(json.loads, BF16.read_text().splitlines())}
 
     def by_tokens(value: Callable[[Row], float]) -> dict[str, float]:
         tokens = sorted({int(row["tokens"]) for row in timed})
@@ -220,10 +245,10 @@ def _summary(rows: Sequence[Row], peer: dict[tuple[float | int | str, ...], Row]
         "device": torch.cuda.get_device_name(),
         "cells": len(timed),
         "wrong_cells": len(rows) - len(timed),
-        "speedup_on": round(_geomean(on), 3),
-        "speedup_on_worst": round(min(on, default=math.nan), 3),
-        "speedup_off": round(_geomean(off), 3),
-        "speedup_off_worst": round(min(off, default=math.nan), 3),
+        "format": format_name,
+        "speedup": _speedups(timed, _read_peer(format_name)),
+        "over_bf16": _speedups(timed, bf16),
+        "off_over_floor": by_tokens(lambda row: float(row["base_us"]) / float(row["base_floor_us"])),
         "on_over_floor": by_tokens(lambda row: float(row["lora_us"]) / float(row["floor_us"])),
         "on_over_off": by_tokens(lambda row: float(row["lora_us"]) / float(row["base_us"])),
     }

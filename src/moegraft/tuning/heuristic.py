@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moegraft.tuning.eight_bit import fp8_block_m, fp8_tiles, int8_tiles
-from moegraft.tuning.four_bit import four_bit_tiles
+from moegraft.tuning.four_bit import FOUR_BIT, four_bit_block_m, four_bit_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TuningShape
 
 OF_FORMAT = {"fp8": fp8_tiles, "int8": int8_tiles, "int4": four_bit_tiles, "mxfp4": four_bit_tiles}
@@ -19,6 +19,8 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
     block_m = 16
     while block_m < 128 and block_m < rows_per_expert * 1.25:
         block_m *= 2
+    if shape.weight_format in FOUR_BIT:
+        block_m = four_bit_block_m(rows_per_expert)
     if shape.weight_format == "fp8":
         block_m = fp8_block_m(block_m, rows_per_expert)
     tile_m = 16 if rows_per_expert < 64 else 32
