@@ -203,7 +203,7 @@ class TestLooking:
             assert {rejection.backend for rejection in choice.rejections} == others
             assert all(rejection.reason for rejection in choice.rejections)
         text = str(explanation)
-        assert "model.layers.1.mlp.experts: TorchExperts (dense weights on cpu)" in text
+        assert "model.layers.1.mlp.experts: TorchExperts (dense weights on cpu, kept by transformers)" in text
         assert all(f"not {name}: " in text for name in others)
 
     def test_a_backend_by_name(self) -> None:
