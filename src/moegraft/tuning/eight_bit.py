@@ -12,6 +12,8 @@ X_IN_GEMM = 0
 H_IN_GEMM = 32
 """Up to this ``block_m`` a GEMM over block-scaled weights quantises its rows itself, in every program; beyond, they are
 quantised once: x by a kernel of its own, h by GEMM 13 where ``writes_groups``, else by a kernel too."""
+MAX_SUMS = 32
+"""Numbers of h a thread; with twice as many the loop over the inputs spills, and takes half as long again."""
 NUM_SMS = 132
 ROWS_OF_128 = 512
 """Rows an expert from which blocks of 128 rows, of which the last is half empty, beat blocks of 64."""
@@ -57,17 +59,13 @@ def stores_x(shape: TuningShape, tiles: MoETiles) -> bool:
 def stores_h(shape: TuningShape, tiles: MoETiles) -> bool:
     """The same of h, before GEMM 2."""
     group = shape.scale_group
-    return shape.weight_format == "fp8" and (
-        group == 0 or tiles.block_m > H_IN_GEMM or writes_groups(tiles.gemm13, group)
-    )
+    return shape.weight_format == "fp8" and (group == 0 or tiles.block_m > H_IN_GEMM or writes_groups(tiles, group))
 
 
-def writes_groups(gemm13: GemmTile, group: int) -> bool:
-    """Whether a program of GEMM 13 has whole groups of h, and quantises what it writes.
-
-    A tile that is not swapped holds four times the numbers a thread: beside them there is no room for this.
-    """
-    return gemm13.block_n == group and gemm13.swapped
+def writes_groups(tiles: MoETiles, group: int) -> bool:
+    """Whether a program of GEMM 13 has whole groups of h, and registers enough to quantise what it writes."""
+    tile = tiles.gemm13
+    return tile.block_n == group and tiles.block_m * tile.block_n <= MAX_SUMS * 32 * tile.num_warps
 
 
 def fit_tiles(tiles: MoETiles, shape: TuningShape) -> MoETiles:

@@ -116,7 +116,7 @@ def _launch(
     input_weights = topk_weights_TK if weight_on_input else None
     rows = buffers.quantised_h
     group = 0 if weights.quantisation is None else weights.quantisation.scale_group
-    fused = rows if writes_groups(tiles.gemm13, group) else None
+    fused = rows if writes_groups(tiles, group) else None
     moe_gemm13(
         h_NF, x, weights, routing, x_scales=x_scales, quantised_h=fused, expand=expand13,
         input_weights_TK=input_weights, tile=tiles.gemm13,
