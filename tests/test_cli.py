@@ -159,6 +159,19 @@ def test_generate_asks_base_and_every_adapter(folder: Path) -> None:
     assert [row["text"] for row in pair["rows"]] == [rows[1]["text"], rows[4]["text"]]
 
 
+@pytest.mark.parametrize("layout", [("--tp", 2), ("--ep", 2, "--data-parallel", "--dispatch", "all_gather")])
+def test_generate_on_ranks_of_its_own(folder: Path, layout: tuple[object, ...]) -> None:
+    options = [*adapter_options(folder), "--prompt", QUESTION, "--dtype", "float32", "--device", "cpu"]
+    alone = run_json("generate", folder / "base", *options, "--max-new-tokens", 6)
+    ranks = run_json("generate", folder / "base", *options, "--max-new-tokens", 6, *layout)
+    assert ranks["rows"] == alone["rows"]
+
+
+def test_generate_ends_where_a_rank_fails(folder: Path) -> None:
+    options = ["--adapter", "a=no-such-folder", "--prompt", QUESTION, "--device", "cpu"]
+    assert_refused(run("generate", folder / "base", *options, "--ep", 2), "rank 0 of 2: ", "no-such-folder")
+
+
 def test_generate_prints_a_table(folder: Path) -> None:
     result = run("generate", folder / "base", "--prompt", QUESTION, "--dtype", "float32", "--device", "cpu")
     assert result.exit_code == 0
@@ -174,6 +187,8 @@ def test_generate_prints_a_table(folder: Path) -> None:
         (["--use", "shout"], ["shout", "known: base"]),
         (["--use", "base,base"], ["2 names for 1 prompts"]),
         (["--dtype", "int3"], ["int3", "bfloat16"]),
+        (["--fully-sharded"], ["--fully-sharded without --tp"]),
+        (["--ep", "1", "--data-parallel"], ["--data-parallel without --ep"]),
         (["--device", "nowhere"], ["nowhere"]),
     ],
 )

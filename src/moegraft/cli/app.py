@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,15 @@ ModelFolder = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Device = Annotated[str | None, typer.Option(help="A torch device; by default the GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+TensorParallel = Annotated[int, typer.Option("--tp", min=1, help="Ranks that share every expert; started here.")]
+ExpertParallel = Annotated[int, typer.Option("--ep", min=1, help="Ranks that share the experts out; started here.")]
+
+
+class Dispatch(enum.StrEnum):
+    """How rows reach the experts of other ranks."""
+
+    ALL_TO_ALL = "all_to_all"
+    ALL_GATHER = "all_gather"
 
 
 def _check_memory(value: str) -> str:
@@ -69,10 +79,21 @@ def generate(  # noqa: PLR0913  # one parameter an option
     dtype: Dtype = "auto",
     device: Device = None,
     adapter_memory: Annotated[str, typer.Option(callback=_check_memory, help="For adapters on the device.")] = "2GiB",
+    tp: TensorParallel = 1,
+    ep: ExpertParallel = 1,
+    fully_sharded: Annotated[
+        bool, typer.Option("--fully-sharded", help="With --tp: adapters are shared out on both sides.")
+    ] = False,
+    data_parallel: Annotated[
+        bool, typer.Option("--data-parallel", help="With --ep: every rank answers some of the prompts.")
+    ] = False,
+    dispatch: Annotated[Dispatch, typer.Option(help="With --data-parallel: how rows reach their experts.")] = (
+        Dispatch.ALL_TO_ALL
+    ),
     as_json: Json = False,
 ) -> None:
     """Answer prompts with the base model and with adapters, greedily, in one mixed batch."""
-    from moegraft.cli.generate import GenerateRequest, generate_answers, parse_adapters
+    from moegraft.cli.generate import GenerateRequest, generate_answers, make_parallel, parse_adapters
     from moegraft.cli.tables import show_answers
 
     request = GenerateRequest(
@@ -85,6 +106,9 @@ def generate(  # noqa: PLR0913  # one parameter an option
         dtype=dtype,
         device=device,
         adapter_memory=adapter_memory,
+        parallel=make_parallel(
+            tp=tp, ep=ep, fully_sharded=fully_sharded, data_parallel=data_parallel, dispatch=dispatch.value
+        ),
     )
     answers = generate_answers(request)
     print_json(answers) if as_json else show_answers(answers)

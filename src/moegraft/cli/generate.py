@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from moegraft.cli.console import CommandError, progress_bars
-from moegraft.cli.loading import encode_prompts, load_model, load_tokenizer, quiet_transformers
-from moegraft.integrations.transformers import attach
+from moegraft.cli.console import CommandError, progress_bars, stderr
+from moegraft.cli.launch import run_on_ranks
+from moegraft.cli.loading import encode_prompts, load_model, load_tokenizer, quiet_transformers, resolve_device
+from moegraft.integrations.transformers import attach, init_parallel
+from moegraft.parallel import ParallelConfig
+from moegraft.parallel.config import Dispatch
 
 BASE = "base"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """The options. ``use``: one adapter name or ``base`` for each prompt; None: each prompt with base and with all."""
+    """The options. ``use``: one adapter name or ``base`` for each prompt; None: each prompt with base and with all.
+
+    ``parallel``: ranks that share the model's experts.
+    """
 
     model: Path
     prompts: tuple[str, ...]
@@ -31,6 +38,7 @@ class GenerateRequest:
     dtype: str
     device: str | None
     adapter_memory: str
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,15 @@ def parse_adapters(options: Sequence[str]) -> dict[str, Path]:
     return adapters
 
 
+def make_parallel(*, tp: int, ep: int, fully_sharded: bool, data_parallel: bool, dispatch: Dispatch) -> ParallelConfig:
+    """Raises CommandError for options that ask for nothing."""
+    if fully_sharded and tp == 1:
+        raise CommandError("found --fully-sharded without --tp, expected --tp of at least 2")
+    if data_parallel and ep == 1:
+        raise CommandError("found --data-parallel without --ep, expected --ep of at least 2")
+    return ParallelConfig(tp=tp, ep=ep, fully_sharded=fully_sharded, data_parallel=data_parallel, dispatch=dispatch)
+
+
 def pair_rows(request: GenerateRequest) -> list[tuple[str, str | None]]:
     """(prompt, adapter) of each row. Raises CommandError."""
     if request.use is None:
@@ -97,14 +114,42 @@ class _Steps(BaseStreamer):
 
 
 def generate_answers(request: GenerateRequest) -> Answers:
-    """Loads, attaches and generates greedily. Raises MoegraftError."""
-    rows = pair_rows(request)
-    quiet_transformers(keep_bars=True)
-    model = load_model(request.model, dtype=request.dtype, device=request.device)
+    """Loads, attaches and generates greedily, on ranks of its own where there are several. Raises MoegraftError."""
+    rows, size = pair_rows(request), request.parallel.world_size
+    if size == 1:
+        return _answer_rows(request, rows, None)
+    return run_on_ranks(_answer_on_rank, request, size=size, device=resolve_device(request.device))
+
+
+def _answer_on_rank(request: GenerateRequest, rank: int) -> Answers:
+    """All answers, on every rank; with data parallelism, each rank has generated some of them."""
+    rows, config = pair_rows(request), request.parallel
+    device = init_parallel(resolve_device(request.device))
+    if not config.data_parallel:
+        return _answer_rows(request, rows, device)
+    place = config.ep_rank_of(rank)
+    mine = rows[place :: config.ep]
+    # A rank without rows still has experts for those of others.
+    found = _answer_rows(request, mine or [(rows[0][0], None)], device)
+    gathered: list[Answers] = [found] * config.world_size
+    dist.all_gather_object(gathered, found)
+    answers = [gathered[index % config.ep * config.tp].rows[index // config.ep] for index in range(len(rows))]
+    total = sum(answer.new_tokens for answer in answers)
+    return Answers(rows=tuple(answers), seconds=found.seconds, tokens_per_second=total / found.seconds)
+
+
+def _answer_rows(
+    request: GenerateRequest, rows: Sequence[tuple[str, str | None]], device: torch.device | None
+) -> Answers:
+    """``device``: of this rank, which reads the model on the host and keeps a slice of it; None: one process."""
+    quiet_transformers(keep_bars=not stderr.quiet)
+    model = load_model(request.model, dtype=request.dtype, device=request.device if device is None else "cpu")
     tokenizer = load_tokenizer(request.model)
     batch = encode_prompts(tokenizer, [prompt for prompt, _ in rows], raw=request.raw)
-    batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-    with attach(model, adapter_memory=request.adapter_memory) as graft, progress_bars() as bars:
+    batch = {key: tensor.to(device or model.device) for key, tensor in batch.items()}
+    parallel = None if device is None else request.parallel
+    memory = request.adapter_memory
+    with attach(model, adapter_memory=memory, parallel=parallel, device=device) as graft, progress_bars() as bars:
         task = bars.add_task("Loading adapters", total=len(request.adapters), note="", visible=bool(request.adapters))
         for name, path in request.adapters.items():
             graft.load_adapter(path, name=name)
