@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from moegraft.tuning.eight_bit import FP8_BLOCK, fit_tiles, stores_h, stores_x, writes_groups
 from moegraft.tuning.heuristic import batch_invariant_tiles, heuristic_tiles
-from moegraft.tuning.table import choose_tiles
+from moegraft.tuning.table import choose_tiles, write_table
 from moegraft.tuning.tiles import GemmTile, TuningShape
 
 QWEN = TuningShape(
@@ -57,8 +58,11 @@ def test_h_is_quantised_where_there_is_room() -> None:
     assert stores_h(replace(QWEN, scale_group=0), replace(tiles, block_m=16, gemm13=GemmTile(block_n=64)))
 
 
-def test_tables_of_dense_layers_are_not_for_others() -> None:
-    if torch.cuda.is_available() and "H200" not in torch.cuda.get_device_name():
-        pytest.skip("tables are shipped for other devices")
-    assert choose_tiles(QWEN) == heuristic_tiles(QWEN)
-    assert choose_tiles(replace(QWEN, weight_format="int8")) == heuristic_tiles(replace(QWEN, weight_format="int8"))
+def test_tables_of_dense_layers_are_not_for_others(tmp_path: Path) -> None:
+    dense = replace(QWEN, weight_format="dense", scale_group=0)
+    tile = {"block_n": 64, "block_k": 32, "group": 1, "num_warps": 4, "num_stages": 2, "tma": False}
+    entry = {"num_tokens": QWEN.num_tokens, "block_m": 64, "gemm13": tile, "gemm2": tile}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    write_table(tmp_path / "t.json", device=device, date="", versions={}, shape=dense, entries=[entry])
+    assert choose_tiles(dense, (tmp_path,)).gemm13.block_k == 32
+    assert choose_tiles(QWEN, (tmp_path,)) == heuristic_tiles(QWEN)
