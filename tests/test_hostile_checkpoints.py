@@ -188,7 +188,7 @@ class TestFiles:
         assert_refused(tmp_path, "config.json", "missing")
         folder = folders(GPTQ)
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        assert_refused(folder, "model.safetensors", "pickles")
+        assert_refused(folder, "pytorch_model.bin", "pickles")
 
     def test_truncated(self, folders: Any) -> None:
         folder = folders(GPTQ)

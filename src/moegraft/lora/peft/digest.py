@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 
-from moegraft.lora.peft.folder import CONFIG_FILE, AdapterTensors, open_folder, read_small_file
+from moegraft.lora.peft.folder import CONFIG_FILE, FolderTensors, open_folder, read_small_file
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -18,7 +18,7 @@ def adapter_digest(path: str | os.PathLike[str]) -> str:
     """
     folder = open_folder(path)
     digest = hashlib.sha256(read_small_file(folder, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES))
-    with AdapterTensors(folder) as tensors:
+    with FolderTensors(folder) as tensors:
         for name, info in sorted(tensors.infos.items()):
             digest.update(f"\0{name}\0{info.dtype}\0{list(info.shape)}".encode())
     return digest.hexdigest()

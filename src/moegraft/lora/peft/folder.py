@@ -6,19 +6,19 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import torch
 
 from moegraft.core.errors import AdapterFileError
-from moegraft.lora.peft.safetensors_file import SafetensorsFile, TensorInfo
+from moegraft.lora.peft.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
 from moegraft.lora.peft.strict_json import StrictJSONError, parse_object, shorten
 from moegraft.lora.slicing import Cuts
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-INDEX_FILE = "adapter_model.safetensors.index.json"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.bin.index.json", "adapter_model.pt", "adapter_model.pth")
 MAX_INDEX_BYTES = 64 * 2**20
 
@@ -73,24 +73,46 @@ def file_inside(folder: Path, name: str) -> Path:
     return file
 
 
-class AdapterTensors:
-    """All tensors of an adapter, from one file or from shards; use as a context manager.
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """How the weights of a folder are called. ``pickles``: what is refused in their stead, with ``advice``."""
+
+    weights: str
+    pickles: tuple[str, ...]
+    advice: str
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=lambda: DTYPES)
+
+    @property
+    def index(self) -> str:
+        """The file that says which tensor is in which shard."""
+        return f"{self.weights}.index.json"
+
+
+ADAPTER_FILES = WeightFiles(weights=WEIGHTS_FILE, pickles=PICKLE_FILES, advice=_CONVERT)
+
+
+class FolderTensors:
+    """All tensors of an adapter (or of what else has ``names``), from one file or from shards; a context manager.
 
     Raises:
         AdapterFileError: no weights, only pickles, or an index that disagrees with its shards.
         AdapterTensorError: a dtype that is not served; while reading, values that are not finite.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: WeightFiles = ADAPTER_FILES) -> None:
+        self._names = names
         self._stack = ExitStack()
         try:
-            index = _weight_map(folder)
-            names = sorted(set(index.values())) if index is not None else [WEIGHTS_FILE]
-            self.files = [self._stack.enter_context(SafetensorsFile(file_inside(folder, name))) for name in names]
+            index = _weight_map(folder, names)
+            shards = sorted(set(index.values())) if index is not None else [names.weights]
+            self.files = [
+                self._stack.enter_context(SafetensorsFile(file_inside(folder, shard), dtypes=names.dtypes))
+                for shard in shards
+            ]
             self._file_of: dict[str, SafetensorsFile] = {}
             for file in self.files:
                 self._add(file, index)
-            _check_index_complete(index, self._file_of)
+            self._check_index_complete(index)
         except BaseException:
             self._stack.close()
             raise
@@ -121,36 +143,35 @@ class AdapterTensors:
             if name in self._file_of:
                 raise AdapterFileError(f"{info.where}: also in {self._file_of[name].path.name}")
             if index is not None and index.get(name) != file.path.name:
-                raise AdapterFileError(f"{info.where}: {INDEX_FILE} places it in {shorten(index.get(name))}")
+                raise AdapterFileError(f"{info.where}: {self._names.index} places it in {shorten(index.get(name))}")
             self._file_of[name] = file
 
+    def _check_index_complete(self, index: Mapping[str, str] | None) -> None:
+        for name, file in (index or {}).items():
+            if name not in self._file_of:
+                raise AdapterFileError(f"{self._names.index}: tensor {shorten(name)} is not in {file}")
 
-def _check_index_complete(index: Mapping[str, str] | None, found: Mapping[str, SafetensorsFile]) -> None:
-    for name, file in (index or {}).items():
-        if name not in found:
-            raise AdapterFileError(f"{INDEX_FILE}: tensor {shorten(name)} is not in {file}")
 
-
-def _weight_map(folder: Path) -> Mapping[str, str] | None:
+def _weight_map(folder: Path, names: WeightFiles) -> Mapping[str, str] | None:
     """Tensor name -> shard, or None where there is one file."""
-    has_weights, has_index = (os.path.lexists(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE))
+    has_weights, has_index = (os.path.lexists(folder / name) for name in (names.weights, names.index))
     if has_weights and has_index:
-        raise AdapterFileError(f"{folder}: both {WEIGHTS_FILE} and {INDEX_FILE}; expected one of them")
+        raise AdapterFileError(f"{folder}: both {names.weights} and {names.index}; expected one of them")
     if has_weights:
         return None
     if not has_index:
-        pickles = [name for name in PICKLE_FILES if os.path.lexists(folder / name)]
+        pickles = [name for name in names.pickles if os.path.lexists(folder / name)]
         if pickles:
-            raise AdapterFileError(f"{folder}: {pickles[0]}: {_CONVERT}")
-        raise AdapterFileError(f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+            raise AdapterFileError(f"{folder}: {pickles[0]}: {names.advice}")
+        raise AdapterFileError(f"{folder}: neither {names.weights} nor {names.index}")
     try:
-        index = parse_object(read_small_file(folder, INDEX_FILE, max_bytes=MAX_INDEX_BYTES))
+        index = parse_object(read_small_file(folder, names.index, max_bytes=MAX_INDEX_BYTES))
     except StrictJSONError as error:
-        raise AdapterFileError(f"{INDEX_FILE}: {error}") from None
+        raise AdapterFileError(f"{names.index}: {error}") from None
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise AdapterFileError(f"{INDEX_FILE}: weight_map is {shorten(weight_map)}, expected an object of file names")
+        raise AdapterFileError(f"{names.index}: weight_map is {shorten(weight_map)}, expected an object of file names")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise AdapterFileError(f"{INDEX_FILE}: tensor {shorten(name)}: {shorten(file)} is no safetensors file")
+            raise AdapterFileError(f"{names.index}: tensor {shorten(name)}: {shorten(file)} is no safetensors file")
     return weight_map

@@ -15,7 +15,7 @@ from moegraft.lora.peft.build import build_embedding, build_linear, build_saved
 from moegraft.lora.peft.build_experts import build_experts
 from moegraft.lora.peft.config import PeftConfig, read_config
 from moegraft.lora.peft.factors import Read
-from moegraft.lora.peft.folder import AdapterTensors, open_folder
+from moegraft.lora.peft.folder import FolderTensors, open_folder
 from moegraft.lora.peft.keys import Factor, TensorKey, parse_key
 from moegraft.lora.peft.plan import AdapterPlan, plan_adapter
 from moegraft.lora.peft.safetensors_file import TensorInfo
@@ -75,7 +75,7 @@ def inspect_peft_adapter(path: str | os.PathLike[str], targets: ModelTargets | N
     if folder is None:
         return AdapterInspection(path=os.fspath(path), problems=_texts(problems))
     config = _attempt(lambda: read_config(folder), problems)
-    tensors = _attempt(lambda: AdapterTensors(folder), problems)
+    tensors = _attempt(lambda: FolderTensors(folder), problems)
     contents = _Contents()
     if tensors is not None:
         with tensors:
@@ -104,7 +104,7 @@ class _Contents:
 
 
 def _examine(
-    tensors: AdapterTensors, config: PeftConfig | None, targets: ModelTargets | None, problems: list[AdapterError]
+    tensors: FolderTensors, config: PeftConfig | None, targets: ModelTargets | None, problems: list[AdapterError]
 ) -> _Contents:
     infos = tensors.infos
     dtypes = tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))

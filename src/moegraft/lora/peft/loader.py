@@ -13,7 +13,7 @@ from moegraft.lora.peft.build import build_embedding, build_linear, build_saved
 from moegraft.lora.peft.build_experts import build_experts, tensors_elsewhere
 from moegraft.lora.peft.config import read_config
 from moegraft.lora.peft.factors import Read
-from moegraft.lora.peft.folder import AdapterTensors, open_folder
+from moegraft.lora.peft.folder import FolderTensors, open_folder
 from moegraft.lora.peft.plan import AdapterPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
 from moegraft.lora.peft.safetensors_file import TensorInfo
@@ -53,7 +53,7 @@ def load_peft_adapter(
     if name is not None and (not isinstance(name, str) or not name):
         raise AdapterNameError(f"name {name!r}, expected a string that is not empty")
     config = read_config(folder)
-    with AdapterTensors(folder) as tensors:
+    with FolderTensors(folder) as tensors:
         plan = plan_adapter(tensors.infos, config, targets)
         _raise_first(plan.problems)
         used: set[str] = set()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from moegraft.core.errors import AdapterError, CheckpointError
-from moegraft.lora.peft.folder import file_inside, read_small_file
-from moegraft.lora.peft.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
-from moegraft.lora.peft.strict_json import StrictJSONError, parse_object, shorten
+from moegraft.lora.peft.folder import FolderTensors, WeightFiles, file_inside, read_small_file
+from moegraft.lora.peft.safetensors_file import DTYPES, TensorInfo
+from moegraft.lora.peft.strict_json import StrictJSONError, parse_object
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 * 2**20
 
 # What quantised checkpoints store beside the dtypes of plain weights, by safetensors' names.
@@ -30,6 +28,12 @@ _STORED: Mapping[str, torch.dtype] = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+_FILES = WeightFiles(
+    weights="model.safetensors",
+    pickles=("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    advice="pickles can run code when they are opened, so they are not read; save the model as safetensors",
+    dtypes=_STORED,
+)
 
 
 @contextmanager
@@ -69,61 +73,21 @@ class CheckpointTensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._stack = ExitStack()
-        index = _weight_map(folder)
-        names = [WEIGHTS_FILE] if index is None else sorted(set(index.values()))
-        self._file_of: dict[str, SafetensorsFile] = {}
-        try:
-            with as_checkpoint_error():
-                for name in names:
-                    file = SafetensorsFile(file_inside(folder, name), dtypes=_STORED)
-                    self._add(self._stack.enter_context(file), index)
-            for tensor, name in (index or {}).items():
-                if tensor not in self._file_of:
-                    raise CheckpointError(f"{INDEX_FILE}: tensor {shorten(tensor)} is not in {name}")
-        except BaseException:
-            self._stack.close()
-            raise
-        self.infos: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._file_of.items()}
+        with as_checkpoint_error():
+            self._tensors = FolderTensors(folder, _FILES)
+        self.infos: Mapping[str, TensorInfo] = self._tensors.infos
         self.unread = set(self.infos)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, as stored. Raises CheckpointError where a value is NaN or infinite."""
         with as_checkpoint_error():
-            tensor = self._file_of[name].read(name)
+            tensor = self._tensors.read(name)
         self.unread.discard(name)
         return tensor
 
     def __enter__(self) -> Self:
+        self._tensors.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _add(self, file: SafetensorsFile, index: Mapping[str, str] | None) -> None:
-        for name, info in file.tensors.items():
-            if name in self._file_of:
-                raise CheckpointError(f"{info.where}: also in {self._file_of[name].path.name}")
-            if index is not None and index.get(name) != file.path.name:
-                raise CheckpointError(f"{info.where}: {INDEX_FILE} places it in {shorten(index.get(name))}")
-            self._file_of[name] = file
-
-
-def _weight_map(folder: Path) -> Mapping[str, str] | None:
-    """Tensor name -> shard, or None where there is one file."""
-    has_weights, has_index = (os.path.lexists(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE))
-    if has_weights and has_index:
-        raise CheckpointError(f"{folder}: both {WEIGHTS_FILE} and {INDEX_FILE}; expected one of them")
-    if has_weights:
-        return None
-    if not has_index:
-        raise CheckpointError(
-            f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE}; other formats (pickles, GGUF) are not read"
-        )
-    weight_map = read_json(folder, INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{INDEX_FILE}: weight_map is {shorten(weight_map)}, expected an object of file names")
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_FILE}: tensor {shorten(tensor)}: {shorten(name)} is no safetensors file")
-    return weight_map
+    def __exit__(self, *error: object) -> None:
+        self._tensors.__exit__(*error)
