@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 import moegraft
+from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers.storage import packed_experts
 from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.lora.peft import load_peft_adapter
@@ -141,6 +143,26 @@ def test_experts_are_never_dequantised_while_they_are_read(checkpoint: Quantised
     one = 2 * target.hidden_size * target.intermediate_size
     # Groups of 4 bits are padded to 128 inputs on the way, in several pieces of one expert.
     assert max(sizes) <= max(stored, rest, one * 128 // min(128, target.intermediate_size))
+
+
+def test_what_the_model_can_and_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """gpt-oss, whose experts have biases: it says who read it, moves, and refuses to lose its experts or gradients."""
+    checkpoint, ids = write_checkpoint("mxfp4", tmp_path), random_ids()
+    with caplog.at_level("INFO", "moegraft"):
+        model = moegraft.load_quantised(checkpoint.path, dtype=torch.float32)
+    assert "experts of 2 layers read by moegraft and kept packed (mxfp4)" in caplog.text
+    expected = model(input_ids=ids).logits
+    assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, expected)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "again")
+    embeddings = model.get_input_embeddings()(ids).requires_grad_()
+    with pytest.raises(
+        UnsupportedModelError, match="GptOssExperts holds packed mxfp4 weights, which have no gradients"
+    ):
+        model(inputs_embeds=embeddings)
+    halved = model.to(torch.bfloat16)(input_ids=ids).logits
+    assert halved.dtype is torch.bfloat16
+    assert torch.equal(halved, moegraft.load_quantised(checkpoint.path)(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors int4", "mxfp4"])
