@@ -67,7 +67,7 @@ FIELDS: Any = [
     (GPTQ, {"bits": 8}, ("quantization_config.bits is 8", "expected 4")),
     (GPTQ, {"bits": "4"}, ("quantization_config.bits",)),
     (GPTQ, {"group_size": 16}, ("quantization_config.group_size is 16", "32 or 64 or 128 or -1")),
-    (GPTQ, {"dynamic": {"-:.*": {}}}, ("quantization_config.dynamic",)),
+    (GPTQ, {"dynamic": {"-:.*gate$": {}, "+:.*": {"bits": 8}}}, ("quantization_config.dynamic",)),
     (GPTQ, {"checkpoint_format": "marlin"}, ("quantization_config.checkpoint_format", "gptq_v2")),
     (GPTQ, {"quant_method": "bitsandbytes"}, ("quant_method is 'bitsandbytes'", "gptq")),
     ("awq", {"version": "gemv"}, ("quantization_config.version is 'gemv'", "gemm")),

@@ -231,7 +231,14 @@ _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True
 _PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_attention_heads": 4}
 _BLOCKS = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 32}
-_GPTQ = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", "desc_act": False}
+_GPTQ = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "checkpoint_format": "gptq",
+    "desc_act": False,
+    "pack_dtype": "int32",
+    "dynamic": {"-:.*mlp.gate$": {}},
+}
 
 LAYOUTS: dict[str, Layout] = {
     "gptq": Layout(

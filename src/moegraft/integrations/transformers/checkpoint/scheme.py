@@ -172,7 +172,9 @@ class _Fields:
 def _read_gptq(fields: _Fields) -> tuple[Scheme, ...]:
     fields.get("bits", 4, default=None)
     fields.get("pack_dtype", "int32", default="int32")
-    fields.absent("dynamic", "rules that differ from module to module are not served")
+    rules = fields.fields.get("dynamic") or {}
+    if not isinstance(rules, Mapping) or not all(str(rule).startswith("-:") for rule in rules):
+        raise fields.refused("dynamic", rules, "rules that leave modules out (-:), no others")
     form = fields.get("checkpoint_format", "gptq", "gptq_v2", default=fields.fields.get("format", "gptq"))
     scheme = Scheme(
         layout=Layout.GPTQ,
