@@ -25,7 +25,7 @@ from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.config import Dispatch
 from moegraft.parallel.expert_map import ExpertMap
 
-TIMEOUT = 1.0
+TIMEOUT = 2.0
 VICTIM = 1
 # What the slowest survivor may take: one timeout, and what two busy cores add to it.
 PATIENCE = TIMEOUT + 4.0

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from moegraft.build import build_fused_moe, build_fused_moe_with_lora
+from moegraft.build import build_fused_moe_with_lora, build_parallel_moe, take_slice
 from moegraft.core.tables import ExpertsFactor
 from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.bank import AdapterBank, BankLayout
@@ -17,7 +17,6 @@ from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.local_targets import local_targets
 from moegraft.lora.slicing import slice_adapter
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets
-from moegraft.moe.expert_parallel import expert_parallel_pair
 from moegraft.moe.layer import FusedMoE
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.expert_map import ExpertMap
@@ -118,18 +117,6 @@ def rank_slice(case: MoECase, expert_map: ExpertMap, config: ParallelConfig, ran
     return RankSlice(experts={MODULE: mine})
 
 
-def rank_weights(weights: ExpertsWeights, mine: RankSlice, *, adds_bias: bool) -> ExpertsWeights:
-    """Of one rank. Of the ranks that share an expert, one adds the bias behind the sum over F."""
-    part = mine.experts[MODULE]
-    weights = weights.take_experts(part.experts or range(weights.num_experts))
-    if part.intermediate is not None:
-        f = part.intermediate
-        weights = weights.take_intermediate(f.start, f.stop, padded_to=f.padded)
-    if weights.b2 is not None and not adds_bias:
-        weights = replace(weights, b2=torch.zeros_like(weights.b2))  # type: ignore[type-var]
-    return weights
-
-
 def build_rank_layer(parallel: ParallelCase, groups: ParallelGroups) -> RankLayer:
     case = parallel.case
     inputs = make_inputs(case, seed=parallel.seed)
@@ -137,10 +124,8 @@ def build_rank_layer(parallel: ParallelCase, groups: ParallelGroups) -> RankLaye
     if (pack := PACKS[parallel.packing].pack) is not None:
         weights = pack(weights)
     mine = rank_slice(case, parallel.expert_map, groups.config, groups.rank, weights.intermediate_granule)
-    weights = rank_weights(weights, mine, adds_bias=groups.tp_rank == 0)
-    config = replace(case.config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
-    pair = expert_parallel_pair(case.config, weights, groups, parallel.expert_map)
-    base, _ = build_fused_moe(config, weights, prepare_finalize=pair)
+    weights = take_slice(weights, mine.experts[MODULE], adds_bias=groups.tp_rank == 0)
+    base, _ = build_parallel_moe(case.config, weights, groups, parallel.expert_map)
 
     targets = ModelTargets(model_type="plain", experts={MODULE: experts_target(case)})
     layout = BankLayout(local_targets(targets, mine), dtype=case.config.dtype, page_bytes=1024)
