@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *flags: str) -> str:
+def run(name: str, *flags: str, launcher: tuple[str, ...] = ()) -> str:
     """Standard output of an example, on one thread, with nothing to be downloaded."""
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
-        [sys.executable, *flags, str(EXAMPLES / name)],
+        [sys.executable, *launcher, str(EXAMPLES / name), *flags],
         env=os.environ | offline,
         capture_output=True,
         encoding="utf-8",
@@ -27,7 +29,8 @@ def run(name: str, *flags: str) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"engine_layers.py", "transformers_mixed_batch.py"}
+    tested = {"engine_layers.py", "parallel_generate.py", "transformers_mixed_batch.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
 def test_engine_layers() -> None:
@@ -52,3 +55,13 @@ def test_transformers_mixed_batch() -> None:
     answers = re.findall(r"^(?:sql|base|chat) +(\[.*\])", out, re.M)
     assert len(set(answers)) == 3
     assert "model.layers.1.mlp.experts: TorchExperts" in out
+
+
+@pytest.mark.parametrize("flags", [(), ("--ep", "2", "--data-parallel"), ("--plan",)], ids=" ".join)
+def test_parallel_generate(flags: tuple[str, ...]) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    out = run("parallel_generate.py", "--device", "cpu", *flags, launcher=torchrun)
+    assert out.count("same as one process: True") == 2
+    answers = re.findall(r"^(?:sql|base|chat) +(\[.*\])", out, re.M)
+    assert len(answers) == (2 if "--data-parallel" in flags else 4)
+    assert len(set(answers)) == (2 if "--data-parallel" in flags else 3)

@@ -173,6 +173,7 @@ def test_ranks_that_do_not_act_alike(world2: WorldPool) -> None:
             "maps": f"{UnsupportedModelError.__name__}: expert_maps names 'model.x'",
         }.items():
             assert message in errors[what], (what, errors[what])
+        assert errors["a model of its own"] == ""
     assert "rank 1: " in first["one rank cannot"]
     assert second["one rank cannot"].startswith("NoBackendError")
     assert first["sampled"] == second["sampled"]

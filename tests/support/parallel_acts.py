@@ -109,6 +109,8 @@ def act_differently(config: ParallelConfig) -> dict[str, str]:
             "sampling": lambda: graft.generate(input_ids=batch["input_ids"], max_new_tokens=2, do_sample=True),
         }.items():
             errors[what] = told(call)
+        with moegraft.attach(build("mixtral"), adapter_memory="4MiB") as other_graft:
+            errors["a model of its own"] = told(lambda: other_graft(**other))
         torch.manual_seed(3)
         tokens = graft.generate(input_ids=batch["input_ids"], max_new_tokens=6, do_sample=True)
         errors["sampled"] = str(tokens.tolist())

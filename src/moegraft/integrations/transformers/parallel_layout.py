@@ -87,7 +87,8 @@ def make_layout(
     """
     config, expert_maps = options.config, options.expert_maps
     if not has_plan(model):
-        groups = ParallelGroups.create(config or ParallelConfig(), device)
+        # A process of some other world may graft a model of its own.
+        groups = ParallelGroups.alone() if config is None else ParallelGroups.create(config, device)
         layout = RankLayout(groups=groups)
     else:
         plan = read_plan(model, targets)
