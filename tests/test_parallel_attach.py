@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from support.distributed import WorldPool
 from support.families import build
 from support.family_adapters import save_everything, save_experts, save_part, save_replacements
-from support.parallel_acts import act_differently, hold_and_give_up, load_badly, run_packed, serve_unevenly
+from support.parallel_acts import act_differently, hold_and_give_up, load_badly, lose_a_rank, run_packed, serve_unevenly
 from support.parallel_models import (
     ModelCase,
     ModelResult,
@@ -25,9 +27,6 @@ from moegraft.core.errors import AdapterFileError, AdapterTensorError, BatchErro
 from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.parallel import ParallelConfig
 from moegraft.parallel.expert_map import ExpertMap
-
-if TYPE_CHECKING:
-    from support.distributed import WorldPool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -196,3 +195,18 @@ def test_a_rank_without_requests(qwen3: ModelCase, world2: WorldPool, dispatch: 
     assert first["tokens"].tolist() == tokens.tolist()
     assert second["tokens"].tolist() == tokens[:1, : batch["input_ids"].shape[1] + 2].tolist()
     assert "every rank needs a row" in first["no rows"]
+
+
+@pytest.mark.parametrize("config", [TP2, replace(EP2, data_parallel=True)], ids=["tp", "ep"])
+def test_a_rank_dies_in_a_step(config: ParallelConfig) -> None:
+    with WorldPool(2) as doomed:
+        began = time.monotonic()
+        first, second = doomed.outcomes(lose_a_rank, replace(config, timeout_seconds=10.0), 1)
+        assert second.died
+        assert isinstance(first.result, str), first.trace
+        error, again = first.result.split(" | ")
+        assert error.startswith("ParallelError: rank 0, ")
+        assert "a peer is dead, late, or runs another collective" in error
+        assert "refused, an earlier collective failed" in again
+        assert first.seconds < 20
+        assert time.monotonic() - began < 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -154,3 +155,17 @@ def attach_to_plan(case: ModelCase, options: Mapping[str, Any], adapter: Path | 
         return told(lambda: moegraft.attach(model, **options))
     with moegraft.attach(model, adapter_memory="4MiB", **options) as graft:
         return told(lambda: graft.load_adapter(adapter))
+
+
+def lose_a_rank(config: ParallelConfig, layer: int) -> str:
+    """Rank 1 dies in a layer of the second forward pass; what the others are told, and that they can leave."""
+    model = build("qwen3_moe")
+    graft = moegraft.attach(model, parallel=config, adapter_memory="4MiB")
+    batch = make_batch(2)
+    graft(**batch)
+    if _rank() == 1:
+        model.model.layers[layer].mlp.register_forward_pre_hook(lambda *_: os._exit(1))
+    error = told(lambda: graft(**batch))
+    again = told(lambda: graft(**batch))
+    graft.detach()
+    return f"{error} | {again}"
