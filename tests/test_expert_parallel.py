@@ -20,24 +20,19 @@ from support.expert_parallel import (
     whole_layer,
 )
 from support.formats import PACKS
-from support.layers import MODULE, build_layer, dense_weights
+from support.layers import MODULE
 
 from moegraft.build import build_fused_moe_with_lora
 from moegraft.core.config import MoEConfig
 from moegraft.core.errors import BatchError
-from moegraft.formats.dense import DenseExperts
 from moegraft.lora.targets import AdapterWeights
-from moegraft.moe.expert_parallel import AllToAllPrepareAndFinalize
-from moegraft.moe.expert_parallel.exchange import split_rows
-from moegraft.moe.expert_parallel.packing import PlainRows, codec_for, pack_rows
-from moegraft.moe.expert_parallel.routed_rows import pack_routed_rows, unpack_routed_rows
 from moegraft.moe.experts import TritonExperts
 from moegraft.moe.layer import FusedMoE
 from moegraft.moe.method import FusedMoEModularMethod
-from moegraft.parallel import ParallelConfig, ParallelGroups
+from moegraft.parallel import ParallelConfig
 from moegraft.parallel.config import Dispatch
 from moegraft.parallel.expert_map import ExpertMap
-from moegraft.testing import LoRASpec, MoECase, Popularity, Routing, assert_close, assert_close_delta, make_inputs
+from moegraft.testing import LoRASpec, MoECase, Popularity, Routing, assert_close, assert_close_delta
 from moegraft.testing.cases import MOE_CASES
 
 if TYPE_CHECKING:
@@ -154,6 +149,21 @@ def test_every_kind_of_layer(world2: WorldPool, dispatch: str) -> None:
         expert_map = ExpertMap.contiguous(case.config.num_experts, 2)
         cases.append(ParallelCase(case=case, config=config, expert_map=expert_map, rows=shares))
     check_cases(world2, cases)
+
+
+@pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all"])
+def test_every_weight_format(world2: WorldPool, dispatch: str) -> None:
+    config, rows = DISPATCHES[dispatch]
+    case = replace(case_of("partial"), num_tokens=24)
+    case = replace(case, config=replace(CONFIG, hidden_size=128, intermediate_size=128))
+    expert_map = ExpertMap.round_robin(E, 2)
+    check_cases(
+        world2,
+        [
+            ParallelCase(case=case, config=config, expert_map=expert_map, rows=rows, packing=packing)
+            for packing in PACKS
+        ],
+    )
 
 
 def adversarial(ids: Sequence[Sequence[int]], *, slots: Sequence[int] | None = None, **changes: object) -> ParallelCase:
@@ -311,30 +321,6 @@ def test_kernels_take_dispatched_rows(world2: WorldPool, dispatch: str, packing:
     assert_close_delta(found, without, one_found, one_without, 1e-5)
 
 
-def test_fields_without_rows_are_packed_whatever_their_strides() -> None:
-    fields = [torch.ones(1, 3).expand(0, 3), torch.ones(1).expand(0, 1), torch.empty(0, 5, dtype=torch.bfloat16)]
-    assert pack_rows(fields).shape == (0, 28)
-
-
-@pytest.mark.parametrize("packing", ["fp8 block", "fp8 channel", "fp8 static"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_in_fp8_arrive_as_the_layer_would_quantise_them(packing: str, dtype: torch.dtype) -> None:
-    """To the bit; and a kernel that quantises what arrived finds the same values again, under a rounded scale."""
-    pack = PACKS[packing].pack
-    assert pack is not None
-    case = case_of("partial", dtype)
-    weights = pack(dense_weights(case, make_inputs(case)))
-    codec, x_SD = codec_for(weights), torch.randn(9, 300).mul(torch.logspace(-6, 6, 9)[:, None]).to(dtype)
-    packed = pack_routed_rows(codec, x_SD, torch.full((9, 2), 3), torch.rand(9, 2), torch.arange(9))
-    rows = unpack_routed_rows(codec, packed, top_k=2, hidden_size=300, dtype=dtype)
-    decoded_SD = codec.decode(rows.encoded, dtype)
-    assert torch.equal(decoded_SD, weights.quantise_input(x_SD))
-    assert rows.adapter_M.tolist() == list(range(9)) and rows.ids_MK.unique().tolist() == [3]
-    again = codec.encode(decoded_SD)
-    assert torch.equal(again[1].float(), rows.encoded[1].float())
-    assert torch.allclose(again[0], rows.encoded[0], rtol=2**-8, atol=0)
-
-
 def _load_while_layers_run(parallel: ParallelCase) -> bool:
     """Adapters come and go on one thread while another runs steps of a batch; ranks are in step on each of the two."""
     layer = build_rank_layer(parallel, groups_of(parallel.config))
@@ -374,18 +360,3 @@ def test_ranks_that_disagree_about_adapters_are_told(world2: WorldPool, dispatch
     first, second = world2.run(_disagree, parallel)
     assert first.startswith("ranks [1] run a batch without adapters, rank 0 one with; acquire it on all ranks together")
     assert second.startswith("ranks [0] run a batch with adapters, rank 1 one without; ")
-
-
-def test_a_mapping_without_ids_cannot_travel() -> None:
-    layer = build_layer(case_of("partial"))
-    with layer.context() as context, pytest.raises(BatchError, match="acquire the batch from a CollectiveBank"):
-        split_rows(PlainRows(), T, context, torch.device("cpu"))
-
-
-def test_maps_and_weights_that_do_not_fit_are_refused() -> None:
-    weights = DenseExperts(w13=torch.ones(2, 8, 6), w2=torch.ones(2, 6, 4))
-    groups = ParallelGroups.alone()
-    with pytest.raises(ValueError, match="the expert map is for 2 ranks, the group has 1"):
-        AllToAllPrepareAndFinalize(CONFIG, weights, groups, ExpertMap.contiguous(4, 2))
-    with pytest.raises(ValueError, match="the weights are of 2 experts, the map gives this rank 4"):
-        AllToAllPrepareAndFinalize(CONFIG, weights, groups, ExpertMap.contiguous(4, 1))
