@@ -149,3 +149,13 @@ def test_dora_on_a_gathered_map(
     for error in world2.run(attach_to_plan, case, {}, dora):
         assert error.startswith("AdapterConfigError: use_dora: ")
         assert "needs the base weight of model.layers.0.self_attn." in error
+
+
+def test_a_replacement_of_a_module_whose_output_is_shared_out(
+    cases: dict[str, ModelCase], tmp_path_factory: pytest.TempPathFactory, world2: WorldPool
+) -> None:
+    case = _case(cases, "mixtral", tmp_path_factory)
+    planned = replace(case, plan=_tp_plan_with("lm_head", "colwise"))
+    for error in world2.run(attach_to_plan, planned, {}, case.adapters["replacements"]):
+        assert error.startswith("AdapterMismatchError: a replacement of 'lm_head' cannot follow the parallel plan")
+        assert "which gives it style 'colwise'" in error
