@@ -273,6 +273,21 @@ def test_explain_says_what_attach_says(tmp_path: Path) -> None:
     assert choices[0]["backend"] in shown.stdout
 
 
+def test_explain_says_what_each_rank_would_keep(tmp_path: Path) -> None:
+    model = build("mixtral")
+    model.save_pretrained(tmp_path)
+    shares = run_json("explain", tmp_path, "--device", "cpu", "--tp", 2, "--ep", 2)["shares"]
+    assert [share["rank"] for share in shares] == [0, 1, 2, 3] * 2
+    assert [share["experts"] for share in shares[:4]] == [[0, 1, 2]] * 2 + [[3, 4]] * 2
+    assert [share["columns"] for share in shares[:4]] == [[0, 12], [12, 24]] * 2
+    experts = [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
+    held = sum(parameter.nbytes for module in experts for parameter in module.parameters())
+    assert sum(share["num_bytes"] for share in shares) == held
+    shown = run("explain", tmp_path, "--device", "cpu", "--ep", 2).stdout
+    assert "What each rank keeps" in shown
+    assert "3 to 4" in shown
+
+
 def test_explain_refuses_unknown_models(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert_refused(run("explain", tmp_path / "empty"), "empty")

@@ -142,13 +142,21 @@ def inspect_(
 
 @app.command()
 @reported
-def explain(model: ModelFolder, dtype: Dtype = "auto", device: Device = None, as_json: Json = False) -> None:
+def explain(
+    model: ModelFolder,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks that would share every expert.")] = 1,
+    ep: Annotated[int, typer.Option("--ep", min=1, help="Ranks that would share the experts out.")] = 1,
+    as_json: Json = False,
+) -> None:
     """Which backend serves each layer of a model, and why every other does not. Reads no weights."""
     from moegraft.cli.structure import explain_model
     from moegraft.cli.tables import show_explanation
+    from moegraft.parallel import ParallelConfig
 
     with working("Building the model's structure"):
-        explanation = explain_model(model, dtype=dtype, device=device)
+        explanation = explain_model(model, dtype=dtype, device=device, parallel=ParallelConfig(tp=tp, ep=ep))
     print_json(explanation) if as_json else show_explanation(explanation)
 
 

@@ -14,8 +14,10 @@ from moegraft.cli.loading import quiet_transformers, resolve_device, resolve_dty
 from moegraft.integrations.transformers import LayerChoice, is_quantised
 from moegraft.integrations.transformers.checkpoint import plain_config, read_structure
 from moegraft.integrations.transformers.explain import explain_structure
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.parallel_layout import RankShare, rank_shares
+from moegraft.integrations.transformers.targets import discover_targets, experts_targets
 from moegraft.lora.targets import ModelTargets
+from moegraft.parallel import ParallelConfig
 
 
 def base_targets(folder: Path) -> ModelTargets:
@@ -25,20 +27,32 @@ def base_targets(folder: Path) -> ModelTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelExplanation:
-    """``stored``: the layout of a quantised checkpoint, in words; empty where it is not quantised."""
+    """``stored``: the layout of a quantised checkpoint, in words; empty where it is not quantised.
+
+    ``shares``: what each of several ranks would keep.
+    """
 
     stored: str
     choices: tuple[LayerChoice, ...]
+    shares: tuple[RankShare, ...] = ()
 
 
-def explain_model(folder: Path, *, dtype: str, device: str | None) -> ModelExplanation:
+def explain_model(
+    folder: Path, *, dtype: str, device: str | None, parallel: ParallelConfig | None = None
+) -> ModelExplanation:
     """What ``attach`` would choose for the checkpoint, from its config and the headers of its weights.
 
     Raises CheckpointError, UnsupportedModelError or NoBackendError.
     """
     model = hollow_model(folder, dtype=dtype, device=device)
+    several = parallel is not None and parallel.world_size > 1
     if not is_quantised(folder):
-        return ModelExplanation(stored="", choices=explain_structure(model, {}).choices)
+        shares: list[RankShare] = []
+        if parallel is not None and several:
+            shares = rank_shares(experts_targets(model).values(), parallel, model.dtype.itemsize)
+        return ModelExplanation(stored="", choices=explain_structure(model, {}).choices, shares=tuple(shares))
+    if several:
+        raise CommandError(f"{folder} is quantised: what ranks keep of it follows its scales, and is not shown")
     plan = read_structure(folder).plan
     return ModelExplanation(stored=plan.description, choices=explain_structure(model, plan.formats).choices)
 

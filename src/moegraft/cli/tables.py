@@ -21,10 +21,25 @@ if TYPE_CHECKING:
     from moegraft.cli.generate import Answers
     from moegraft.cli.structure import ModelExplanation
     from moegraft.cli.tune import TuneResult
+    from moegraft.integrations.transformers.parallel_layout import RankShare
     from moegraft.lora.peft import AdapterInspection, ModuleSummary
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_SHORT = ("adapter", "kind", "ranks", "rows of A", "modules", "size", "layers", "format", "device", "backend")
+_SHORT = (
+    "rank",
+    "experts",
+    "columns of F",
+    "adapter",
+    "kind",
+    "ranks",
+    "rows of A",
+    "modules",
+    "size",
+    "layers",
+    "format",
+    "device",
+    "backend",
+)
 _DETAIL = re.compile(r"\d+|lora_[AB]|(gate|up|down)_proj|w[123]")
 
 
@@ -160,6 +175,8 @@ def show_explanation(explanation: ModelExplanation) -> None:
         served = Text(backend, style="green")
         table.add_row(name, str(len(layers)), format_name, device, served, Text(reasons or "the only backend"))
     stdout.print(table)
+    if explanation.shares:
+        stdout.print(_shares_table(explanation.shares))
     packed = sum(choice.kept_by == "moegraft" for choice in explanation.choices)
     if explanation.stored:
         stdout.print(
@@ -168,6 +185,21 @@ def show_explanation(explanation: ModelExplanation) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _shares_table(shares: Sequence[RankShare]) -> Table:
+    """One line a rank; layers of one share folded together."""
+    groups: dict[tuple[object, ...], list[RankShare]] = {}
+    for share in shares:
+        kind = (share.rank, _folded(share.layer), share.experts, share.columns)
+        groups.setdefault(kind, []).append(share)
+    table = _table("What each rank keeps", "rank", "layer", "layers", "experts", "columns of F", "size")
+    for alike in sorted(groups.values(), key=lambda alike: alike[0].rank):
+        first = alike[0]
+        size = format_bytes(sum(share.num_bytes for share in alike))
+        experts, columns = f"{first.experts[0]} to {first.experts[-1]}", f"{first.columns[0]} to {first.columns[1] - 1}"
+        table.add_row(str(first.rank), _folded(first.layer), str(len(alike)), experts, columns, size)
+    return table
 
 
 def show_tuning(results: Sequence[TuneResult]) -> None:

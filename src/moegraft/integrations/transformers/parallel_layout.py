@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -100,6 +100,39 @@ def make_layout(
     cuts = config is not None and layout.is_parallel and not layout.mine.experts
     to_cut = targets.experts if cuts else {}
     return together(groups, lambda: _with_cuts(model, layout, to_cut, expert_maps or {}), told=_fingerprint(targets))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankShare:
+    """What one rank would keep of one unquantised experts module: ids of experts, columns [start, stop) of F, bytes."""
+
+    rank: int
+    layer: str
+    experts: tuple[int, ...]
+    columns: tuple[int, int]
+    num_bytes: int
+
+
+def rank_shares(targets: Iterable[ExpertsTarget], config: ParallelConfig, itemsize: int) -> list[RankShare]:
+    """What ``attach(parallel=config)`` would leave on every rank, without biases. Raises UnsupportedModelError."""
+    shares = []
+    for target in targets:
+        expert_map = _contiguous(target.name, target, config)
+        halves = 2 if target.has_gate else 1
+        for rank in range(config.world_size):
+            experts = expert_map.experts_of_rank[config.ep_rank_of(rank)]
+            part = Share(config.tp, config.tp_rank_of(rank)).of(target.intermediate_size)
+            size = len(experts) * (halves + 1) * part.padded * target.hidden_size * itemsize
+            shares.append(
+                RankShare(
+                    rank=rank,
+                    layer=target.name,
+                    experts=experts,
+                    columns=(part.start, part.stop),
+                    num_bytes=size,
+                )
+            )
+    return shares
 
 
 def with_whole_parameters(targets: ModelTargets) -> ModelTargets:
