@@ -57,7 +57,7 @@ def test_transformers_mixed_batch() -> None:
     assert "model.layers.1.mlp.experts: TorchExperts" in out
 
 
-@pytest.mark.parametrize("flags", [(), ("--ep", "2", "--data-parallel"), ("--plan",)], ids=" ".join)
+@pytest.mark.parametrize("flags", [("--ep", "2", "--data-parallel"), ("--plan",)], ids=" ".join)
 def test_parallel_generate(flags: tuple[str, ...]) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     out = run("parallel_generate.py", "--device", "cpu", *flags, launcher=torchrun)
