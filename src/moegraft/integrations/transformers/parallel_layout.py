@@ -220,19 +220,24 @@ def _fingerprint(targets: ModelTargets) -> int:
 
 
 def together(groups: ParallelGroups, act: Callable[[], _Result], *, told: int = 0) -> _Result:
-    """``act`` on every rank; where it raised on one, all raise. ``told``: what must be the same on all ranks."""
-    result, failure = None, None
+    """``act`` on every rank; where it raised on one, all raise, and the groups are given back.
+
+    ``told``: what must be the same on all ranks.
+    """
+    result: _Result | None = None
+    failure: MoegraftError | None = None
     try:
         result = act()
     except MoegraftError as error:
         failure = error
     votes = groups.control.all_gather_object((None if failure is None else str(failure), told))
-    if failure is not None:
-        raise failure
     for rank, (message, theirs) in enumerate(votes):
-        if message is not None:
-            raise ParallelError(f"rank {rank}: {message}")
-        if theirs != told:
-            raise ParallelError(f"ranks {groups.rank} and {rank} have loaded different models")
+        if failure is None and message is not None:
+            failure = ParallelError(f"rank {rank}: {message}")
+        if failure is None and theirs != told:
+            failure = ParallelError(f"ranks {groups.rank} and {rank} have loaded different models")
+    if failure is not None:
+        groups.close()
+        raise failure
     assert result is not None
     return result

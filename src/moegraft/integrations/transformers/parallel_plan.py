@@ -239,6 +239,8 @@ def _slice_of_placements(module: nn.Module, target: ExpertsTarget, share: Share)
     """What the parameters say about themselves, or what is wrong with that."""
     E, D, F, G = target.num_experts, target.hidden_size, target.intermediate_size, 2 if target.has_gate else 1
     w13, w2 = getattr(module, target.w13_param), getattr(module, target.w2_param)
+    if not w13.dtype.is_floating_point or w13.dtype.itemsize == 1:
+        return f"parts of {w13.dtype} weights, whose scales it cuts too"
     f_axis, gf_axis = (1, 2) if target.is_transposed else (2, 1)
     split_halves = ("_StridedShard", gf_axis, G) if G == 2 and not target.is_interleaved else ("Shard", gf_axis, 1)
     match _placement(w13), _placement(w2):
