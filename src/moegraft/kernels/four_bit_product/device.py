@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 GRANULE = tl.constexpr(128)
 RUN = tl.constexpr(32)
@@ -80,6 +81,8 @@ def _four_bit_product(x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expe
                 if not AHEAD:
                     scales = _load_words(w_scale_ptr, here + row)
                 w = _load_tile(w_ptrs, expert, granule, 0, n, NUM, ROWS, COLUMNS, BLOCK_N, USE_TMA)
+                if part == 0:
+                    w = _after_products(w, x_ptrs.dtype.element_ty, SWAPPED)
                 acc_gate = _add_granule(
                     acc_gate, x_ptrs, live, k, w, w_scale_ptr, w_zero_ptr, scales, here + row, E2M1, LENGTH, IS_WHOLE,
                     SCALE_GROUP, BLOCK_M, BLOCK_N, SWAPPED, PRECISION,
@@ -87,6 +90,8 @@ def _four_bit_product(x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expe
             if not AHEAD:
                 up_scales = _load_words(w_scale_ptr, here + up_row)
             w = _load_tile(w_ptrs, expert, granule, GATED, n, NUM, ROWS, COLUMNS, BLOCK_N, USE_TMA)
+            if part == 0 and not GATED:
+                w = _after_products(w, x_ptrs.dtype.element_ty, SWAPPED)
             acc_up = _add_granule(
                 acc_up, x_ptrs, live, k, w, w_scale_ptr, w_zero_ptr, up_scales, here + up_row, E2M1, LENGTH, IS_WHOLE,
                 SCALE_GROUP, BLOCK_M, BLOCK_N, SWAPPED, PRECISION,
@@ -178,6 +183,26 @@ def _load_tile(w_ptrs, expert, granule, half: tl.constexpr, n, NUM: tl.constexpr
         words = w_ptrs.load([(expert * NUM + granule) * ROWS + half * COLUMNS + n * BLOCK_N, 0])
     else:
         words = tl.load(w_ptrs + (granule * ROWS + half * COLUMNS).to(tl.int64) * RUN)
+    return words
+
+
+@triton.jit
+def _after_products(words, DTYPE: tl.constexpr, SWAPPED: tl.constexpr):
+    """The words, once no product of the step before reads its left operand from registers any more.
+
+    Triton up to 3.6 lets the numbers of a step overwrite those that wgmma instructions of the last step still read
+    (https://github.com/triton-lang/triton/issues/9433).
+    """
+    if SWAPPED and not DTYPE.is_fp32():  # noqa: SIM102  # Triton's interpreter has no target to ask for
+        if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
+            words = tl.inline_asm_elementwise(
+                "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
+                "=r,=r,=r,=r,r,r,r,r",
+                [words],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=8,
+            )
     return words
 
 
