@@ -27,7 +27,7 @@ from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.local_targets import local_targets
 from moegraft.lora.mapping import GroupAdapters, GroupMapping
 from moegraft.lora.peft import load_peft_adapter
-from moegraft.lora.peft.digest import adapter_digest
+from moegraft.lora.peft.digest import SAMPLED_TENSORS, adapter_digest
 from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice
@@ -162,17 +162,18 @@ def _result(outcome: Outcome) -> Any:
     return outcome.result
 
 
-def test_files_that_differ_between_ranks_are_refused(world2: WorldPool, tmp_path: Path) -> None:
-    """Both are whole and fit the model; a rank of 2 here would meet a rank of 3 there."""
-    one, other = save_adapter(tmp_path / "good"), save_adapter(tmp_path / "other", rank=3)
-    outcomes = world2.outcomes(_load_own, per_rank=[(one,), (other,)])
+@pytest.mark.parametrize("other", [{"rank": 3}, {"seed": 1}], ids=["other rank", "other values"])
+def test_files_that_differ_between_ranks_are_refused(world2: WorldPool, tmp_path: Path, other: dict[str, int]) -> None:
+    """Both are whole and fit the model: a rank of 2 here and of 3 there, or two steps of one training."""
+    paths = save_adapter(tmp_path / "good"), save_adapter(tmp_path / "other", **other)
+    outcomes = world2.outcomes(_load_own, per_rank=[(path,) for path in paths])
     kind, message = same_error([_result(outcome) for outcome in outcomes])
     assert kind is AdapterFileError
-    assert "adapter 'a': config or tensor headers differ between ranks: ranks [0]: " in message
+    assert "adapter 'a': its files differ between ranks: ranks [0]: " in message
     assert "; ranks [1]: " in message
 
 
-def test_the_digest_reads_names_types_shapes_and_config(tmp_path: Path) -> None:
+def test_the_digest_reads_config_headers_and_a_sample_of_values(tmp_path: Path) -> None:
     from support.adapters import TensorFactory, write_adapter
 
     factory = TensorFactory()
@@ -183,9 +184,20 @@ def test_the_digest_reads_names_types_shapes_and_config(tmp_path: Path) -> None:
     renamed = {name.replace("q.", "k."): tensor for name, tensor in tensors.items()}
     halved = {name: tensor.half() for name, tensor in tensors.items()}
     wider = {name: torch.ones(8, 8) for name in tensors}
-    for i, changed in enumerate((renamed, halved, wider)):
+    retrained = {name: tensor + 1e-3 for name, tensor in tensors.items()}
+    for i, changed in enumerate((renamed, halved, wider, retrained)):
         assert adapter_digest(write_adapter(tmp_path / str(i), changed)) != plain
     assert adapter_digest(write_adapter(tmp_path / "alpha", tensors, lora_alpha=5)) != plain
+
+
+def test_the_sample_of_a_large_adapter_spans_its_names(tmp_path: Path) -> None:
+    from support.adapters import write_adapter
+
+    tensors = {f"base_model.model.{i:04}.lora_A.weight": torch.zeros(1, 1) for i in range(2 * SAMPLED_TENSORS + 5)}
+    digests = {adapter_digest(write_adapter(tmp_path / "zeros", tensors))}
+    for name in (min(tensors), max(name for i, name in enumerate(tensors) if i % 3 == 0)):  # every third is sampled
+        digests.add(adapter_digest(write_adapter(tmp_path / name, {**tensors, name: torch.ones(1, 1)})))
+    assert len(digests) == 3
 
 
 def _fill(path: Path, pages: int) -> Any:

@@ -278,7 +278,7 @@ def _check_same_adapter(told: Sequence[tuple[str, int, str]]) -> None:
         ranks_of.setdefault(digest, []).append(rank)
     if len(ranks_of) > 1:
         found = "; ".join(f"ranks {ranks}: {digest[:12]}" for digest, ranks in ranks_of.items())
-        raise AdapterFileError(f"adapter {told[0][0]!r}: config or tensor headers differ between ranks: {found}")
+        raise AdapterFileError(f"adapter {told[0][0]!r}: its files differ between ranks: {found}")
 
 
 def _check_same_names(names: Sequence[str]) -> None:

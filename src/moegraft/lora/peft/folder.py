@@ -132,6 +132,10 @@ class FolderTensors:
         """One tensor or ``cuts`` of it, on the CPU, in the file's dtype, finite."""
         return self._file_of[name].read(name, cuts)
 
+    def read_start(self, name: str, nbytes: int) -> bytes:
+        """The first ``nbytes`` bytes of a tensor as they are stored; all of a smaller one."""
+        return self._file_of[name].read_start(name, nbytes)
+
     def __enter__(self) -> Self:
         return self
 

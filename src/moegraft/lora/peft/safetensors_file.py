@@ -112,6 +112,11 @@ class SafetensorsFile:
             raise AdapterTensorError(f"{info.where} holds NaN or infinite values")
         return tensor
 
+    def read_start(self, name: str, nbytes: int) -> bytes:
+        """The first ``nbytes`` bytes of a tensor as they are stored; all of a smaller one."""
+        info = self.tensors[name]
+        return bytes(self._read_bytes(info.offset, min(nbytes, info.nbytes)))
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
