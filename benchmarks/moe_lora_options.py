@@ -1,13 +1,35 @@
-"""What mixed ranks save over padded ones, and what batch-invariant results cost: Qwen3-30B-A3B's layer, JSON lines.
+"""What ranks, slots and batch-invariant results cost: Qwen3-30B-A3B's layer with adapters on it.
 
-python benchmarks/moe_lora_options.py
+python benchmarks/moe_lora_options.py [--questions mixed,small,slots,invariant]
+
+- mixed: 32 adapters of ranks 4, 8, 16 and 64 as they are, and with every rank padded to 64
+- small: 8 adapters of one rank, 1 to 16
+- slots: 8 adapters of rank 16 in a bank of 8 to 256 slots
+- invariant: results that do not depend on a row's neighbours
+
+Correctness first: a time whose outputs are wrong is not reported, and the run fails. Medians of CUDA-graph replays;
+a line a variant, then one JSON line.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from grid_problem import CELLS, DTYPE, SHAPES, Adapters, lora_batch, make_adapters, make_batch, make_layer
+from grid_problem import (
+    DTYPE,
+    SHAPES,
+    Adapters,
+    check_layer,
+    lora_batch,
+    make_adapters,
+    make_batch,
+    make_layer,
+)
 from moe_lora_grid import graph_us
 
 from moegraft.kernels.moe_forward.host import fused_moe_lora
@@ -16,28 +38,74 @@ from moegraft.tuning.heuristic import batch_invariant_tiles
 from moegraft.tuning.tiles import MoETiles
 
 SHAPE = SHAPES["qwen3-30b"]
-RANKS = [4, 8, 16, 64] * 8
+DECODE = (8, 32, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Adapters of ``ranks``, of which the first ``active`` serve rows (all by default)."""
+
+    name: str
+    ranks: tuple[int, ...]
+    tokens: tuple[int, ...] = DECODE
+    active: int | None = None
+    pad_to: int = 0
+    tiles: MoETiles | None = None
+
+
+def _mixed() -> Iterator[Variant]:
+    ranks = (4, 8, 16, 64) * 8
+    yield Variant(name="ranks as they are", ranks=ranks, tokens=(*DECODE, 512))
+    yield Variant(name="every rank padded to 64", ranks=ranks, tokens=(*DECODE, 512), pad_to=64)
+
+
+def _small() -> Iterator[Variant]:
+    for rank in (1, 2, 3, 4, 7, 8, 16):
+        yield Variant(name=f"rank {rank}", ranks=(rank,) * 8)
+
+
+def _slots() -> Iterator[Variant]:
+    for slots in (8, 64, 256):
+        # Slots behind the first 8 hold rank 1: resident, and of no row.
+        yield Variant(name=f"{slots} slots", ranks=(16,) * 8 + (1,) * (slots - 8), active=8, tokens=(1, *DECODE, 4096))
+
+
+def _invariant() -> Iterator[Variant]:
+    for name, tiles in (("default", None), ("batch-invariant", batch_invariant_tiles())):
+        yield Variant(name=name, ranks=(16,) * 8, tokens=(1, *DECODE, 512, 4096), tiles=tiles)
+
+
+QUESTIONS = {"mixed": _mixed, "small": _small, "slots": _slots, "invariant": _invariant}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--questions", type=lambda s: s.split(","), default=list(QUESTIONS))
+    questions = parser.parse_args().questions
     weights = make_layer(SHAPE, "cuda")
-    for name, pad_to in (("mixed ranks 4, 8, 16, 64", 0), ("every rank padded to 64", 64)):
-        adapters = make_adapters(SHAPE, RANKS, "cuda", pad_to=pad_to)
-        mib = adapters.tables.pool.numel() * DTYPE.itemsize / 2**20
-        times = {tokens: _layer_us(weights, adapters, tokens, len(RANKS), None) for tokens in (8, 32, 128, 512)}
-        print(json.dumps({"adapters": len(RANKS), "ranks": name, "pool_mib": round(mib), "lora_us": times}), flush=True)
-        del adapters
-    adapters = make_adapters(SHAPE, [CELLS[1].rank] * CELLS[1].slots, "cuda")
-    for name, tiles in (("default", None), ("batch-invariant", batch_invariant_tiles())):
-        times = {t: _layer_us(weights, adapters, t, CELLS[1].active, tiles) for t in (1, 8, 32, 128, 512, 4096)}
-        print(json.dumps({"cell": str(CELLS[1]), "results": name, "lora_us": times}), flush=True)
+    rows = [_measure(question, variant, weights) for question in questions for variant in QUESTIONS[question]()]
+    print(json.dumps(rows))
+    if any(None in row["lora_us"].values() for row in rows):
+        sys.exit("some results are wrong and were not timed")
 
 
-def _layer_us(weights: MoEWeights, adapters: Adapters, num_tokens: int, active: int, tiles: MoETiles | None) -> float:
-    batch = make_batch(SHAPE, num_tokens, active, "cuda")
+def _measure(question: str, variant: Variant, weights: MoEWeights) -> dict[str, Any]:
+    adapters = make_adapters(SHAPE, list(variant.ranks), "cuda", pad_to=variant.pad_to)
+    times = {tokens: _layer_us(variant, weights, adapters, tokens) for tokens in variant.tokens}
+    pool_mib = round(adapters.tables.pool.numel() * DTYPE.itemsize / 2**20)
+    shown = "  ".join(f"{tokens}: {'WRONG' if time is None else time}" for tokens, time in times.items())
+    print(f"{question:10s} {variant.name:24s} pool {pool_mib:5d} MiB  us by tokens  {shown}", flush=True)
+    return {"question": question, "variant": variant.name, "pool_mib": pool_mib, "lora_us": times}
+
+
+def _layer_us(variant: Variant, weights: MoEWeights, adapters: Adapters, num_tokens: int) -> float | None:
+    batch = make_batch(SHAPE, num_tokens, variant.active or len(variant.ranks), "cuda")
     lora = lora_batch(adapters, batch)
     args = (batch.x_TD, weights, batch.topk_ids_TK, batch.topk_weights_TK)
-    return round(graph_us(lambda: fused_moe_lora(*args, lora=lora, tiles=tiles)), 1)
+    out_TD, base_TD = (fused_moe_lora(*args, lora=which, tiles=variant.tiles) for which in (lora, None))
+    if not check_layer(out_TD, base_TD, weights, adapters, batch).small:
+        return None
+    return round(graph_us(lambda: fused_moe_lora(*args, lora=lora, tiles=variant.tiles)), 1)
 
 
 if __name__ == "__main__":

@@ -29,15 +29,15 @@ from grid_problem import (
     Batch,
     Cell,
     LayerShape,
+    check_layer,
     empty_adapters,
     floor_us,
     lora_batch,
     make_adapters,
     make_batch,
     make_layer,
-    oracle,
 )
-from moe_lora_grid import CHECKED_TOKENS, MAX_REL_ERR, graph_us
+from moe_lora_grid import graph_us
 
 from moegraft.kernels.records import MoEWeights
 from moegraft.parallel.dispatch import ranks_needed
@@ -189,26 +189,15 @@ def _measure(problem: RankProblem, weights: MoEWeights, adapters: Adapters, cell
     def without() -> torch.Tensor:
         return fused_moe_lora(*args)
 
-    error = _delta_error(with_lora(), without(), weights, adapters, batch)
-    if not error <= MAX_REL_ERR:
-        return {"rel_err": error}
+    errors = check_layer(with_lora(), without(), weights, adapters, batch)
+    if not errors.small:
+        return {"rel_err": errors.delta}
     return {
-        "rel_err": error,
+        "rel_err": errors.delta,
         "off_us": graph_us(without),
         "on_us": graph_us(with_lora),
         "floor_us": floor_us(problem.shape, _counted(batch), cell.rank),
     }
-
-
-def _delta_error(
-    out_MD: torch.Tensor, base_MD: torch.Tensor, weights: MoEWeights, adapters: Adapters, batch: Batch
-) -> float:
-    """Choices of other ranks are expert 0 with weight 0 to the oracle, which knows no other ranks."""
-    mine = replace(batch, topk_ids_TK=batch.topk_ids_TK.clamp(min=0))
-    tokens_C = torch.randperm(out_MD.shape[0], device=out_MD.device)[:CHECKED_TOKENS]
-    reference = oracle(weights, adapters, mine, tokens_C) - oracle(weights, None, mine, tokens_C)
-    delta = out_MD[tokens_C].float() - base_MD[tokens_C].float()
-    return ((delta - reference).norm() / reference.norm()).item()
 
 
 def _counted(batch: Batch) -> Batch:
