@@ -622,6 +622,33 @@ class TestEverythingElse:
         assert weights.linears[Q_PROJ].b.equal((b.T * (2 / 3 / 2)).bfloat16())
         assert "tensors stored as float32 were cast to bfloat16" in report.notes
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("layout", ["fused", "single", "stacked"])
+    def test_a_file_in_the_dtype_of_the_model_is_scaled_in_float32(
+        self, layout: str, dtype: torch.dtype, tmp_path: Path
+    ) -> None:
+        factory, scale = TensorFactory(), 1 / 3
+        if layout == "fused":
+            factory.fused(MODULE, EXPERTS, INTER, HIDDEN)
+        elif layout == "single":
+            for expert in range(EXPERTS):
+                factory.linear(f"{MODULE}.{expert}.{DOWN}", INTER, HIDDEN)
+        else:
+            factory.tensors[f"{PREFIX}{MODULE}.{DOWN}.lora_A.weight"] = factory.draw(EXPERTS, 2, INTER)
+            factory.tensors[f"{PREFIX}{MODULE}.{DOWN}.lora_B.weight"] = factory.draw(EXPERTS, HIDDEN, 2)
+        stored = {name: tensor.to(dtype) for name, tensor in factory.tensors.items()}
+        named = {"target_parameters": BOTH_PARAMETERS[1:]} if layout == "fused" else {}
+        folder = write_adapter(tmp_path / "stored", stored, lora_alpha=2 * scale, **named)
+        same = load(folder, dtype=dtype)[0].experts[MODULE]
+        wide = load(folder, dtype=torch.float32)[0].experts[MODULE]
+        assert torch.equal(same.a2, wide.a2.to(dtype))
+        assert torch.equal(same.b2, wide.b2.to(dtype))
+        assert not torch.equal(same.b2, wide.b2)
+        stored = {name: tensor * (torch.finfo(dtype).max / 100) for name, tensor in stored.items()}
+        large = write_adapter(tmp_path / "large", stored, lora_alpha=1e6, **named)
+        with pytest.raises(AdapterTensorError, match=r"b2 of .*outside the range of"):
+            load(large, dtype=dtype)
+
     def test_float64_is_served_and_overflow_refused(self, tmp_path: Path) -> None:
         factory = TensorFactory()
         factory.linear(Q_PROJ, HIDDEN, 20)

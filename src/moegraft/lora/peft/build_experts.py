@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moegraft.lora.peft import fused
-from moegraft.lora.peft.factors import Read, cast, widen
+from moegraft.lora.peft.factors import Read, cast, scalable
 from moegraft.lora.peft.plan import ExpertsPlan, FusedPair, Pair
 from moegraft.lora.peft.sites import Projection
 from moegraft.lora.slicing import local_experts_of, pad_axis
@@ -27,7 +27,7 @@ def build_experts(
     experts, _ = local_experts_of(_held_experts(plan), mine)
     if not experts:
         return None
-    sides = {cut.projection: cut.read(plan, read) for cut in _cuts(plan, mine)}
+    sides = {cut.projection: cut.read(plan, read) for cut in _cuts(plan, mine, dtype)}
     spread = {projection: (_spread(a, experts), _spread(b, experts)) for projection, (a, b) in sides.items()}
     a13, b_gate, b_up, up_lane = _join_gate_and_up(plan, spread)
     a2, b2 = spread.get(Projection.DOWN, (None, None))
@@ -44,7 +44,7 @@ def build_experts(
         expert_ids=experts,
         up_lane=up_lane,
         **{
-            name: cast(rows, dtype, f"{file}: {name} of {plan.target.name}")
+            name: cast(rows, dtype, f"{file}: {name} of {plan.target.name}", is_finite=name in ("a13", "a2"))
             for name, rows in padded.items()
             if rows is not None
         },
@@ -77,7 +77,8 @@ _Sides = tuple[_Rows, _Rows]  # of A and of B
 class _Cut:
     """Which part of a projection's tensors a rank reads.
 
-    ``experts``: global ids in local order · ``lanes``: of A's rank rows · ``inputs``, ``outputs``: of the free axes.
+    ``experts``: global ids in local order · ``lanes``: of A's rank rows · ``inputs``, ``outputs``: of the free axes ·
+    ``dtype``: what the rows will be cast to.
     """
 
     target: ExpertsTarget
@@ -87,9 +88,10 @@ class _Cut:
     rank: int
     inputs: Pieces
     outputs: Pieces
+    dtype: torch.dtype
 
     def read(self, plan: ExpertsPlan, read: Read) -> _Sides:
-        """Both sides of the projection, in float32 or wider."""
+        """Both sides of the projection, in ``dtype`` where the file has it, else in float32 or wider."""
         if self.projection in plan.single:
             return self._single(plan.single[self.projection], read)
         if self.projection in plan.stacked:
@@ -101,12 +103,14 @@ class _Cut:
         local = {expert: index for index, expert in enumerate(self.experts)}
         held = sorted((local[expert], pair) for expert, pair in pairs.items() if expert in local)
         first, last = self.lanes
-        a_rows = torch.zeros(len(held), last - first, sum(stop - start for start, stop in self.inputs))
-        b_rows = torch.zeros(len(held), self.rank, sum(stop - start for start, stop in self.outputs))
+        stored = {info.dtype for _, pair in held for info in pair.infos}
+        dtype = self.dtype if stored == {self.dtype} else torch.float32
+        a_rows = torch.zeros(len(held), last - first, sum(stop - start for start, stop in self.inputs), dtype=dtype)
+        b_rows = torch.zeros(len(held), self.rank, sum(stop - start for start, stop in self.outputs), dtype=dtype)
         for position, (_, pair) in enumerate(held):
             lanes = (min(first, pair.rank), min(last, pair.rank))
-            a = widen(read(pair.a.name, {0: (lanes,), 1: self.inputs}))
-            b = widen(read(pair.b.name, {0: self.outputs})).T * pair.scale
+            a = scalable(read(pair.a.name, {0: (lanes,), 1: self.inputs}), self.dtype)
+            b = scalable(read(pair.b.name, {0: self.outputs}), self.dtype).T * pair.scale
             a_rows[position, : a.shape[0]] = a
             b_rows[position, : pair.rank] = b
         experts = tuple(expert for expert, _ in held)
@@ -115,8 +119,8 @@ class _Cut:
     def _stacked(self, pair: Pair, read: Read) -> _Sides:
         experts = _merge((expert, expert + 1) for expert in self.experts)
         a_experts, b_experts = (((0, 1),) if info.shape[0] == 1 else experts for info in pair.infos)
-        a = widen(read(pair.a.name, {0: a_experts, 1: (self.lanes,), 2: self.inputs}))
-        b = widen(read(pair.b.name, {0: b_experts, 1: self.outputs})).transpose(1, 2) * pair.scale
+        a = scalable(read(pair.a.name, {0: a_experts, 1: (self.lanes,), 2: self.inputs}), self.dtype)
+        b = scalable(read(pair.b.name, {0: b_experts, 1: self.outputs}), self.dtype).transpose(1, 2) * pair.scale
         return self._as_rows(a, pair.a.shape[0]), self._as_rows(b, pair.b.shape[0])
 
     def _fused(self, fused_pair: FusedPair, read: Read) -> _Sides:
@@ -137,8 +141,8 @@ class _Cut:
         a_lanes, b_lanes = (self.lanes, every_lane) if a_is_input else (every_lane, self.lanes)
         a_free, b_free = (self.inputs, self.outputs) if a_is_input else (self.outputs, self.inputs)
         side_in, side_out = fused.split_fused(
-            widen(read(pair.a.name, {0: rows(a_lanes), 1: a_free})),
-            widen(read(pair.b.name, {0: b_free, 1: columns(b_lanes)})),
+            scalable(read(pair.a.name, {0: rows(a_lanes), 1: a_free}), self.dtype),
+            scalable(read(pair.b.name, {0: b_free, 1: columns(b_lanes)}), self.dtype),
             num_experts=len(self.experts),
             a_is_input=a_is_input,
         )
@@ -148,7 +152,7 @@ class _Cut:
         return _Rows(experts=None if stored_experts == 1 else tuple(range(len(self.experts))), rows=rows)
 
 
-def _cuts(plan: ExpertsPlan, mine: ExpertsSlice) -> Iterator[_Cut]:
+def _cuts(plan: ExpertsPlan, mine: ExpertsSlice, dtype: torch.dtype) -> Iterator[_Cut]:
     target = plan.target
     F, D = target.intermediate_size, target.hidden_size
     experts = tuple(range(target.num_experts)) if mine.experts is None else mine.experts
@@ -170,6 +174,7 @@ def _cuts(plan: ExpertsPlan, mine: ExpertsSlice) -> Iterator[_Cut]:
             rank=rank,
             inputs=columns.pieces if is_down else ((0, D),),
             outputs=hidden.pieces if is_down else both if projection is Projection.GATE_UP else columns.pieces,
+            dtype=dtype,
         )
 
 

@@ -125,7 +125,8 @@ def split_fused(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [E*r, .], B [., E*r] -> rank rows of the input side [E, r, in] and of the output side [E, r, out]."""
     a_rows = a.reshape(num_experts, a.shape[0] // num_experts, a.shape[1])
-    b_rows = b.reshape(b.shape[0], b.shape[1] // num_experts, num_experts).permute(2, 1, 0)
+    # Transposed as one matrix first: torch does that in blocks, many times faster than a copy with three strides.
+    b_rows = b.T.contiguous().reshape(b.shape[1] // num_experts, num_experts, b.shape[0]).transpose(0, 1)
     return (a_rows, b_rows) if a_is_input else (b_rows, a_rows)
 
 
