@@ -166,8 +166,9 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         add_lora_linear(case.y_MO[:1], case.x_MI, case.slots_M, case.tables, rank_bound=4)
     with pytest.raises(ValueError, match=r"x is torch\.bfloat16"):
         add_lora_linear(case.y_MO, case.x_MI.bfloat16(), case.slots_M, case.tables, rank_bound=4)
-    with pytest.raises(ValueError, match=r"token_slots is torch\.int64"):
-        add_lora_linear(case.y_MO, case.x_MI, case.slots_M.long(), case.tables, rank_bound=4)
+    for slots_M in (case.slots_M.long(), case.slots_M[:1], case.slots_M.repeat_interleave(2)[::2]):
+        with pytest.raises(ValueError, match=r"token_slots .*expected \[2\] torch\.int32, contiguous"):
+            add_lora_linear(case.y_MO, case.x_MI, slots_M, case.tables, rank_bound=4)
 
 
 @pytest.mark.parametrize(("sequences", "repeats"), [(6, 1), (4, 9), (3, 40)])

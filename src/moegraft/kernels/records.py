@@ -180,5 +180,22 @@ class QuantisedRows:
 
 def low_rank_width(rank: int, *, num_halves: int) -> int:
     """W for at most ``rank`` rank rows: each half is padded to whole granules, so that u can be read in vectors."""
+    if rank == 0:
+        return 0
     padded = -(-rank // LANE_GRANULE) * LANE_GRANULE
     return padded + LANE_GRANULE * (num_halves - 1)
+
+
+def check_token_slots(op: str, token_slots_T: torch.Tensor, num_tokens: int) -> None:
+    """Raises ValueError unless the slots are contiguous int32 [T]."""
+    if token_slots_T.shape != (num_tokens,) or token_slots_T.dtype != torch.int32 or not token_slots_T.is_contiguous():
+        raise ValueError(
+            f"{op}: token_slots {list(token_slots_T.shape)} {token_slots_T.dtype} with strides "
+            f"{list(token_slots_T.stride())}, expected [{num_tokens}] torch.int32, contiguous"
+        )
+
+
+def check_low_rank_size(op: str, num_rows: int, width: int) -> None:
+    """Raises ValueError where an element of the low-rank rows is beyond the 32-bit offsets of the expand."""
+    if num_rows * width >= 2**31:
+        raise ValueError(f"{op}: {num_rows} rows with {width} low-rank columns, expected fewer than 2^31 elements")

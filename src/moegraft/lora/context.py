@@ -17,8 +17,9 @@ class MoELoRAContext:
     """Built by ``FusedMoEWithLoRA`` for one call and passed down unchanged; never stored on a module.
 
     tables: the bank's tables of this layer · mapping: slot of every token · punica: the primitives of the device ·
-    rank_bound: no adapter of the call has more low-rank lanes in this layer (A13 rows, A2 rows); sizes workspaces ·
-    rank2_bound: the same for A2 rows alone, which are half as many where gate and up have an A each; None: not known.
+    rank_bound: no adapter of the call has more A13 rows in this layer; sizes workspaces, and 0 runs no LoRA on w13 ·
+    rank2_bound: the same for A2 rows, of which there are half as many where gate and up have an A each; None: not
+    known, ``rank_bound`` then holds for both.
     """
 
     tables: ExpertsTables
@@ -30,7 +31,7 @@ class MoELoRAContext:
     @property
     def is_active(self) -> bool:
         """False where the layer must run exactly its base path."""
-        return self.mapping.has_adapters and self.rank_bound > 0
+        return self.mapping.has_adapters and max(self.rank_bound, self.rank2) > 0
 
     @property
     def rank2(self) -> int:

@@ -56,7 +56,7 @@ class ExpertsSite:
         if call is None or not (any(ranks) or call.rows_travel):
             return self.base.apply_experts(x_TD, topk_weights_TK, topk_ids_TK)
         mapping = call.experts_mapping(x_TD.shape[0])
-        return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, mapping, max(ranks), ranks[1])
+        return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, mapping, *ranks)
 
 
 def experts_forward(

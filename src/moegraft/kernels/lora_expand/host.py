@@ -14,7 +14,14 @@ from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
 from moegraft.kernels.lora_expand.device import expand_kernel
 from moegraft.kernels.lora_shrink.host import lora_shrink2, lora_shrink13
 from moegraft.kernels.moe_routing.host import route_rows
-from moegraft.kernels.records import LayerSizes, LoRABatch, LowRank
+from moegraft.kernels.records import (
+    LayerSizes,
+    LoRABatch,
+    LowRank,
+    check_low_rank_size,
+    check_token_slots,
+    low_rank_width,
+)
 from moegraft.kernels.workspace import Workspace
 from moegraft.tuning.heuristic import expand_tile
 from moegraft.tuning.table import choose_tiles
@@ -31,6 +38,7 @@ class RoutedRows:
     low_rank2: LowRank | None
     tiles: MoETiles
     expand: GemmTile
+    sizes: LayerSizes
 
 
 def route_lora_rows(
@@ -43,8 +51,14 @@ def route_lora_rows(
 ) -> RoutedRows:
     """Sorts N rows with expert ids [N] (int32 or int64; outside [0, E): none) and slots ``lora.token_slots_T`` [N].
 
-    One launch, no host sync. ``tiles``, ``expand``: by default the heuristic's.
+    One launch, no host sync. ``tiles``, ``expand``: by default the heuristic's. Raises ValueError for shapes, dtypes or
+    strides that do not fit, as the adds do.
     """
+    if expert_N.dim() != 1 or not expert_N.is_contiguous():
+        raise ValueError(f"route_lora_rows: expert ids {list(expert_N.shape)}, expected [N], contiguous")
+    check_token_slots("route_lora_rows", lora.token_slots_T, expert_N.shape[0])
+    width = low_rank_width(lora.rank13, num_halves=1 + sizes.gated)
+    check_low_rank_size("route_lora_rows", expert_N.shape[0], max(width, low_rank_width(lora.rank2, num_halves=1)))
     shape = TuningShape(
         num_tokens=expert_N.shape[0],
         num_experts=sizes.num_experts,
@@ -67,6 +81,7 @@ def route_lora_rows(
         low_rank2=buffers.low_rank2,
         tiles=tiles,
         expand=expand or expand_tile(shape),
+        sizes=sizes,
     )
 
 
@@ -79,6 +94,8 @@ def add_lora_w13(
     Rows without adapter are not written. Two launches. x has the adapters' dtype and contiguous rows; u any dtype and
     strides.
     """
+    D, F = rows.sizes.hidden_size, rows.sizes.intermediate_size
+    _check("add_lora_w13", rows, x_ND, D, u_NGF, num_halves * F)
     if rows.routing.num_rows == 0 or rows.lora.rank13 == 0 or rows.low_rank13 is None:
         return
     lora_shrink13(rows.low_rank13, x_ND, rows.routing, rows.lora, tile=rows.tiles.shrink13)
@@ -87,10 +104,27 @@ def add_lora_w13(
 
 def add_lora_w2(y_ND: torch.Tensor, h_NF: torch.Tensor, rows: RoutedRows) -> None:
     """Semantics: y[n] += B2[a, e] (A2[a, e] h[n]) for every row n of expert e and adapter a; as ``add_lora_w13``."""
+    _check("add_lora_w2", rows, h_NF, rows.sizes.intermediate_size, y_ND, rows.sizes.hidden_size)
     if rows.routing.num_rows == 0 or rows.lora.rank2 == 0 or rows.low_rank2 is None:
         return
     lora_shrink2(rows.low_rank2, h_NF, rows.routing, rows.lora, tile=rows.tiles.shrink2, in_row_order=True)
     _expand(y_ND, rows, rows.low_rank2, rows.routing.lanes2, Block.LANE2_FIRST)
+
+
+def _check(
+    op: str, rows: RoutedRows, x_NI: torch.Tensor, num_inputs: int, y_NO: torch.Tensor, num_outputs: int
+) -> None:
+    N = rows.routing.num_rows
+    if x_NI.shape != (N, num_inputs) or y_NO.shape != (N, num_outputs):
+        raise ValueError(
+            f"{op}: rows {list(x_NI.shape)} and output {list(y_NO.shape)}, expected {[N, num_inputs]} and "
+            f"{[N, num_outputs]}"
+        )
+    if x_NI.dtype != rows.lora.tables.pool.dtype or (N and x_NI.stride(1) != 1):
+        raise ValueError(
+            f"{op}: rows are {x_NI.dtype} with strides {list(x_NI.stride())}, expected contiguous rows of "
+            f"{rows.lora.tables.pool.dtype}"
+        )
 
 
 def _expand(

@@ -11,6 +11,7 @@ import torch
 from moegraft.core.tables import LinearTables
 from moegraft.kernels.launch import cdiv, dot_precision, next_power_of_2, pdl_options
 from moegraft.kernels.lora_linear.device import expand_kernel, shrink_kernel
+from moegraft.kernels.records import check_token_slots
 
 _WAVE = 128
 """Shrink programs that fill a device: the H200 has 132 multiprocessors, which serves as the measure for all."""
@@ -108,15 +109,11 @@ torch.library.register_fake("moegraft::add_lora_linear", lambda *tensors_and_siz
 
 def _check(y_MO: torch.Tensor, x_MI: torch.Tensor, token_slots_M: torch.Tensor, tables: LinearTables) -> None:
     M = x_MI.shape[0]
-    if y_MO.dim() != 2 or y_MO.shape[0] != M or token_slots_M.shape != (M,):
-        raise ValueError(
-            f"add_lora_linear: y {list(y_MO.shape)}, token_slots {list(token_slots_M.shape)}, expected [{M}, out] and "
-            f"[{M}], as x has {M} rows"
-        )
+    if y_MO.dim() != 2 or y_MO.shape[0] != M:
+        raise ValueError(f"add_lora_linear: y {list(y_MO.shape)}, expected [{M}, out], as x has {M} rows")
+    check_token_slots("add_lora_linear", token_slots_M, M)
     if x_MI.dtype != tables.pool.dtype:
         raise ValueError(f"add_lora_linear: x is {x_MI.dtype}, the adapters are {tables.pool.dtype}")
-    if token_slots_M.dtype != torch.int32:
-        raise ValueError(f"add_lora_linear: token_slots is {token_slots_M.dtype}, expected torch.int32")
     if M and (x_MI.stride(1) != 1 or y_MO.stride(1) != 1):
         raise ValueError(f"add_lora_linear: rows of x {x_MI.stride()} and y {y_MO.stride()} must be contiguous")
 

@@ -81,7 +81,7 @@ def shrink_kernel(u_ptr, partial_ptr, x_ptr, order_ptr, tile_ptr, count_ptr, poo
     if SPLITS == 1:
         tl.store(u_ptr + u_offsets, acc.to(u_ptr.dtype.element_ty), mask=u_live)
     else:
-        split_elements = num_rows.to(tl.int64) * U_WIDTH
+        split_elements = tl.cast(num_rows, tl.int64) * U_WIDTH  # of one row, num_rows is a constant without methods
         tl.store(partial_ptr + split * split_elements + u_offsets, acc, mask=u_live)
         tl.debug_barrier()  # every thread's part is written before the ticket is drawn
         arrived = tl.atomic_add(tile_ptr + tile * 8 + TICKET, 1)
@@ -95,3 +95,4 @@ def shrink_kernel(u_ptr, partial_ptr, x_ptr, order_ptr, tile_ptr, count_ptr, poo
                     part_ptrs = partial_ptr + s * split_elements + u_offsets
                     total += tl.load(part_ptrs, mask=u_live, other=0.0, cache_modifier=".cg")
                 tl.store(u_ptr + u_offsets, total.to(u_ptr.dtype.element_ty), mask=u_live)
+            tl.store(tile_ptr + tile * 8 + TICKET, 0)  # for the next shrink over this routing

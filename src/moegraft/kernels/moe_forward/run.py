@@ -12,7 +12,16 @@ from moegraft.kernels.moe_quantise.host import moe_quantise
 from moegraft.kernels.moe_route_token.host import route_token
 from moegraft.kernels.moe_routing.host import route_rows
 from moegraft.kernels.moe_sum.host import moe_sum
-from moegraft.kernels.records import Expand, LoRABatch, MoEWeights, Quantisation, QuantisedRows
+from moegraft.kernels.records import (
+    Expand,
+    LoRABatch,
+    MoEWeights,
+    Quantisation,
+    QuantisedRows,
+    check_low_rank_size,
+    check_token_slots,
+    low_rank_width,
+)
 from moegraft.kernels.workspace import LayerBuffers, Workspace
 from moegraft.tuning.eight_bit import fit_tiles, writes_groups
 from moegraft.tuning.table import choose_tiles
@@ -69,8 +78,14 @@ def _check(
     lora: LoRABatch | None,
 ) -> None:
     T, D = x_TD.shape
+    is_dense = weights.quantisation is None
     if weights.hidden_size != D:
         raise ValueError(f"fused_moe_lora: x has {D} columns, the layer's hidden size is {weights.hidden_size}")
+    if is_dense and weights.w2_EDF.shape != (weights.num_experts, D, weights.intermediate_size):
+        raise ValueError(
+            f"fused_moe_lora: w2 is [E, D, F] = {list(weights.w2_EDF.shape)}, expected "
+            f"{[weights.num_experts, D, weights.intermediate_size]} beside w13"
+        )
     if topk_ids_TK.shape[0] != T or topk_weights_TK.shape != topk_ids_TK.shape:
         raise ValueError(
             f"fused_moe_lora: topk ids {list(topk_ids_TK.shape)} and weights {list(topk_weights_TK.shape)}, expected "
@@ -78,23 +93,22 @@ def _check(
         )
     if not (topk_ids_TK.is_contiguous() and topk_weights_TK.is_contiguous()) or (T and x_TD.stride(1) != 1):
         raise ValueError("fused_moe_lora: topk ids, topk weights and the rows of x must be contiguous")
-    is_dense = weights.quantisation is None
     if is_dense and (weights.w13.dtype != x_TD.dtype or weights.w2.dtype != x_TD.dtype):
         raise ValueError(f"fused_moe_lora: x is {x_TD.dtype}, the weights {weights.w13.dtype} and {weights.w2.dtype}")
     if lora is None:
         return
-    if lora.token_slots_T.shape != (T,) or lora.token_slots_T.dtype != torch.int32:
-        raise ValueError(
-            f"fused_moe_lora: token_slots {list(lora.token_slots_T.shape)} {lora.token_slots_T.dtype}, expected [{T}] "
-            "torch.int32"
-        )
+    check_token_slots("fused_moe_lora", lora.token_slots_T, T)
     if lora.x_TD is not None and (lora.x_TD.shape != x_TD.shape or lora.x_TD.dtype != x_TD.dtype):
         raise ValueError(
             f"fused_moe_lora: LoRA reads rows {list(lora.x_TD.shape)} {lora.x_TD.dtype}, expected {list(x_TD.shape)} "
             f"{x_TD.dtype}, as x"
         )
+    if lora.x_TD is not None and T and lora.x_TD.stride(1) != 1:
+        raise ValueError("fused_moe_lora: the rows that LoRA reads must be contiguous")
     if lora.tables.pool.dtype != x_TD.dtype:
         raise ValueError(f"fused_moe_lora: x is {x_TD.dtype}, the adapters are {lora.tables.pool.dtype}")
+    width = low_rank_width(lora.rank13, num_halves=weights.activation.num_halves)
+    check_low_rank_size("fused_moe_lora", topk_ids_TK.numel(), max(width, low_rank_width(lora.rank2, num_halves=1)))
 
 
 def _launch(
@@ -125,7 +139,8 @@ def _launch(
         h, h_scales = _quantise(h_NF, rows, weights.quantisation, of_w2=True)
     else:
         h, h_scales = fused.stored_MI, fused.scale_MQ
-    if lora is not None and low_rank2 is not None and routing.lanes2 is not None:
+    # With an expand GEMM 2 reads h before it waits, since the shrink ran between GEMM 13 and it: never one without.
+    if lora is not None and lora.rank2 > 0 and low_rank2 is not None and routing.lanes2 is not None:
         lora_shrink2(low_rank2, h_NF, routing, lora, tile=tiles.shrink2)
         expand2 = Expand(lora=lora, u_NW=low_rank2.u_NW, lanes=routing.lanes2)
     output_weights = None if weight_on_input else topk_weights_TK
@@ -145,11 +160,11 @@ def _route_and_shrink(
     buffers: LayerBuffers,
 ) -> tuple[MoERouting, Expand | None]:
     low_rank, buffer = buffers.low_rank13, buffers.routing
-    if lora is None or low_rank is None or buffer.lanes13 is None:
+    if lora is None or lora.rank13 == 0 or low_rank is None or buffer.lanes13 is None:
         routing = route_rows(topk_ids_TK, weights.sizes, lora, buffer, block_m=tiles.block_m, tile_m=tiles.tile_m)
         return routing, None
     x_TD = x_TD if lora.x_TD is None else lora.x_TD
-    is_one_launch = tiles.route_token and x_TD.shape[0] == 1 and lora.rank13 > 0
+    is_one_launch = tiles.route_token and x_TD.shape[0] == 1
     if is_one_launch:
         routing = route_token(low_rank, x_TD, topk_ids_TK, weights.sizes, lora, buffer, tiles)
     else:
