@@ -12,6 +12,7 @@ import torch
 from moegraft.kernels.workspace import Workspace, layer_buffers
 from moegraft.testing.poison import poison_allocations
 from moegraft.tuning import table
+from moegraft.tuning.device import H200
 from moegraft.tuning.heuristic import heuristic_tiles
 from moegraft.tuning.table import TABLES, choose_tiles, forget_tables
 from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
@@ -26,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sizes = {"num_experts": 16, "top_k": 4, "hidden_size": 256, "intermediate_size": 192}
     entries = [{"num_tokens": 8, "block_m": 32, "gemm13": GEMM, "gemm2": GEMM | {"block_n": 64}}]
     (tmp_path / "gpu.json").write_text(json.dumps({"device": "GPU", "shape": sizes, "entries": entries}))
-    monkeypatch.setattr(table, "_device_name", lambda: "GPU")
+    monkeypatch.setattr(table, "tuning_device", lambda: replace(H200, name="GPU"))
     forget_tables()
     return tmp_path
 

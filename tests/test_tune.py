@@ -25,6 +25,7 @@ from moegraft.cli.tune import make_request, parse_layer, run_tune, state_path
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.kernels.moe_forward import host
 from moegraft.tuning import table
+from moegraft.tuning.device import H200, tuning_device
 from moegraft.tuning.heuristic import heuristic_tiles
 from moegraft.tuning.search import (
     BLOCK_MS,
@@ -56,7 +57,7 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     folder.mkdir()
     for module in (table, tune_module):
         monkeypatch.setattr(module, "USER_TABLES", folder)
-    monkeypatch.setattr(table, "_device_name", lambda: DEVICE_NAME)
+    monkeypatch.setattr(table, "tuning_device", lambda: replace(H200, name=DEVICE_NAME))
     forget_tables()
     yield folder
     use_tables()
@@ -410,7 +411,7 @@ def test_a_search_on_the_gpu_is_resumed_and_its_table_is_picked_up(
     own_tables: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command itself: stopped by its deadline, then finished."""
-    monkeypatch.setattr(table, "_device_name", torch.cuda.get_device_name)
+    monkeypatch.setattr(table, "tuning_device", tuning_device)
     args = ("--shape", "8,256,128,2", "--tokens", "4,64", "--adapters", 2, "--rank", 8, "--json")
     (first,) = json.loads(run(*args, "--seconds", 0.001).stdout)
     assert not first["is_complete"]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from moegraft.tuning.device import TuningDevice, tuning_device
 from moegraft.tuning.eight_bit import fp8_block_m, fp8_tiles, int8_tiles
 from moegraft.tuning.four_bit import FOUR_BIT, four_bit_block_m, four_bit_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TuningShape
 
 OF_FORMAT = {"fp8": fp8_tiles, "int8": int8_tiles, "int4": four_bit_tiles, "mxfp4": four_bit_tiles}
 """Tiles of the GEMMs over quantised weights."""
+_BYTES = 2
+"""Of a number in bfloat16 and float16."""
 NUM_SMS = 132
 """Programs that one wave should hold; the H200's count serves as the measure for all."""
 
@@ -37,9 +42,15 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
 
 
 def gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
-    """(GEMM 13, GEMM 2). Decode keeps many bytes of weights in flight; prefill has tiles that feed two warp groups."""
+    """(GEMM 13, GEMM 2), such as the GPU has room for."""
     if shape.weight_format in OF_FORMAT:
         return OF_FORMAT[shape.weight_format](block_m, shape)
+    gemm13, gemm2 = _dense_tiles(block_m, shape)
+    return fit_device(gemm13, block_m, num_halves=2), fit_device(gemm2, block_m, num_halves=1)
+
+
+def _dense_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
+    """Of an H200. Decode keeps many bytes of weights in flight; prefill has tiles that feed two warp groups."""
     if block_m == 16:
         num_rows, block_l = shape.num_tokens * shape.top_k, 64 if shape.rank13 > 32 else 32
         return (
@@ -60,6 +71,22 @@ def gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
         GemmTile(block_n=128, block_k=64, num_stages=4, num_warps=8, block_l=32, group=8, tma=True),
         GemmTile(block_n=256, block_k=64, num_stages=4, num_warps=8, block_l=32, group=8, tma=True),
     )
+
+
+def fit_device(tile: GemmTile, block_m: int, *, num_halves: int, device: TuningDevice | None = None) -> GemmTile:
+    """A tile of unquantised weights for a GPU that has less than an H200: fewer steps in flight, or fewer columns.
+
+    Without wgmma, which reads operands from shared memory, a step's operands take registers beside the sums: tiles of
+    128 rows then have half the columns. The copies in flight are one fewer than ``num_stages``; wgmma keeps one more,
+    since it still reads a step when the next one is fetched.
+    """
+    device = device or tuning_device()
+    if block_m == 128 and not device.has_wgmma:
+        tile = replace(tile, block_n=tile.block_n // 2)
+    step_bytes = _BYTES * (block_m + num_halves * tile.block_n) * tile.block_k
+    spare = 0 if device.has_wgmma and block_m >= 64 else 1
+    stages = min(tile.num_stages, device.shared_memory // step_bytes + spare)
+    return tile if stages == tile.num_stages else replace(tile, num_stages=max(2, stages))
 
 
 def expand_tile(shape: TuningShape) -> GemmTile:

@@ -20,9 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moegraft.core.errors import MoegraftError
+from moegraft.tuning.device import tuning_device
 from moegraft.tuning.heuristic import heuristic_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
 
@@ -152,13 +151,8 @@ def _tables(folder: Path) -> tuple[dict[str, Any], ...]:
 
 def _is_for(table: dict[str, Any], shape: TuningShape) -> bool:
     is_format = table.get("format", "dense") == shape.weight_format
-    return is_format and table["device"] == _device_name() and table["shape"] == layer_sizes(shape)
+    return is_format and table["device"] == tuning_device().name and table["shape"] == layer_sizes(shape)
 
 
 def _octaves(entry: dict[str, Any], shape: TuningShape) -> float:
     return abs(math.log2(entry["num_tokens"] / max(1, shape.num_tokens)))
-
-
-@lru_cache(maxsize=1)
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -20,7 +20,7 @@ from moegraft.tuning.table import choose_tiles
 from moegraft.tuning.tiles import MoETiles
 
 MIN_CAPABILITY = (8, 0)
-"""Ampere: bfloat16 matrix units and asynchronous copies, which the kernels' tiles count on."""
+"""Ampere: bfloat16 matrix units and asynchronous copies. How much shared memory there is, tile choice asks the GPU."""
 MIN_CAPABILITIES = {"dense": MIN_CAPABILITY, "int8": MIN_CAPABILITY, "fp8": (8, 9)}
 """Of each format; Ada: conversions and matrix units of fp8."""
 

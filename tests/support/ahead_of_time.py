@@ -1,0 +1,111 @@
+"""Compiles the kernels of one experts layer for a GPU that need not be there: ``python ahead_of_time.py '{...}'``.
+
+Prints a JSON line a kernel. A process of its own, because Triton's interpreter must be off when kernels are defined.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from moegraft.core.tables import NUM_FIELDS, ExpertsFactor, ExpertsTables
+from moegraft.kernels import launch, tma
+from moegraft.kernels.base_product import host as base_product_host
+from moegraft.kernels.moe_forward.host import fused_moe_lora
+from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.tuning import heuristic, table
+from moegraft.tuning.device import TuningDevice
+
+PAGE_ELEMS = 32768
+
+
+class AbsentDriver:
+    """What Triton asks of a driver before a launch."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+def pretend(capability: int, shared_memory: int) -> None:
+    """Host functions see this GPU, and launches compile."""
+    driver.set_active(AbsentDriver(capability))
+    device = TuningDevice(name="absent", capability=divmod(capability, 10), shared_memory=shared_memory)
+    for module in (heuristic, table):
+        module.tuning_device = lambda: device
+    for module in (launch, tma, base_product_host):
+        module.has_hopper_features = lambda device: capability >= 90
+
+
+def layer(E: int, D: int, F: int) -> MoEWeights:
+    w13, w2 = (torch.empty(E, *size, dtype=torch.bfloat16, device="meta") for size in ((2 * F, D), (D, F)))
+    return MoEWeights(w13=w13, w2=w2)
+
+
+def adapters(E: int, T: int, rank: int, slots: int = 8) -> LoRABatch:
+    def ints(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device="meta")
+
+    tables = ExpertsTables(
+        pool=torch.empty(16 * PAGE_ELEMS, dtype=torch.bfloat16, device="meta"),
+        page_table=ints(slots, 16),
+        factors=ints(slots, len(ExpertsFactor), NUM_FIELDS),
+        expert_index=ints(slots, E),
+        page_elems=PAGE_ELEMS,
+    )
+    return LoRABatch(tables=tables, token_slots_T=ints(T), rank13=2 * rank, rank2=rank)
+
+
+def describe(name: str, kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
+    ptx = kernel.asm["ptx"].splitlines()
+
+    def first(*instructions: str) -> int | None:
+        return next((i for i, line in enumerate(ptx) if any(word in line for word in instructions)), None)
+
+    return {
+        "kernel": name.removesuffix("_kernel"),
+        "shared": kernel.metadata.shared,
+        "has_lora": options.get("HAS_LORA"),
+        "splits": options.get("SPLITS"),
+        "waits": first("griddepcontrol.wait"),
+        "reads": first("ld.global", "cp.async", "cp.async.bulk"),
+        "multiplies": first("mma.sync", "wgmma.mma_async"),
+    }
+
+
+def main() -> None:
+    case = json.loads(sys.argv[1])
+    pretend(case["capability"], case["shared_memory"])
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        print(json.dumps(describe(self.__name__, kernel, options)), flush=True)
+        return kernel
+
+    JITFunction.run = compile_only
+    E, D, F, K = case["layer"]
+    weights = layer(E, D, F)
+    for T in case["tokens"]:
+        x_TD = torch.empty(T, D, dtype=torch.bfloat16, device="meta")
+        ids_TK, weights_TK = (torch.empty(T, K, dtype=dtype, device="meta") for dtype in (torch.int32, torch.float32))
+        for lora in (None, adapters(E, T, case["rank"])):
+            fused_moe_lora(x_TD, weights, ids_TK, weights_TK, lora=lora)
+
+
+if __name__ == "__main__":
+    main()

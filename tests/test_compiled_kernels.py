@@ -1,0 +1,93 @@
+"""The kernels compiled for GPUs that are not here, as the host functions would launch them there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moegraft.tuning.device import H200, TuningDevice
+from moegraft.tuning.heuristic import fit_device
+from moegraft.tuning.tiles import GemmTile
+
+SCRIPT = Path(__file__).parent / "support" / "ahead_of_time.py"
+KIB = 1024
+AMPERE = {"capability": 80, "shared_memory": 163 * KIB}
+ADA = {"capability": 89, "shared_memory": 99 * KIB}
+HOPPER = {"capability": 90, "shared_memory": 227 * KIB}
+QWEN3 = (128, 2048, 768, 8)
+LLAMA4 = (16, 5120, 8192, 1)
+
+
+def compiled(
+    device: dict[str, int], layer: tuple[int, ...], tokens: list[int], tmp_path: Path, rank: int = 64
+) -> list[dict[str, Any]]:
+    """The kernels of a call without adapters and one with, for every number of tokens."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    case = json.dumps({**device, "layer": layer, "tokens": tokens, "rank": rank})
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), case], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens"),
+    [(ADA, [8]), (ADA, [4096]), (AMPERE, [4096]), (HOPPER, [4096])],
+    ids=lambda value: f"sm{value['capability']}" if isinstance(value, dict) else None,
+)
+def test_every_kernel_has_the_shared_memory_that_it_asks_for(
+    device: dict[str, int], tokens: list[int], tmp_path: Path
+) -> None:
+    kernels = compiled(device, QWEN3, tokens, tmp_path)
+    assert {kernel["kernel"] for kernel in kernels} == {"route", "shrink", "gemm13", "gemm2", "sum"}
+    for kernel in kernels:
+        assert kernel["shared"] <= device["shared_memory"], kernel
+
+
+def test_one_routed_row_whose_shrink_is_split(tmp_path: Path) -> None:
+    """Triton takes a size of one for a constant."""
+    kernels = compiled(HOPPER, LLAMA4, [1], tmp_path, rank=16)
+    assert any(kernel["kernel"] == "shrink" and kernel["splits"] > 1 for kernel in kernels)
+
+
+def test_a_gemm_without_lanes_reads_nothing_before_it_waits(tmp_path: Path) -> None:
+    kernels = compiled(HOPPER, QWEN3, [8], tmp_path, rank=16)
+    gemms = [kernel for kernel in kernels if kernel["kernel"].startswith("gemm")]
+    assert len(gemms) == 4
+    for kernel in gemms:
+        # With lanes the base product runs while the shrink does: that is what the late wait is for.
+        late = kernel["waits"] > kernel["multiplies"]
+        assert late is kernel["has_lora"], kernel
+        if not kernel["has_lora"]:
+            assert kernel["waits"] < kernel["reads"], kernel
+
+
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+def test_an_h200_gets_the_tiles_that_were_measured_on_it(block_m: int) -> None:
+    for num_halves, block_n in ((2, 128), (1, 256)):
+        tile = GemmTile(block_n=block_n, block_k=64, num_stages=4, num_warps=8)
+        assert fit_device(tile, block_m, num_halves=num_halves, device=H200) == tile
+
+
+def test_the_device_is_asked_for_its_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from moegraft.tuning.device import tuning_device
+
+    found = SimpleNamespace(name="NVIDIA L4", major=8, minor=9, shared_memory_per_multiprocessor=100 * KIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: found)
+    tuning_device.cache_clear()
+    try:
+        assert tuning_device() == TuningDevice(name="NVIDIA L4", capability=(8, 9), shared_memory=99 * KIB)
+    finally:
+        tuning_device.cache_clear()
