@@ -70,6 +70,8 @@ class Cell:
     @classmethod
     def parse(cls, text: str) -> Cell:
         slots, rank, active = map(int, text.split(":"))
+        if not 1 <= active <= slots or rank < 1:
+            raise ValueError(f"{text}: expected slots:rank:active with 1 <= active <= slots and rank >= 1")
         return cls(slots=slots, rank=rank, active=active)
 
 

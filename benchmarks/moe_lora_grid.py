@@ -1,12 +1,14 @@
 """A whole MoE layer with LoRA, own sorting included, over the grid of shapes, tokens and adapters.
 
     python benchmarks/moe_lora_grid.py [--format int4] [--shapes qwen3-30b,...] [--tokens 1,8,...] [--cells 8:16:8,...]
-                                       [--plot x.png]
+                                       [--tiles heuristic] [--plot x.png]
+    python benchmarks/moe_lora_grid.py --plot x.png --rows benchmarks/results/moe_lora_grid-h200.jsonl
 
 Correctness first, over every token: a cell whose output or delta is off by more than 1e-2 of the float32 oracle's, or
 one token's delta by 5e-2, is not timed, and the run fails.
 Times are medians of CUDA-graph replays. Prints a table, one JSON line a cell, and last a summary line against the peer.
-Kernels are compiled beforehand by parallel processes.
+Kernels are compiled beforehand by parallel processes. ``--tiles heuristic`` leaves the shipped and the user's tables
+out; ``--rows`` measures nothing, and draws (and sums up) rows that an earlier run printed. Plots need matplotlib.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from grid_problem import (
     SHAPES,
     TOKENS,
     Adapters,
+    Batch,
     Cell,
     LayerShape,
     check_layer,
@@ -42,6 +45,9 @@ from grid_problem import (
 
 from moegraft.formats.base import ExpertsWeights
 from moegraft.kernels.moe_forward.host import fused_moe_lora
+from moegraft.kernels.moe_forward.run import tuning_shape
+from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.tuning.heuristic import heuristic_tiles
 
 PEERS = Path(__file__).parent / "peers"
 PEER = {"bf16": "vllm-0.24-h200.jsonl", "int4": "vllm-0.24-marlin-h200.jsonl", "mxfp4": "vllm-0.24-marlin-h200.jsonl"}
@@ -52,6 +58,11 @@ Row = dict[str, float | int | str]
 
 def main() -> None:
     args = _parse()
+    if args.plot:
+        import matplotlib.pyplot  # noqa: F401  # a missing one is to be known before the run, not after it
+    if args.rows:
+        _report([json.loads(line) for line in args.rows.read_text().splitlines()], args)
+        return
     if args.compile_part is not None:
         _compile_part(args)
         return
@@ -64,7 +75,7 @@ def main() -> None:
         for cell in args.cells:
             adapters = make_adapters(shape, [cell.rank] * cell.slots, "cuda")
             for num_tokens in args.tokens:
-                row = _measure(shape, cell, experts, adapters, num_tokens, base_us)
+                row = _measure(shape, cell, experts, adapters, num_tokens, base_us, args.tiles)
                 rows.append(row)
                 failed += "lora_us" not in row
                 _print_row(row)
@@ -73,25 +84,35 @@ def main() -> None:
         del experts
     for row in rows:
         print(json.dumps(row))
-    summary = _summary(rows, args.format)
-    print(json.dumps(summary))
-    if args.plot:
-        _plot(rows, _read_peer(args.format), args.plot)
+    _report(rows, args)
     if failed:
         sys.exit(f"{failed} cells are wrong and were not timed")
 
 
-def _parse() -> argparse.Namespace:
+def _report(rows: Sequence[Row], args: argparse.Namespace) -> None:
+    print(json.dumps(_summary(rows, args.format)))
+    if args.plot:
+        _plot(rows, _read_peer(args.format), args.plot)
+
+
+def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--shapes", type=lambda s: [SHAPES[name] for name in s.split(",")], default=list(SHAPES.values())
-    )
+    parser.add_argument("--shapes", type=_shapes, default=list(SHAPES.values()))
     parser.add_argument("--format", choices=FORMATS, default="bf16")
     parser.add_argument("--tokens", type=lambda s: list(map(int, s.split(","))), default=list(TOKENS))
     parser.add_argument("--cells", type=lambda s: list(map(Cell.parse, s.split(","))), default=list(CELLS))
+    parser.add_argument("--tiles", choices=("tables", "heuristic"), default="tables")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--compile-part", type=lambda s: tuple(map(int, s.split("/"))), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def _shapes(text: str) -> list[LayerShape]:
+    unknown = [name for name in text.split(",") if name not in SHAPES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(SHAPES)}")
+    return [SHAPES[name] for name in text.split(",")]
 
 
 def _measure(
@@ -101,16 +122,11 @@ def _measure(
     adapters: Adapters,
     num_tokens: int,
     base_us: dict[int, float],
+    tiles: str,
 ) -> Row:
     batch = make_batch(shape, num_tokens, cell.active, "cuda")
-    lora, weights = lora_batch(adapters, batch), kernel_weights(experts)
-    args = (batch.x_TD, weights, batch.topk_ids_TK, batch.topk_weights_TK)
-
-    def with_lora() -> torch.Tensor:
-        return fused_moe_lora(*args, lora=lora)
-
-    def without() -> torch.Tensor:
-        return fused_moe_lora(*args)
+    weights = kernel_weights(experts)
+    with_lora, without = (_call(batch, weights, lora, tiles) for lora in (lora_batch(adapters, batch), None))
 
     row: Row = {"shape": shape.name, "tokens": num_tokens, "slots": cell.slots, "active_adapters": cell.active}
     errors = check_layer(with_lora(), without(), experts, adapters, batch)
@@ -129,6 +145,14 @@ def _measure(
         "base_floor_us": floor_us(shape, batch, 0, experts.num_bytes / shape.E),
     }
     return row
+
+
+def _call(batch: Batch, weights: MoEWeights, lora: LoRABatch | None, tiles: str) -> Callable[[], torch.Tensor]:
+    """One call of the layer, with the tiles of the tables or of the heuristic alone."""
+    args = (batch.x_TD, weights, batch.topk_ids_TK, batch.topk_weights_TK)
+    shape = tuning_shape(batch.x_TD, weights, batch.topk_ids_TK, lora)
+    chosen = heuristic_tiles(shape) if tiles == "heuristic" else None
+    return lambda: fused_moe_lora(*args, lora=lora, tiles=chosen)
 
 
 def graph_us(call: Callable[[], object], *, batches: int = 7) -> float:
@@ -174,7 +198,7 @@ def _compile_part(args: argparse.Namespace) -> None:
             batch = make_batch(shape, num_tokens, cell.active, "cuda")
             lora = lora_batch(empty_adapters(shape, cell, "cuda"), batch)
             for adapters in (lora, None):
-                fused_moe_lora(batch.x_TD, weights, batch.topk_ids_TK, batch.topk_weights_TK, lora=adapters)
+                _call(batch, weights, adapters, args.tiles)()
         torch.cuda.synchronize()
 
 
@@ -210,49 +234,58 @@ def _speedups(rows: Sequence[Row], others: dict[tuple[float | int | str, ...], R
     found = {}
     for name, field in (("on", "lora_us"), ("off", "base_us")):
         ratios = [float(other[field]) / float(row[field]) for row, other in both]
-        found |= {f"{name}": round(_geomean(ratios), 3), f"{name}_worst": round(min(ratios, default=math.nan), 3)}
-    return found
+        found |= {name: _geomean(ratios), f"{name}_worst": min(ratios)} if ratios else {}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def _geomean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def _summary(rows: Sequence[Row], format_name: str) -> dict[str, object]:
-    """Geometric means over the cells that were timed; ``speedup``: the peer's time over ours, ``over_bf16`` ours."""
+    """Geometric means over the cells that were timed; ``speedup``: the peer's time over ours, ``over_bf16`` ours.
+
+    Both are empty where there is nothing to compare with.
+    """
     timed = [row for row in rows if "lora_us" in row]
     bf16 = {} if format_name == "bf16" else {_key(row): row for row in map(json.loads, BF16.read_text().splitlines())}
 
-    def by_tokens(value: Callable[[Row], float]) -> dict[str, float]:
-        tokens = sorted({int(row["tokens"]) for row in timed})
-        return {str(t): round(_geomean([value(row) for row in timed if row["tokens"] == t]), 3) for t in tokens}
+    def by_tokens(above: str, below: str) -> dict[str, float]:
+        """Of the rows that have both; those of earlier runs may lack a field."""
+        ratios: dict[int, list[float]] = {}
+        for row in timed:
+            if row.keys() >= {above, below}:
+                ratios.setdefault(int(row["tokens"]), []).append(float(row[above]) / float(row[below]))
+        return {str(tokens): round(_geomean(ratios[tokens]), 3) for tokens in sorted(ratios)}
 
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cells": len(timed),
         "wrong_cells": len(rows) - len(timed),
         "format": format_name,
         "speedup": _speedups(timed, _read_peer(format_name)),
         "over_bf16": _speedups(timed, bf16),
-        "off_over_floor": by_tokens(lambda row: float(row["base_us"]) / float(row["base_floor_us"])),
-        "on_over_floor": by_tokens(lambda row: float(row["lora_us"]) / float(row["floor_us"])),
-        "on_over_off": by_tokens(lambda row: float(row["lora_us"]) / float(row["base_us"])),
+        "off_over_floor": by_tokens("base_us", "base_floor_us"),
+        "on_over_floor": by_tokens("lora_us", "floor_us"),
+        "on_over_off": by_tokens("lora_us", "base_us"),
     }
 
 
 def _plot(rows: Sequence[Row], peer: dict[tuple[float | int | str, ...], Row], path: Path) -> None:
-    """Multiples of the floor over tokens, geometric mean over shapes and cells: ours and the peer's."""
+    """Multiples of the floor over tokens, geometric mean over shapes and cells: ours and, of its cells, the peer's."""
     import matplotlib.pyplot as plt
 
     timed = [row for row in rows if "lora_us" in row]
     tokens = sorted({int(row["tokens"]) for row in timed})
     fig, axes = plt.subplots(figsize=(6, 4))
     for label, source in (("moegraft", {_key(row): row for row in timed}), ("vLLM 0.24", peer)):
-        multiples = [
-            _geomean([float(source[_key(r)]["lora_us"]) / float(r["floor_us"]) for r in timed if r["tokens"] == t])
+        both = [row for row in timed if _key(row) in source]
+        multiples = {
+            t: [float(source[_key(r)]["lora_us"]) / float(r["floor_us"]) for r in both if r["tokens"] == t]
             for t in tokens
-        ]
-        axes.plot(tokens, multiples, marker="o", label=label)
+        }
+        measured = [t for t in tokens if multiples[t]]
+        axes.plot(measured, [_geomean(multiples[t]) for t in measured], marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time with LoRA / floor")
     axes.set_xticks(tokens, [str(t) for t in tokens])
     axes.legend()

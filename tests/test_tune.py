@@ -540,3 +540,12 @@ def test_the_command_shows_what_it_found(monkeypatch: pytest.MonkeyPatch, stop_a
     assert ("Not finished" in result.stdout) == bool(exit_code)
     (found,) = json.loads(run("--shape", LAYER, "--tokens", "1,8", "--json").stdout)
     assert [entry["num_tokens"] for entry in found["entries"]] == [1, 8]
+
+
+def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
+    """A table of their layers would be one of unquantised layers, which nothing reads for them."""
+    from support.checkpoints import write_checkpoint
+
+    checkpoint = write_checkpoint("gptq", tmp_path)
+    with pytest.raises(CommandError, match="is quantised: tables are for unquantised layers"):
+        tune_module.model_layers(checkpoint.path, rank=8, num_adapters=2)

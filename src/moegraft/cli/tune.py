@@ -110,8 +110,11 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
 def model_layers(folder: Path, *, rank: int, num_adapters: int) -> tuple[TunedLayer, ...]:
     """The distinct experts layers of a checkpoint, which is not loaded. Raises CommandError, UnsupportedModelError."""
     from moegraft.cli.structure import hollow_model
+    from moegraft.integrations.transformers import is_quantised
     from moegraft.integrations.transformers.targets import discover_targets, experts_activation, experts_per_token
 
+    if is_quantised(folder):
+        raise CommandError(f"{folder} is quantised: tables are for unquantised layers, tiles of others follow rules")
     model = hollow_model(folder)
     layers: dict[TuningShape, TunedLayer] = {}
     for name, target in discover_targets(model).experts.items():
