@@ -94,7 +94,7 @@ class Batch:
     token_slots_T: torch.Tensor
 
 
-FORMATS = ("bf16", "fp8", "int8", "int4", "mxfp4")
+FORMATS = ("bf16", "bf16-interleaved", "fp8", "int8", "int4", "mxfp4")
 
 
 def make_layer(shape: LayerShape, device: torch.device | str) -> MoEWeights:
@@ -106,7 +106,10 @@ def make_layer(shape: LayerShape, device: torch.device | str) -> MoEWeights:
 
 
 def make_experts(shape: LayerShape, format_name: str, device: torch.device | str) -> ExpertsWeights:
-    """A layer in one of ``FORMATS``: fp8 in blocks, int4 in groups of 128. 4-bit codes are drawn, not rounded."""
+    """A layer in one of ``FORMATS``: fp8 in blocks, int4 in groups of 128. 4-bit codes are drawn, not rounded.
+
+    ``bf16-interleaved``: as gpt-oss stores unquantised experts, [E, in, out], columns of gate and up in turns.
+    """
     E, D, F = shape.E, shape.D, shape.F
     if format_name == "int4":
         w13, w2 = (_int4(E, *size, device=device) for size in ((2 * F, D), (D, F)))
@@ -117,6 +120,9 @@ def make_experts(shape: LayerShape, format_name: str, device: torch.device | str
     dense = make_layer(shape, device)
     if format_name == "bf16":
         return DenseExperts(w13=dense.w13, w2=dense.w2)
+    if format_name == "bf16-interleaved":
+        w13, w2 = dense.w13.mT.contiguous(), dense.w2.mT.contiguous()
+        return DenseExperts(w13=w13, w2=w2, is_transposed=True, is_interleaved=True)
     if format_name == "fp8":
         return Fp8Experts.pack(dense.w13, dense.w2, granularity=Granularity.BLOCK)
     return Int8Experts.pack(dense.w13, dense.w2)
@@ -308,11 +314,11 @@ def oracle(weights: MoEWeights | ExpertsWeights, adapters: Adapters | None, batc
         x, slots = x_TD[t], batch.token_slots_T[t].long()
         w13_DF, w2_FD, read = _matrices(weights, e)
         u = read(x) @ w13_DF
+        gate, up = (u[:, ::2], u[:, 1::2]) if weights.is_interleaved else u.chunk(2, dim=1)
         if adapters is not None:
             v = _shrink(adapters, ExpertsFactor.A13, e, x, slots)
-            factors = (ExpertsFactor.B_GATE, ExpertsFactor.B_UP)
-            u += torch.cat([_expand(adapters, factor, e, v) for factor in factors], 1)
-        gate, up = u.chunk(2, dim=1)
+            gate = gate + _expand(adapters, ExpertsFactor.B_GATE, e, v)
+            up = up + _expand(adapters, ExpertsFactor.B_UP, e, v)
         h = torch.nn.functional.silu(gate) * up
         y = read(h) @ w2_FD
         if adapters is not None:

@@ -75,7 +75,7 @@ def main() -> None:
         for cell in args.cells:
             adapters = make_adapters(shape, [cell.rank] * cell.slots, "cuda")
             for num_tokens in args.tokens:
-                row = _measure(shape, cell, experts, adapters, num_tokens, base_us, args.tiles)
+                row = _measure(shape, cell, experts, adapters, num_tokens, base_us, args)
                 rows.append(row)
                 failed += "lora_us" not in row
                 _print_row(row)
@@ -122,18 +122,18 @@ def _measure(
     adapters: Adapters,
     num_tokens: int,
     base_us: dict[int, float],
-    tiles: str,
+    args: argparse.Namespace,
 ) -> Row:
     batch = make_batch(shape, num_tokens, cell.active, "cuda")
     weights = kernel_weights(experts)
-    with_lora, without = (_call(batch, weights, lora, tiles) for lora in (lora_batch(adapters, batch), None))
+    with_lora, without = (_call(batch, weights, lora, args.tiles) for lora in (lora_batch(adapters, batch), None))
 
     row: Row = {"shape": shape.name, "tokens": num_tokens, "slots": cell.slots, "active_adapters": cell.active}
     errors = check_layer(with_lora(), without(), experts, adapters, batch)
     row |= {"rank": cell.rank, "rel_err": errors.delta, "base_rel_err": errors.base}
     row |= {"worst_token_err": errors.worst_token}
-    if weights.quantisation is not None:
-        row["format"] = experts.format_name
+    if args.format != "bf16":
+        row["format"] = args.format
     if not errors.small:
         return row
     if num_tokens not in base_us:

@@ -51,9 +51,11 @@ def pretend(capability: int, shared_memory: int) -> None:
         module.has_hopper_features = lambda device: capability >= 90
 
 
-def layer(E: int, D: int, F: int) -> MoEWeights:
-    w13, w2 = (torch.empty(E, *size, dtype=torch.bfloat16, device="meta") for size in ((2 * F, D), (D, F)))
-    return MoEWeights(w13=w13, w2=w2)
+def layer(E: int, D: int, F: int, *, as_gpt_oss: bool) -> MoEWeights:
+    """``as_gpt_oss``: [E, in, out], gate and up in turns."""
+    sizes = ((D, 2 * F), (F, D)) if as_gpt_oss else ((2 * F, D), (D, F))
+    w13, w2 = (torch.empty(E, *size, dtype=torch.bfloat16, device="meta") for size in sizes)
+    return MoEWeights(w13=w13, w2=w2, is_transposed=as_gpt_oss, is_interleaved=as_gpt_oss)
 
 
 def adapters(E: int, T: int, rank: int, slots: int = 8) -> LoRABatch:
@@ -81,6 +83,7 @@ def describe(name: str, kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "has_lora": options.get("HAS_LORA"),
         "splits": options.get("SPLITS"),
+        "async_copies": sum("cp.async.cg" in line for line in ptx),
         "waits": first("griddepcontrol.wait"),
         "reads": first("ld.global", "cp.async", "cp.async.bulk"),
         "multiplies": first("mma.sync", "wgmma.mma_async"),
@@ -99,7 +102,7 @@ def main() -> None:
 
     JITFunction.run = compile_only
     E, D, F, K = case["layer"]
-    weights = layer(E, D, F)
+    weights = layer(E, D, F, as_gpt_oss=case["as_gpt_oss"])
     for T in case["tokens"]:
         x_TD = torch.empty(T, D, dtype=torch.bfloat16, device="meta")
         ids_TK, weights_TK = (torch.empty(T, K, dtype=dtype, device="meta") for dtype in (torch.int32, torch.float32))

@@ -105,6 +105,11 @@ class MoEWeights:
         return self.w13_EGFD.shape[1] // self.activation.num_halves
 
     @property
+    def is_paired(self) -> bool:
+        """Whether unquantised columns of gate and up alternate."""
+        return self.quantisation is None and self.activation.gated and self.is_interleaved
+
+    @property
     def sizes(self) -> LayerSizes:
         return LayerSizes(
             num_experts=self.num_experts,

@@ -1,6 +1,7 @@
 """The base part of a grouped GEMM: a block's rows times one column tile of its expert's weights, for every format.
 
-A weight format is one function with the signature of ``dense_product`` and a line in ``base_product``.
+A weight format is one function with the signature of ``dense_product`` and a line in ``base_product``. Dense weights
+have two: where gate and up alternate, ``paired_product`` reads them as they lie, as one matrix.
 """
 
 from __future__ import annotations
@@ -22,15 +23,20 @@ MXFP4 = tl.constexpr(4)
 @triton.jit
 def base_product(x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we,
                  stride_wn, stride_wk, up_offset, FORMAT: tl.constexpr, LENGTH: tl.constexpr, COLUMNS: tl.constexpr,
-                 GATED: tl.constexpr, SCALE_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, SWAPPED: tl.constexpr,
+                 GATED: tl.constexpr, PAIRED: tl.constexpr, SCALE_GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr, SWAPPED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """(gate, up): float32 [BLOCK_M, BLOCK_N], columns n*BLOCK_N.. of COLUMNS; ungated, both are the only half.
 
-    Rows ``x_index`` of x [., LENGTH] where ``live``. ``SWAPPED``: the weights are the left operand, and the results
-    [BLOCK_N, BLOCK_M]. Reads nothing that a LoRA kernel writes.
+    Rows ``x_index`` of x [., LENGTH] where ``live``. ``PAIRED``: dense columns of gate and up alternate. ``SWAPPED``:
+    the weights are the left operand, and the results [BLOCK_N, BLOCK_M]. Reads nothing that a LoRA kernel writes.
     """
-    if FORMAT == DENSE:
+    if PAIRED:
+        acc_gate, acc_up = paired_product(
+            x_ptr, x_index, live, w_ptr, expert, n, stride_x, stride_we, up_offset, stride_wk, LENGTH, COLUMNS,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    elif FORMAT == DENSE:
         acc_gate, acc_up = dense_product(
             x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we,
             stride_wn, stride_wk, up_offset, LENGTH, COLUMNS, GATED, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
@@ -95,3 +101,26 @@ def dense_product(x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_
             w = tl.load(w_ptrs + up_offset + step * BLOCK_K * stride_wk, mask=w_live, other=0.0)
             acc_up = tl.dot(x, w, acc_up, input_precision=PRECISION)
     return acc_gate, acc_up
+
+
+@triton.jit
+def paired_product(x_ptr, x_index, live, w_ptr, expert, n, stride_x, stride_we, stride_wn, stride_wk,
+                   LENGTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Gate and up of BLOCK_N columns are 2*BLOCK_N neighbours: one product, taken apart when all of it is summed.
+
+    Read apart, they would be every second number of a row: no vector loads, and no asynchronous copies.
+    """
+    columns = n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+    columns_live = columns < 2 * COLUMNS
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + x_index.to(tl.int64)[:, None] * stride_x + k[None, :]
+    w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + columns[None, :] * stride_wn + k[:, None] * stride_wk
+    acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+    for step in range(tl.cdiv(LENGTH, BLOCK_K)):
+        k_live = k < LENGTH - step * BLOCK_K
+        x = tl.load(x_ptrs + step * BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
+        w_live = k_live[:, None] & columns_live[None, :]
+        w = tl.load(w_ptrs + step * BLOCK_K * stride_wk, mask=w_live, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N, 2]))

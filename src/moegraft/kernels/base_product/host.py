@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -20,7 +20,7 @@ FOUR_BIT = frozenset({WeightFormat.INT4, WeightFormat.MXFP4})
 @dataclass(frozen=True, kw_only=True)
 class BaseOperand:
     """Weights, scales and zero points; elements from an expert, a column and an input to the next, and from a gate's
-    column to its up; ``options``: the constants of ``base_product``."""
+    column to its up; ``options``: the constants of ``base_product``, of w13 also whether gate and up alternate."""
 
     tensors: tuple[torch.Tensor | TensorDescriptor | None, ...]
     strides: tuple[int, int, int]
@@ -33,7 +33,8 @@ def base_operand13(weights: MoEWeights, tile: GemmTile) -> BaseOperand:
     quantisation = weights.quantisation
     scales, zeros = (None, None) if quantisation is None else (quantisation.scales13, quantisation.zeros13)
     if weights.format in FOUR_BIT:
-        return _four_bit_operand(weights, weights.w13, scales, zeros, tile)
+        operand13 = _four_bit_operand(weights, weights.w13, scales, zeros, tile)
+        return replace(operand13, options={**operand13.options, "PAIRED": False})
     w = weights.w13_EGFD
     stride, up_offset = weights.half_strides(w.stride(1))
     operand, use_tma = weight_operand(w, tile, is_plain=not weights.is_interleaved)
@@ -41,7 +42,7 @@ def base_operand13(weights: MoEWeights, tile: GemmTile) -> BaseOperand:
         tensors=(operand, scales, zeros),
         strides=(w.stride(0), stride, w.stride(2)),
         up_offset=up_offset,
-        options=_options(weights, use_tma),
+        options={**_options(weights, use_tma), "PAIRED": weights.is_paired},
     )
 
 

@@ -16,11 +16,11 @@ def gemm13_kernel(h_ptr, h_stored_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w
                   router_weight_ptr, order_ptr, segment_ptr, block_ptr, count_ptr, u_ptr, pool_ptr, lane_segment_ptr,
                   lane_granule_ptr, element_ptr, stride_x, stride_we, stride_wf, stride_wd, up_offset, stride_be,
                   stride_bf, bias_up_offset, lane_capacity, alpha, limit, FORMAT: tl.constexpr, D: tl.constexpr,
-                  F: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
-                  WEIGHT_ON_INPUT: tl.constexpr, WAIT_FIRST: tl.constexpr, SCALE_GROUP: tl.constexpr,
-                  HAS_LORA: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, GROUP: tl.constexpr,
-                  USE_TMA: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
+                  F: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, PAIRED: tl.constexpr, KIND: tl.constexpr,
+                  HAS_BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, WAIT_FIRST: tl.constexpr,
+                  SCALE_GROUP: tl.constexpr, HAS_LORA: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
+                  GROUP: tl.constexpr, USE_TMA: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
     """h[position] = act(W13[e] x + b13[e] + B13 u) for BLOCK_M positions of one expert and BLOCK_N columns of F.
 
@@ -38,18 +38,18 @@ def gemm13_kernel(h_ptr, h_stored_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w
             h_ptr, h_stored_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr,
             router_weight_ptr, order_ptr, segment_ptr, block_ptr, u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr,
             element_ptr, block, n, expert, first, end, stride_x, stride_we, stride_wf, stride_wd, up_offset, stride_be,
-            stride_bf, bias_up_offset, lane_capacity, alpha, limit, FORMAT, D, F, K, GATED, KIND, HAS_BIAS,
-            WEIGHT_ON_INPUT, SCALE_GROUP, HAS_LORA, U_WIDTH, ALIGN, BLOCK_M // 2, BLOCK_N, BLOCK_K, BLOCK_L, USE_TMA,
-            SWAPPED, PRECISION, PDL,
+            stride_bf, bias_up_offset, lane_capacity, alpha, limit, FORMAT, D, F, K, GATED, PAIRED, KIND,
+            HAS_BIAS, WEIGHT_ON_INPUT, SCALE_GROUP, HAS_LORA, U_WIDTH, ALIGN, BLOCK_M // 2, BLOCK_N, BLOCK_K, BLOCK_L,
+            USE_TMA, SWAPPED, PRECISION, PDL,
         )  # fmt: skip
     else:
         _gemm13_block(
             h_ptr, h_stored_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr,
             router_weight_ptr, order_ptr, segment_ptr, block_ptr, u_ptr, pool_ptr, lane_segment_ptr, lane_granule_ptr,
             element_ptr, block, n, expert, first, end, stride_x, stride_we, stride_wf, stride_wd, up_offset, stride_be,
-            stride_bf, bias_up_offset, lane_capacity, alpha, limit, FORMAT, D, F, K, GATED, KIND, HAS_BIAS,
-            WEIGHT_ON_INPUT, SCALE_GROUP, HAS_LORA, U_WIDTH, ALIGN, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_L, USE_TMA,
-            SWAPPED, PRECISION, PDL,
+            stride_bf, bias_up_offset, lane_capacity, alpha, limit, FORMAT, D, F, K, GATED, PAIRED, KIND,
+            HAS_BIAS, WEIGHT_ON_INPUT, SCALE_GROUP, HAS_LORA, U_WIDTH, ALIGN, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_L,
+            USE_TMA, SWAPPED, PRECISION, PDL,
         )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def _gemm13_block(h_ptr, h_stored_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w
                   lane_granule_ptr, element_ptr, block, n, expert, first, end, stride_x, stride_we, stride_wf,
                   stride_wd, up_offset, stride_be, stride_bf, bias_up_offset, lane_capacity, alpha, limit,
                   FORMAT: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
-                  KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
+                  PAIRED: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
                   SCALE_GROUP: tl.constexpr, HAS_LORA: tl.constexpr, U_WIDTH: tl.constexpr, ALIGN: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
                   USE_TMA: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
@@ -75,7 +75,8 @@ def _gemm13_block(h_ptr, h_stored_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w
         )  # fmt: skip
     acc_gate, acc_up = base_product(
         x_ptr, row // K, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we, stride_wf,
-        stride_wd, up_offset, FORMAT, D, F, GATED, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED, PRECISION,
+        stride_wd, up_offset, FORMAT, D, F, GATED, PAIRED, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED,
+        PRECISION,
     )  # fmt: skip
 
     if HAS_LORA:

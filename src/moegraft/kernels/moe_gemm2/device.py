@@ -63,7 +63,7 @@ def _gemm2_block(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias
         )  # fmt: skip
     _, acc = base_product(
         h_ptr, positions, live, h_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_h, stride_we, stride_wd,
-        stride_wf, 0, FORMAT, F, D, False, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED, PRECISION,
+        stride_wf, 0, FORMAT, F, D, False, False, SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED, PRECISION,
     )  # fmt: skip
 
     if HAS_LORA:
