@@ -1,11 +1,12 @@
 """What ranks, slots and batch-invariant results cost: Qwen3-30B-A3B's layer with adapters on it.
 
-python benchmarks/moe_lora_options.py [--questions mixed,small,slots,invariant]
+python benchmarks/moe_lora_options.py [--questions mixed,small,slots,invariant,separate]
 
 - mixed: 32 adapters of ranks 4, 8, 16 and 64 as they are, and with every rank padded to 64
 - small: 8 adapters of one rank, 1 to 16
 - slots: 8 adapters of rank 16 in a bank of 8 to 256 slots
 - invariant: results that do not depend on a row's neighbours
+- separate: what LoRA adds to the layer inside its GEMMs, and what beside GEMMs that are not ours
 
 Correctness first: a time whose outputs are wrong is not reported, and the run fails. Medians of CUDA-graph replays;
 a line a variant, then one JSON line.
@@ -14,16 +15,19 @@ a line a variant, then one JSON line.
 from __future__ import annotations
 
 import argparse
+import enum
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from grid_problem import (
     DTYPE,
     SHAPES,
     Adapters,
+    Batch,
     check_layer,
     lora_batch,
     make_adapters,
@@ -32,13 +36,22 @@ from grid_problem import (
 )
 from moe_lora_grid import graph_us
 
+from moegraft.kernels.lora_expand.host import add_lora_w2, add_lora_w13, route_lora_rows
 from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.records import MoEWeights
+from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.tuning.heuristic import batch_invariant_tiles
 from moegraft.tuning.tiles import MoETiles
 
 SHAPE = SHAPES["qwen3-30b"]
 DECODE = (8, 32, 128)
+
+
+class Form(enum.Enum):
+    """What is timed: a layer with LoRA inside, the same without, or LoRA alone, beside GEMMs that are not ours."""
+
+    LAYER = enum.auto()
+    BASE = enum.auto()
+    SEPARATE = enum.auto()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +64,7 @@ class Variant:
     active: int | None = None
     pad_to: int = 0
     tiles: MoETiles | None = None
+    form: Form = Form.LAYER
 
 
 def _mixed() -> Iterator[Variant]:
@@ -75,7 +89,18 @@ def _invariant() -> Iterator[Variant]:
         yield Variant(name=name, ranks=(16,) * 8, tokens=(1, *DECODE, 512, 4096), tiles=tiles)
 
 
-QUESTIONS = {"mixed": _mixed, "small": _small, "slots": _slots, "invariant": _invariant}
+def _separate() -> Iterator[Variant]:
+    for name, form in (("no adapters", Form.BASE), ("inside", Form.LAYER), ("LoRA beside", Form.SEPARATE)):
+        yield Variant(name=name, ranks=(16,) * 8, tokens=(1, *DECODE, 512, 4096), form=form)
+
+
+QUESTIONS = {
+    "mixed": _mixed,
+    "small": _small,
+    "slots": _slots,
+    "invariant": _invariant,
+    "separate": _separate,
+}
 
 
 def main() -> None:
@@ -103,9 +128,55 @@ def _layer_us(variant: Variant, weights: MoEWeights, adapters: Adapters, num_tok
     lora = lora_batch(adapters, batch)
     args = (batch.x_TD, weights, batch.topk_ids_TK, batch.topk_weights_TK)
     out_TD, base_TD = (fused_moe_lora(*args, lora=which, tiles=variant.tiles) for which in (lora, None))
+    separate = SeparateForm(weights, lora, batch)
+    if variant.form is Form.SEPARATE:
+        out_TD = separate.layer()
     if not check_layer(out_TD, base_TD, weights, adapters, batch).small:
         return None
-    return round(graph_us(lambda: fused_moe_lora(*args, lora=lora, tiles=variant.tiles)), 1)
+    if variant.form is Form.SEPARATE:
+        return round(graph_us(separate), 1)
+    used = lora if variant.form is Form.LAYER else None
+    return round(graph_us(lambda: fused_moe_lora(*args, lora=used, tiles=variant.tiles)), 1)
+
+
+class SeparateForm:
+    """Routing and both adds, as an experts class calls them whose GEMMs are not ours; the GEMMs here are torch's."""
+
+    def __init__(self, weights: MoEWeights, lora: LoRABatch, batch: Batch) -> None:
+        K = batch.topk_ids_TK.shape[1]
+        self._weights, self._batch, self._K = weights, batch, K
+        self._expert_N = batch.topk_ids_TK.flatten()
+        self._lora = replace(lora, token_slots_T=lora.token_slots_T.repeat_interleave(K))
+        self._x_ND = batch.x_TD.repeat_interleave(K, 0)
+        N = len(self._expert_N)
+        self._u_NGF, self._h_NF, self._y_ND = (
+            torch.zeros(N, size, dtype=DTYPE, device=self._x_ND.device) for size in (2 * SHAPE.F, SHAPE.F, SHAPE.D)
+        )
+
+    def __call__(self) -> None:
+        """What is timed."""
+        rows = route_lora_rows(self._expert_N, self._lora, self._weights.sizes)
+        add_lora_w13(self._u_NGF, self._x_ND, rows)
+        add_lora_w2(self._y_ND, self._h_NF, rows)
+
+    def layer(self) -> torch.Tensor:
+        """A whole layer around the adds, for the check."""
+        rows = route_lora_rows(self._expert_N, self._lora, self._weights.sizes)
+        u_NGF = self._matmul(self._x_ND, self._weights.w13)
+        add_lora_w13(u_NGF, self._x_ND, rows)
+        gate, up = u_NGF.chunk(2, dim=1)
+        h_NF = (torch.nn.functional.silu(gate) * up).to(DTYPE)
+        y_ND = self._matmul(h_NF, self._weights.w2)
+        add_lora_w2(y_ND, h_NF, rows)
+        return (y_ND.unflatten(0, (-1, self._K)) * self._batch.topk_weights_TK[..., None]).sum(1)
+
+    def _matmul(self, x_NI: torch.Tensor, w_EOI: torch.Tensor) -> torch.Tensor:
+        """In float32: whose rounding it would be is not the question here."""
+        out_NO = torch.empty(len(x_NI), w_EOI.shape[1], device=x_NI.device)
+        for expert in self._expert_N.unique().tolist():
+            n = self._expert_N == expert
+            out_NO[n] = x_NI[n].float() @ w_EOI[expert].float().T
+        return out_NO
 
 
 if __name__ == "__main__":

@@ -89,9 +89,13 @@ def fit_device(tile: GemmTile, block_m: int, *, num_halves: int, device: TuningD
     return tile if stages == tile.num_stages else replace(tile, num_stages=max(2, stages))
 
 
-def expand_tile(shape: TuningShape) -> GemmTile:
-    """The expand that stands alone: few lanes a block, so that its columns are what fills the device."""
-    return GemmTile(block_n=128, block_l=64 if max(shape.rank13, shape.rank2) > 32 else 32)
+def expand_tile(shape: TuningShape, block_m: int) -> GemmTile:
+    """The expand that stands alone: few lanes a block, so that its columns are what fills the device.
+
+    Blocks of 128 rows take twice the warps: by four, their sums alone are half of a thread's registers.
+    """
+    block_l = 64 if max(shape.rank13, shape.rank2) > 32 else 32
+    return GemmTile(block_n=128, block_l=block_l, num_warps=8 if block_m == 128 else 4)
 
 
 def _decode_tile(num_rows: int, columns: int, *, wide: int, block_l: int) -> GemmTile:

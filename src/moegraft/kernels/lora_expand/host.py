@@ -80,7 +80,7 @@ def route_lora_rows(
         low_rank13=buffers.low_rank13,
         low_rank2=buffers.low_rank2,
         tiles=tiles,
-        expand=expand or expand_tile(shape),
+        expand=expand or expand_tile(shape, tiles.block_m),
         sizes=sizes,
     )
 
