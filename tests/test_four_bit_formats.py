@@ -23,7 +23,7 @@ def random_matrix(R: int, num_inputs: int, group: int, *, with_zeros: bool) -> t
     groups = -(-num_inputs // group) if group else 1
     codes = integers(2, R, num_inputs)
     scales = torch.rand(2, R, groups, generator=torch.Generator().manual_seed(1)) + 0.1
-    zeros = integers(2, R, groups, high=17, seed=2) if with_zeros else None
+    zeros = integers(2, R, groups, seed=2) if with_zeros else None
     matrix = Int4Matrix.from_codes(codes.to(torch.uint8), scales, group=group, zeros=zeros)
     of = torch.arange(num_inputs) // (group or num_inputs + 1)
     return matrix, (codes - (8 if zeros is None else zeros[..., of])) * scales[..., of]
@@ -75,14 +75,14 @@ def test_an_mxfp4_word_gives_bfloat16_with_shifts_and_masks() -> None:
 @pytest.mark.parametrize("group", [32, 128, -1])
 def test_gptq(group: int, version: int) -> None:
     size = 256 if group < 0 else group
-    codes, scales, zeros = (
-        integers(256, 24),
-        torch.rand(256 // size, 24).half(),
-        integers(256 // size, 24, seed=1) % 15 + 1,
-    )
+    codes, scales, zeros = integers(256, 24), torch.rand(256 // size, 24).half(), integers(256 // size, 24, seed=1)
+    zeros[0, :4] = torch.tensor([0, 15, 0, 0])
+    # GPTQModel's rule for version 1: the stored words, eight zero points each, less 0x11111111 as a whole. A zero point
+    # of 0 so borrows from its neighbour, and is no 15 beside which the others are what they were less one.
+    words = pack_words(zeros).long() - (0x11111111 if version == 1 else 0)
     matrix = Int4Matrix.from_gptq(
         pack_words(codes.T).T.contiguous(),
-        pack_words(zeros - (2 - version)),
+        torch.where(words < -(2**31), words + 2**32, words).int(),
         scales,
         torch.arange(256, dtype=torch.int32) // size,
         group=group,

@@ -2,7 +2,8 @@
 
 compressed-tensors writes and reads its own layouts here, transformers dequantises fp8 and mxfp4 by itself, and GPTQ and
 AWQ, whose libraries need a GPU to be built, are packed number by number as their documents say:
-https://github.com/AutoGPTQ/AutoGPTQ (qlinear_cuda: eight inputs a word, zero points less one),
+https://github.com/AutoGPTQ/AutoGPTQ (qlinear_cuda: eight inputs a word, zero points less one, which
+GPTQModel, its successor, takes off whole words: https://github.com/ModelCloud/GPTQModel),
 https://github.com/casper-hansen/AutoAWQ (WQLinear_GEMM: eight outputs a word, in the order 0 2 4 6 1 3 5 7).
 """
 
@@ -130,11 +131,11 @@ def gptq(weight: torch.Tensor, *, group: int, symmetric: bool, zero_offset: int 
     size = weight.shape[1] if group == -1 else group
     parts = {
         "qweight": pack_rows(codes).T,
-        "qzeros": pack_rows((zero - zero_offset).T & 15),
+        "qzeros": pack_rows(zero.T) - zero_offset * 0x11111111,
         "scales": scale.T.half(),
         "g_idx": (torch.arange(weight.shape[1]) // size).int(),
     }
-    return parts, _meant(codes, (zero - zero_offset & 15) + zero_offset, scale)
+    return parts, _meant(codes, zero, scale)
 
 
 def awq(weight: torch.Tensor, *, group: int) -> tuple[Tensors, torch.Tensor]:

@@ -77,9 +77,10 @@ class FourBitMatrix(ABC):
     def from_codes(
         cls, codes: torch.Tensor, scales: torch.Tensor, *, group: int, zeros: torch.Tensor | None = None
     ) -> Self:
-        """``codes`` [..., R, I] in 0..15; ``scales``, ``zeros`` [..., R, ceil(I / group)], or [..., R, 1] for group 0.
+        """``codes`` [..., R, I]; ``scales``, ``zeros`` [..., R, ceil(I / group)], or [..., R, 1] for group 0.
 
-        A group may be any multiple of 128 too. Raises ValueError for another group or scales that do not fit.
+        Codes and zero points are in 0..15. A group may be any multiple of 128 too. Raises ValueError for another group
+        or scales that do not fit.
         """
         *lead, R, num_inputs = codes.shape
         if group > GRANULE and group % GRANULE == 0:
