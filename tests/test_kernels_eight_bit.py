@@ -38,6 +38,7 @@ from moegraft.testing import (
 )
 from moegraft.testing.cases import Routing
 from moegraft.tuning import eight_bit
+from moegraft.tuning.heuristic import batch_invariant_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile
 
 CONFIG = MoEConfig(num_experts=3, top_k=2, hidden_size=160, intermediate_size=144)
@@ -138,6 +139,11 @@ def test_layer_matches_dequantised_weights(case: str, name: str) -> None:
 def test_every_form_of_the_products(name: str, block_m: int, swapped: bool) -> None:
     """h quantised inside GEMM 2 (16) or by a kernel before it (64); weights on either side of the product."""
     check(CASE, name, tiles(block_m=block_m, swapped=swapped))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8 block", "fp8 channel", "fp8 static"])
+def test_tiles_that_know_no_format(name: str) -> None:
+    check(CASE, name, batch_invariant_tiles())
 
 
 def test_gemm13_quantises_x(monkeypatch: pytest.MonkeyPatch) -> None:
