@@ -14,7 +14,14 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from support.adapters import TensorFactory, save_with_peft, write_adapter
-from support.checkpoints import LAYOUTS, QuantisedCheckpoint, edit_config, write_checkpoint
+from support.checkpoints import (
+    LAYOUTS,
+    VISION_EXPERTS,
+    QuantisedCheckpoint,
+    edit_config,
+    write_checkpoint,
+    write_vision_checkpoint,
+)
 from support.families import FAMILIES
 from support.fp8_truth import fp8_logits
 from support.mixed import random_ids
@@ -24,8 +31,6 @@ from transformers import (
     AutoModelForCausalLM,
     CompressedTensorsConfig,
     Mxfp4Config,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
 )
 
 import moegraft
@@ -215,30 +220,11 @@ def test_experts_and_attention_in_layouts_of_their_own(tmp_path: Path, monkeypat
 
 def test_a_model_with_a_vision_tower(tmp_path: Path) -> None:
     """Experts that transformers fuses in memory and libraries write one by one; the tower is plain."""
-    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_experts": 4}
-    text |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    text |= {"num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 24, "num_heads": 4, "out_hidden_size": 32}
-    config = Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
-    dense = Qwen3VLMoeForConditionalGeneration(config).eval()
-    dense.save_pretrained(tmp_path)
-    layout, name = LAYOUTS["compressed-tensors int8"], "model.language_model.layers.0.mlp.experts"
-    experts, matrix = dense.get_submodule(name), layout.matrix
-    assert matrix is not None
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
-    for e in range(4):
-        gate, up = experts.gate_up_proj.detach()[e].chunk(2)
-        for projection, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", experts.down_proj.detach()[e])):
-            parts, meant = matrix(weight)
-            weight.copy_(meant)
-            tensors |= {f"{name}.{e}.{projection}.{part}": tensor.contiguous() for part, tensor in parts.items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    edit_config(tmp_path, quantization_config=layout.config)
+    dense = write_vision_checkpoint(tmp_path)
     model, ids = moegraft.load_quantised(tmp_path, dtype=torch.float32), random_ids()
     assert type(model) is type(dense)
-    assert packed_experts(model.get_submodule(name)) is not None
-    assert relative_error(model(input_ids=ids).logits, dense(input_ids=ids).logits.detach()) < TOL
+    assert packed_experts(model.get_submodule(VISION_EXPERTS)) is not None
+    assert relative_error(model(input_ids=ids).logits, dense(input_ids=ids).logits) < TOL
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.legacy is not None])

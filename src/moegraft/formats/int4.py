@@ -82,7 +82,7 @@ class Int4Matrix(FourBitMatrix):
         """
         group = max(group, 0)
         num_inputs = 8 * qweight.shape[-2]
-        _refuse_act_order("g_idx", g_idx, num_inputs, group)
+        refuse_act_order("g_idx", g_idx, num_inputs, group)
         codes = _nibbles(qweight, -2)
         zeros = _nibbles(_int32(qzeros) + zero_offset * _EIGHT_ONES, -1)
         return cls._from_in_out(codes, zeros, scales, group)
@@ -109,7 +109,7 @@ class Int4Matrix(FourBitMatrix):
         as in ``from_gptq``. Raises ValueError for act-order.
         """
         group = max(group, 0)
-        _refuse_act_order("weight_g_idx", weight_g_idx, num_inputs, group)
+        refuse_act_order("weight_g_idx", weight_g_idx, num_inputs, group)
         codes = _nibbles(weight_packed, -1)[..., :num_inputs]
         zeros = None
         if weight_zero_point is not None:
@@ -132,9 +132,16 @@ class Int4Matrix(FourBitMatrix):
         return cls.from_codes(codes, scales, group=group, zeros=zeros)
 
 
-def _refuse_act_order(name: str, group_of: torch.Tensor | None, num_inputs: int, group: int) -> None:
-    """With act-order a group is no run of inputs. A negative entry says that it is off."""
-    if group_of is None or group_of.device.type == "meta" or bool((group_of < 0).any()):
+def refuse_act_order(name: str, group_of: torch.Tensor | None, num_inputs: int, group: int) -> None:
+    """Raises ValueError where a group is no run of inputs.
+
+    ``group_of`` [..., I]; where all of it is negative, act-order is off. ``group``: inputs of a group; 0: all.
+    """
+    if group_of is None:
+        return
+    if group_of.shape[-1:] != (num_inputs,):
+        raise ValueError(f"int4 weights: found {name} {list(group_of.shape)}, expected {num_inputs} entries")
+    if group_of.device.type == "meta" or bool((group_of < 0).all()):
         return
     in_order = torch.arange(num_inputs, device=group_of.device) // (group or max(num_inputs, 1))
     if not torch.equal(group_of.long(), in_order.expand_as(group_of)):
