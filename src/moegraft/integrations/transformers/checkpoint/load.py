@@ -33,7 +33,7 @@ from moegraft.integrations.transformers.checkpoint.scheme import (
 )
 from moegraft.integrations.transformers.checkpoint.unpack import dequantise_linear, unfit
 from moegraft.integrations.transformers.checkpoint.weights import read_layer
-from moegraft.integrations.transformers.experts import IMPLEMENTATION
+from moegraft.integrations.transformers.experts import IMPLEMENTATION, guard_implementation
 from moegraft.integrations.transformers.storage import WEIGHT_DTYPES, pack_experts
 from moegraft.integrations.transformers.targets import experts_targets
 
@@ -87,6 +87,7 @@ def load_quantised(
         for name, layer in plan.experts.items():
             weights = read_layer(layer, tensors.read, dtype=target_dtype, device=torch.device(device))
             pack_experts(model.get_submodule(name), weights, target_dtype)
+            guard_implementation(model.get_submodule(name))
         unread = tensors.unread - set(plan.ignored)
         if unread:
             raise CheckpointError(f"{tensors.infos[min(unread)].where}: was not applied")
