@@ -23,7 +23,7 @@ from support.checkpoints import (
     write_vision_checkpoint,
 )
 from support.families import FAMILIES
-from support.fp8_truth import fp8_logits
+from support.fp8_truth import Rows, fp8_logits
 from support.mixed import random_ids
 from support.oracle import merge, merged_logits
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -279,9 +279,16 @@ def _targets(checkpoint: QuantisedCheckpoint) -> ModelTargets:
 
 
 def _base_logits(checkpoint: QuantisedCheckpoint, ids: torch.Tensor) -> torch.Tensor:
-    if checkpoint.layout.fp8_group is None:
+    rows = _rows(checkpoint)
+    if rows is None:
         return merged_logits(checkpoint.dense, _targets(checkpoint), None, input_ids=ids)
-    return fp8_logits(checkpoint.dense, _targets(checkpoint), None, checkpoint.layout.fp8_group, input_ids=ids)
+    return fp8_logits(checkpoint.dense, _targets(checkpoint), None, rows, input_ids=ids)
+
+
+def _rows(checkpoint: QuantisedCheckpoint) -> Rows | None:
+    """How the experts' activations are quantised; None where they are not."""
+    layout = checkpoint.layout
+    return None if layout.fp8_group is None else Rows(layout.fp8_group, layout.static_scale)
 
 
 def _save_adapters(checkpoint: QuantisedCheckpoint, folder: Path, ids: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -297,11 +304,11 @@ def _save_adapters(checkpoint: QuantisedCheckpoint, folder: Path, ids: torch.Ten
     }
     truths = {name: save_with_peft(checkpoint.dense, c, folder / name, ids) for name, c in configs.items()}
     _save_part(checkpoint, targets, folder / "part")
-    group = checkpoint.layout.fp8_group
+    rows = _rows(checkpoint)
     for name in (*configs, "part"):
         weights, _ = load_peft_adapter(folder / name, targets, dtype=torch.float32)
-        if group is not None:
-            truths[name] = fp8_logits(checkpoint.dense, targets, weights, group, input_ids=ids)
+        if rows is not None:
+            truths[name] = fp8_logits(checkpoint.dense, targets, weights, rows, input_ids=ids)
         elif name == "part":
             truths[name] = merged_logits(checkpoint.dense, targets, weights, input_ids=ids)
     return truths
