@@ -74,7 +74,7 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     summary = _summary(rows, args.format)
-    print(json.dumps(summary))
+    print(json.dumps(summary, allow_nan=False))
     if args.plot:
         _plot(rows, _read_peer(args.format), args.plot)
     if failed:
@@ -204,13 +204,14 @@ def _read_peer(format_name: str) -> dict[tuple[float | int | str, ...], Row]:
     return {_key(row): row for row in rows if row.get("format", "bf16") == format_name}
 
 
-def _speedups(rows: Sequence[Row], others: dict[tuple[float | int | str, ...], Row]) -> dict[str, float]:
-    """Another's time over ours, over the cells that it has."""
+def _speedups(rows: Sequence[Row], others: dict[tuple[float | int | str, ...], Row]) -> dict[str, float | None]:
+    """Another's time over ours, over the cells that it has; None where it has none, as JSON knows no NaN."""
     both = [(row, others[_key(row)]) for row in rows if _key(row) in others]
-    found = {}
+    found: dict[str, float | None] = {}
     for name, field in (("on", "lora_us"), ("off", "base_us")):
         ratios = [float(other[field]) / float(row[field]) for row, other in both]
-        found |= {f"{name}": round(_geomean(ratios), 3), f"{name}_worst": round(min(ratios, default=math.nan), 3)}
+        found[name] = round(_geomean(ratios), 3) if ratios else None
+        found[f"{name}_worst"] = round(min(ratios), 3) if ratios else None
     return found
 
 
