@@ -48,6 +48,17 @@ def test_int4_packing_has_an_inverse(R: int, num_inputs: int, group: int, with_z
         assert found is None or torch.equal(found, getattr(matrix, name))
 
 
+@pytest.mark.parametrize(("R", "num_inputs"), [(6, 256), (3, 200), (19, 37), (1, 1), (0, 128), (4, 0)])
+def test_mxfp4_packing_has_an_inverse(R: int, num_inputs: int) -> None:
+    """Odd sizes too: a last block of fewer than 32 numbers has a scale of its own."""
+    codes, scales = integers(2, R, num_inputs), integers(2, R, -(-num_inputs // 32), high=129, seed=1)
+    matrix = MXFP4Matrix.from_codes(codes, scales.to(torch.uint8), group=32)
+    assert torch.equal(matrix.codes(), codes.to(torch.uint8)) and torch.equal(matrix.scale_rows().long(), scales)
+    exponents = scales[..., torch.arange(num_inputs) // 32] - 127
+    expected = torch.tensor(E2M1)[codes].double() * torch.exp2(exponents.double())
+    assert torch.equal(matrix.values(torch.float32), expected.float())
+
+
 def test_a_word_holds_an_input_of_each_run() -> None:
     codes = integers(1, 256)
     words = Int4Matrix.from_codes(codes, torch.ones(1, 2), group=128).packed
