@@ -66,8 +66,16 @@ def test_the_oracle_takes_the_class_of_the_format(format_name: str) -> None:
 @pytest.mark.parametrize(
     ("format_name", "changes", "reason"),
     [
-        ("int4", {"config": replace(CONFIG, dtype=torch.float32)}, "it unpacks to bfloat16 or float16"),
-        ("mxfp4", {"config": replace(CONFIG, dtype=torch.float16)}, "it unpacks to bfloat16"),
+        (
+            "int4",
+            {"config": replace(CONFIG, dtype=torch.float32)},
+            "the matrix units of bfloat16 and float16",
+        ),
+        (
+            "mxfp4",
+            {"config": replace(CONFIG, dtype=torch.float16)},
+            "it would compute in torch.float16, its tiles are for",
+        ),
         ("int4", {"device": DeviceTarget(kind="cpu")}, "it runs on CUDA devices, the layer is on cpu"),
         ("mxfp4", {"device": replace(HOPPER, capability=(7, 5))}, "it needs compute capability 8.0"),
         ("int4", {"device": replace(HOPPER, has_triton=False)}, "triton cannot be imported"),

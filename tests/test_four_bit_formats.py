@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -271,6 +273,11 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         Int4Experts(w13=matrix, w2=random_matrix(128, 2, 64, with_zeros=False)[0])
     with pytest.raises(ValueError, match=r"found scales .*expected"):
         Int4Matrix(packed=matrix.packed, scales=matrix.scales[:, :, :3], num_inputs=128, group=32)
+    whole, _ = random_matrix(4, 128, 0, with_zeros=True)
+    with pytest.raises(ValueError, match=r"found scales alone in torch\.bfloat16, expected torch\.float32"):
+        replace(whole, scales=whole.scales.bfloat16())
+    with pytest.raises(ValueError, match=r"found zeros torch\.uint8, expected torch\.int32"):
+        replace(whole, zeros=whole.zeros.to(torch.uint8))
     with pytest.raises(ValueError, match="group of 48"):
         Int4Matrix.from_codes(integers(2, 96), torch.ones(2, 2), group=48)
     with pytest.raises(ValueError, match=r"found packed torch\.int32"):

@@ -54,6 +54,11 @@ class FourBitMatrix(ABC):
         for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
             if tensor is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"4-bit matrix: found {name} {tuple(tensor.shape)}, expected {expected}")
+        # In fewer bytes a scale alone could not be copied asynchronously, nor zero points be one word.
+        if expected[-1] == 1 and self.scales.dtype != torch.float32:
+            raise ValueError(f"4-bit matrix: found scales alone in {self.scales.dtype}, expected torch.float32")
+        if self.zeros is not None and self.zeros.dtype != _ZEROS[expected[-1]]:
+            raise ValueError(f"4-bit matrix: found zeros {self.zeros.dtype}, expected {_ZEROS[expected[-1]]}")
 
     @staticmethod
     @abstractmethod
