@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _report(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    print(json.dumps(_summary(rows, args.format)))
+    print(json.dumps(_summary(rows, args.format), allow_nan=False))
     if args.plot:
         _plot(rows, _read_peer(args.format), args.plot)
 

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from moegraft.core.errors import (
     AdapterError,
     AdapterFileError,
     AdapterInUseError,
+    AdapterMismatchError,
     AdapterNameError,
     BatchError,
     NoBackendError,
@@ -31,6 +33,8 @@ from moegraft.core.errors import (
     UnsupportedModelError,
 )
 from moegraft.lora.peft import LoadReport
+from moegraft.moe.experts import TorchExperts
+from moegraft.oracle import select_experts
 from moegraft.oracle.select import EXPERTS_CLASSES
 from moegraft.testing import relative_error
 
@@ -427,3 +431,40 @@ def test_a_broken_adapter_changes_nothing(graft: GraftedModel, mixed: MixedBatch
     assert list(graft.adapters) == list(mixed.adapters)
     assert torch.equal(graft(input_ids=mixed.input_ids, adapters=ROWS).logits, before)
     graft.bank.check_integrity()
+
+
+class TestAdaptersThatTouchNoExpert:
+    """``lora_experts=False``: what the user says of adapters that are loaded later."""
+
+    class BaseOnly(TorchExperts):
+        """Fast, and without LoRA."""
+
+        @staticmethod
+        def supports_lora() -> bool:
+            return False
+
+    @pytest.fixture(autouse=True)
+    def _first_in_the_order(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        select = partial(select_experts, classes=(self.BaseOnly, *EXPERTS_CLASSES))
+        monkeypatch.setattr("moegraft.build.layers.select_experts", select)
+
+    def test_keep_the_fastest_backend(self, mixed: MixedBatch) -> None:
+        names = [None if name is None else "dora" for name in ROWS]
+        with moegraft.attach(mixed.model, adapter_memory="4MiB") as graft:
+            assert {choice.backend for choice in graft.explain()} == {"TorchExperts"}
+            graft.load_adapter(mixed.adapters["dora"], name="dora")
+            expected = graft(input_ids=mixed.input_ids, adapters=names).logits
+        with moegraft.attach(mixed.model, adapter_memory="4MiB", lora_experts=False) as graft:
+            assert {choice.backend for choice in graft.explain()} == {"BaseOnly"}
+            graft.load_adapter(mixed.adapters["dora"], name="dora")
+            assert torch.equal(graft(input_ids=mixed.input_ids, adapters=names).logits, expected)
+
+    def test_others_are_refused_by_name(self, mixed: MixedBatch) -> None:
+        with moegraft.attach(mixed.model, adapter_memory="4MiB", lora_experts=False) as graft:
+            with pytest.raises(AdapterMismatchError, match=r"'sql' has LoRA on experts \(model\.layers\.0\."):
+                graft.load_adapter(mixed.adapters["fused"], name="sql")
+            assert not graft.adapters
+
+    def test_a_class_without_lora_is_not_taken_by_name(self, mixed: MixedBatch) -> None:
+        with pytest.raises(NoBackendError, match=r"^BaseOnly cannot serve dense experts on cpu: it does not take LoRA"):
+            moegraft.attach(mixed.model, adapter_memory="4MiB", backend="BaseOnly")

@@ -32,6 +32,25 @@ def test_pack_and_dequantise_are_inverse(num_halves: int, is_transposed: bool, i
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("sizes", [(0, 6, 5), (3, 0, 5), (3, 6, 0)], ids=str)
+@pytest.mark.parametrize(("num_halves", "is_transposed", "is_interleaved"), LAYOUTS)
+def test_zero_sized_and_meta(
+    sizes: tuple[int, int, int], num_halves: int, is_transposed: bool, is_interleaved: bool
+) -> None:
+    layout = {"num_halves": num_halves, "is_transposed": is_transposed, "is_interleaved": is_interleaved}
+    for e, d, f in (sizes, (E, D, F)):
+        w13, w2 = torch.randn(e, num_halves * f, d), torch.randn(e, d, f)
+        real, meta = (DenseExperts.pack(w13.to(device), w2.to(device), **layout) for device in ("cpu", "meta"))
+        assert (real.num_experts, real.hidden_size, real.intermediate_size) == (e, d, f)
+        for found, expected in zip(real.dequantise(torch.float32), (w13, w2), strict=True):
+            assert torch.equal(found, expected)
+        assert meta.device.type == "meta" and meta.num_bytes == real.num_bytes
+        assert [t.shape for t in meta.dequantise(torch.float32)] == [w13.shape, w2.shape]
+        cuts = [one.take_experts(range(e)[::-1]).take_intermediate(0, f, padded_to=f + 1) for one in (real, meta)]
+        assert cuts[0].intermediate_size == f + 1
+        assert [t.shape for t in cuts[0].tensors] == [t.shape for t in cuts[1].tensors]
+
+
 def test_interleaved_rows_alternate() -> None:
     w13_EGFD, w2_EDF = canonical(2)
     packed = DenseExperts.pack(w13_EGFD, w2_EDF, num_halves=2, is_transposed=False, is_interleaved=True)

@@ -15,7 +15,7 @@ from moegraft.formats.scaled import BLOCK, Granularity, ScaledExperts
 from moegraft.testing import relative_error
 
 # (E, D, F): whole blocks, odd sizes with partial blocks, less than a block, and nothing at all.
-SIZES = [(2, 256, 128), (3, 200, 300), (2, 37, 19), (0, 64, 32), (2, 64, 0)]
+SIZES = [(2, 256, 128), (3, 200, 300), (2, 37, 19), (0, 64, 32), (2, 64, 0), (2, 0, 32)]
 PACKS: dict[str, Callable[..., ScaledExperts]] = {
     "fp8 block": Fp8Experts.pack,
     "fp8 channel": lambda w13, w2, **kw: Fp8Experts.pack(w13, w2, granularity=Granularity.CHANNEL, **kw),

@@ -35,6 +35,16 @@ def test_a_step_has_one_scale_of_weights(num_tokens: int) -> None:
             assert stores_x(shape, tiles) and stores_x(replace(shape, scale_group=0), tiles)
 
 
+def test_a_step_over_weights_scaled_by_row_is_long_enough() -> None:
+    """Wider and longer tiles than that stay as they were asked for."""
+    shape, asked = replace(QWEN, scale_group=0), batch_invariant_tiles()
+    fitted = fit_tiles(asked, shape)
+    assert (fitted.gemm13, fitted.gemm2) == tuple(replace(t, block_k=128) for t in (asked.gemm13, asked.gemm2))
+    long = replace(asked, gemm13=GemmTile(block_n=256, block_k=256), gemm2=GemmTile(block_n=256, block_k=128))
+    assert fit_tiles(long, shape) == long
+    assert fit_tiles(asked, replace(shape, weight_format="int8")) == asked
+
+
 @pytest.mark.parametrize("num_tokens", TOKENS)
 def test_adapters_change_no_tile_of_the_base(num_tokens: int) -> None:
     """Or base rows would have other bits with adapters in the batch."""

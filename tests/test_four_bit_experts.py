@@ -11,16 +11,12 @@ pytest.importorskip("triton", reason="needs triton")
 
 from support.formats import PACKS
 from support.kernels import DEVICE
-from support.layers import MODULE, BuiltLayer, build_layer
+from support.layers import BuiltLayer, build_layer, over_class
 
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import NoBackendError
 from moegraft.formats.base import ExpertsWeights
-from moegraft.lora.punica import PunicaWrapperCPU
 from moegraft.moe.experts import FusedMoEExpertsModular, MarlinExperts, UnfusedOAITritonExperts
-from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
-from moegraft.moe.method import FusedMoEModularMethod
-from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize
 from moegraft.oracle import select_experts
 from moegraft.testing import MOE_CASES, LoRASpec, MoECase, assert_close, assert_close_delta
 
@@ -40,11 +36,7 @@ def packed(layer: BuiltLayer) -> ExpertsWeights:
 def over_kernels(case: MoECase, format_name: str) -> BuiltLayer:
     """The layer over the class of its format, which the oracle would not give to float32 weights."""
     layer = build_layer(case, backend="TorchExperts", pack=PACKS[format_name].pack, device=DEVICE)
-    config = layer.case.config
-    prepare = NoDispatchPrepareAndFinalize(config)
-    base = FusedMoE(config, FusedMoEModularMethod(config, packed(layer), CLASSES[format_name], prepare))
-    with_lora = FusedMoEWithLoRA(base, layer.bank.experts_tables(MODULE), PunicaWrapperCPU())
-    return replace(layer, base=base, with_lora=with_lora)
+    return over_class(layer, CLASSES[format_name])
 
 
 @pytest.mark.parametrize("name", ["one_token", "some_experts", "mixed_ranks", "weight_on_input"])
@@ -74,8 +66,16 @@ def test_the_oracle_takes_the_class_of_the_format(format_name: str) -> None:
 @pytest.mark.parametrize(
     ("format_name", "changes", "reason"),
     [
-        ("int4", {"config": replace(CONFIG, dtype=torch.float32)}, "it unpacks to bfloat16 or float16"),
-        ("mxfp4", {"config": replace(CONFIG, dtype=torch.float16)}, "it unpacks to bfloat16"),
+        (
+            "int4",
+            {"config": replace(CONFIG, dtype=torch.float32)},
+            "the matrix units of bfloat16 and float16",
+        ),
+        (
+            "mxfp4",
+            {"config": replace(CONFIG, dtype=torch.float16)},
+            "it would compute in torch.float16, its tiles are for",
+        ),
         ("int4", {"device": DeviceTarget(kind="cpu")}, "it runs on CUDA devices, the layer is on cpu"),
         ("mxfp4", {"device": replace(HOPPER, capability=(7, 5))}, "it needs compute capability 8.0"),
         ("int4", {"device": replace(HOPPER, has_triton=False)}, "triton cannot be imported"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def random_matrix(R: int, num_inputs: int, group: int, *, with_zeros: bool) -> t
     groups = -(-num_inputs // group) if group else 1
     codes = integers(2, R, num_inputs)
     scales = torch.rand(2, R, groups, generator=torch.Generator().manual_seed(1)) + 0.1
-    zeros = integers(2, R, groups, high=17, seed=2) if with_zeros else None
+    zeros = integers(2, R, groups, seed=2) if with_zeros else None
     matrix = Int4Matrix.from_codes(codes.to(torch.uint8), scales, group=group, zeros=zeros)
     of = torch.arange(num_inputs) // (group or num_inputs + 1)
     return matrix, (codes - (8 if zeros is None else zeros[..., of])) * scales[..., of]
@@ -46,6 +48,17 @@ def test_int4_packing_has_an_inverse(R: int, num_inputs: int, group: int, with_z
     for name in ("packed", "scales", "zeros"):
         found = getattr(again, name)
         assert found is None or torch.equal(found, getattr(matrix, name))
+
+
+@pytest.mark.parametrize(("R", "num_inputs"), [(6, 256), (3, 200), (19, 37), (1, 1), (0, 128), (4, 0)])
+def test_mxfp4_packing_has_an_inverse(R: int, num_inputs: int) -> None:
+    """Odd sizes too: a last block of fewer than 32 numbers has a scale of its own."""
+    codes, scales = integers(2, R, num_inputs), integers(2, R, -(-num_inputs // 32), high=129, seed=1)
+    matrix = MXFP4Matrix.from_codes(codes, scales.to(torch.uint8), group=32)
+    assert torch.equal(matrix.codes(), codes.to(torch.uint8)) and torch.equal(matrix.scale_rows().long(), scales)
+    exponents = scales[..., torch.arange(num_inputs) // 32] - 127
+    expected = torch.tensor(E2M1)[codes].double() * torch.exp2(exponents.double())
+    assert torch.equal(matrix.values(torch.float32), expected.float())
 
 
 def test_a_word_holds_an_input_of_each_run() -> None:
@@ -75,14 +88,14 @@ def test_an_mxfp4_word_gives_bfloat16_with_shifts_and_masks() -> None:
 @pytest.mark.parametrize("group", [32, 128, -1])
 def test_gptq(group: int, version: int) -> None:
     size = 256 if group < 0 else group
-    codes, scales, zeros = (
-        integers(256, 24),
-        torch.rand(256 // size, 24).half(),
-        integers(256 // size, 24, seed=1) % 15 + 1,
-    )
+    codes, scales, zeros = integers(256, 24), torch.rand(256 // size, 24).half(), integers(256 // size, 24, seed=1)
+    zeros[0, :4] = torch.tensor([0, 15, 0, 0])
+    # GPTQModel's rule for version 1: the stored words, eight zero points each, less 0x11111111 as a whole. A zero point
+    # of 0 so borrows from its neighbour, and is no 15 beside which the others are what they were less one.
+    words = pack_words(zeros).long() - (0x11111111 if version == 1 else 0)
     matrix = Int4Matrix.from_gptq(
         pack_words(codes.T).T.contiguous(),
-        pack_words(zeros - (2 - version)),
+        torch.where(words < -(2**31), words + 2**32, words).int(),
         scales,
         torch.arange(256, dtype=torch.int32) // size,
         group=group,
@@ -260,6 +273,11 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         Int4Experts(w13=matrix, w2=random_matrix(128, 2, 64, with_zeros=False)[0])
     with pytest.raises(ValueError, match=r"found scales .*expected"):
         Int4Matrix(packed=matrix.packed, scales=matrix.scales[:, :, :3], num_inputs=128, group=32)
+    whole, _ = random_matrix(4, 128, 0, with_zeros=True)
+    with pytest.raises(ValueError, match=r"found scales alone in torch\.bfloat16, expected torch\.float32"):
+        replace(whole, scales=whole.scales.bfloat16())
+    with pytest.raises(ValueError, match=r"found zeros torch\.uint8, expected torch\.int32"):
+        replace(whole, zeros=whole.zeros.to(torch.uint8))
     with pytest.raises(ValueError, match="group of 48"):
         Int4Matrix.from_codes(integers(2, 96), torch.ones(2, 2), group=48)
     with pytest.raises(ValueError, match=r"found packed torch\.int32"):

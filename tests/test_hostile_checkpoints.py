@@ -22,6 +22,8 @@ from moegraft.testing import relative_error
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GPTQ, CT_INT4, CT_FP8, FP8, MXFP4 = "gptq", "compressed-tensors int4", "compressed-tensors fp8", "fp8 blocks", "mxfp4"
+CT_INT8 = "compressed-tensors int8"
+EXPERTS_0 = "model.layers.0.mlp.experts"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 Tensors = dict[str, torch.Tensor]
 
@@ -60,7 +62,7 @@ def quantisation(layout: str, **fields: Any) -> dict[str, Any]:
 def group(layout: str, part: str, **fields: Any) -> dict[str, Any]:
     """The config group of a compressed-tensors layout with other fields in one of its parts."""
     (found,) = LAYOUTS[layout].config["config_groups"].values()
-    return {"config_groups": {"group_0": {**found, part: {**found[part], **fields}}}}
+    return {"config_groups": {"group_0": {**found, part: {**(found[part] or {}), **fields}}}}
 
 
 FIELDS: Any = [
@@ -79,6 +81,20 @@ FIELDS: Any = [
     (CT_INT4, {"sparsity_config": {"format": "sparse-24-bitmask"}}, ("sparsity_config",)),
     (CT_INT4, {"config_groups": {}}, ("config_groups",)),
     (CT_INT4, group(CT_INT4, "weights", num_bits=8), ("group_0.weights.num_bits is 8",)),
+    (GPTQ, {"desc_act": "yes"}, ("quantization_config.desc_act is 'yes'",)),
+    (FP8, {"modules_to_convert": ["model.embed_tokens"]}, ("modules_to_convert", "tables in fp8")),
+    (CT_INT4, {"transform_config": {"config_groups": {"u": {}}}}, ("transform_config", "rotations")),
+    (CT_INT4, {"quantization_status": "frozen"}, ("quantization_status is 'frozen'", "compressed")),
+    (CT_INT4, group(CT_INT4, "input_activations", num_bits=8), ("group_0.input_activations", "null beside int4")),
+    (CT_INT4, group(CT_INT4, "weights", actorder="random"), ("group_0.weights.actorder is 'random'",)),
+    (CT_INT4, group(CT_INT4, "weights", actorder="group"), ("model.layers.0.", "has no weight_g_idx")),
+    (CT_INT4, group(CT_INT4, "weights", actorder="dynamic"), ("model.layers.0.", "has no weight_g_idx")),
+    (CT_INT4, group(CT_INT4, "weights", actorder=True), ("model.layers.0.", "has no weight_g_idx")),
+    (CT_INT4, group(CT_INT4, "weights", symmetric=False), ("model.layers.0.", "has no weight_zero_point")),
+    (CT_INT8, group(CT_INT8, "weights", symmetric=False), ("group_0.weights.symmetric is False",)),
+    (CT_INT8, group(CT_INT8, "input_activations", num_bits=8), ("input_activations", "static", "dynamic ones")),
+    (CT_FP8, group(CT_FP8, "weights", strategy="block", block_structure=[64, 64]), ("block_structure is [64, 64]",)),
+    (CT_FP8, group(CT_FP8, "weights", strategy="block"), ("block_structure is None",)),
     (CT_FP8, group(CT_FP8, "weights", strategy="group"), ("group_0.weights.strategy is 'group'",)),
     (CT_FP8, group(CT_FP8, "input_activations", dynamic=False), ("static scales",)),
 ]
@@ -91,6 +107,50 @@ def test_config_fields(folders: Any, layout: str, fields: dict[str, Any], words:
     folder = folders(layout)
     edit_config(folder, quantization_config=quantisation(layout, **fields))
     assert_refused(folder, *words)
+
+
+@pytest.mark.parametrize("holder", ["compression_config", "text_config"])
+def test_where_else_a_config_may_lie(folders: Any, holder: str) -> None:
+    """Under the name of older compressed-tensors, or in the text stack of a model with several."""
+    folder, wrong = folders(CT_INT4), quantisation(CT_INT4, kv_cache_scheme={"num_bits": 8})
+    fields = wrong if holder == "compression_config" else {"quantization_config": wrong}
+    edit_config(folder, quantization_config=None, **{holder: fields})
+    assert is_quantised_or_why(folder) == "kv_cache_scheme"
+    if holder == "compression_config":
+        edit_config(folder, compression_config=quantisation(CT_INT4))
+        expected = moegraft.load_quantised(folders(CT_INT4))(input_ids=random_ids()).logits
+        assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
+
+
+def is_quantised_or_why(folder: Path) -> bool | str:
+    try:
+        return moegraft.integrations.transformers.is_quantised(folder)
+    except CheckpointError as error:
+        return str(error).partition("quantization_config.")[2].partition(" ")[0]
+
+
+def test_act_order_that_is_none(folders: Any) -> None:
+    """One group of all inputs has no order, and static groups are in order: the config alone refuses nothing."""
+    for layout in (GPTQ, "gptq v2, zero points, whole channels"):
+        folder = folders(layout)
+        expected = moegraft.load_quantised(folder)(input_ids=random_ids()).logits
+        edit_config(folder, quantization_config=quantisation(layout, desc_act=True))
+        if layout != GPTQ:
+            edit_tensors(folder, without("g_idx"))
+        assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
+    edit_config(folder := folders(CT_INT4), quantization_config=quantisation(CT_INT4, **UNSORTED))
+    moegraft.load_quantised(folder)
+
+
+UNSORTED = group(CT_INT4, "weights", actorder="weight")
+
+
+def test_act_order_without_its_groups(folders: Any) -> None:
+    for part, refused in ((".experts.", EXPERTS_0), ("o_proj.", "model.layers.0.self_attn.o_proj")):
+        folder = folders(GPTQ)
+        edit_config(folder, quantization_config=quantisation(GPTQ, desc_act=True))
+        edit_tensors(folder, without("g_idx", part))
+        assert_refused(folder, refused, "has no g_idx")
 
 
 def test_groups_that_differ(folders: Any) -> None:
@@ -108,6 +168,43 @@ def remove(name: str) -> Callable[[Tensors], object]:
 
 def put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
     return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+def every(suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
+    """Of all experts, so that none differs from its neighbours."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts." in name and name.endswith(suffix)]:
+            tensors[name] = change(tensors[name]).contiguous()
+
+    return edit
+
+
+def without(suffix: str, part: str = "") -> Callable[[Tensors], object]:
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if part in name and name.endswith(suffix)]
+
+
+def every_beside(suffix: str, other: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
+    """A tensor beside each of the experts' of a name, made of it."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts." in name and name.endswith(suffix)]:
+            tensors[name.removesuffix(suffix) + other] = make(tensors[name]).contiguous()
+
+    return edit
+
+
+def first_axis(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten()
+
+
+def bytes_of(value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: torch.full_like(tensor, value, dtype=torch.uint8)
+
+
+def scrambled(tensor: torch.Tensor) -> torch.Tensor:
+    """Group indices of the inputs of packed words or of such indices, out of order but for a first that is negative."""
+    return torch.cat([torch.tensor([-1], dtype=torch.int32), torch.arange(tensor.shape[-1] - 1).int().flip(0) // 32])
 
 
 def add(name: str, tensor: torch.Tensor) -> Callable[[Tensors], object]:
@@ -137,6 +234,41 @@ CHANGES: Any = [
     (GPTQ, put(f"{EXPERT}.scales", not_finite), (f"{EXPERT}.scales", "NaN")),
     (GPTQ, put(f"{EXPERT}.scales", lambda t: t[:1]), (f"{EXPERT}.scales", "as experts before it")),
     (GPTQ, put(f"{EXPERT}.g_idx", lambda t: t.flip(0)), (f"{EXPERT}.qweight", "act-order")),
+    (GPTQ, every(".g_idx", scrambled), (f"{EXPERTS_0}.0.", "act-order")),
+    (GPTQ, every(".g_idx", lambda t: t[:0]), (f"{EXPERTS_0}.0.", "g_idx [0]", "expected 64 entries")),
+    (GPTQ, every(".scales", first_axis), (f"{EXPERTS_0}.0.", "found scales of shape", "expected 2 axes")),
+    (GPTQ, every(".scales", torch.Tensor.int), (f"{EXPERTS_0}.0.", "found scales of torch.int32")),
+    (GPTQ, every(".qweight", first_axis), (f"{EXPERTS_0}.0.", "found qweight of shape", "expected 2 axes")),
+    (GPTQ, every(".qzeros", first_axis), (f"{EXPERTS_0}.0.", "found qzeros of shape", "expected 2 axes")),
+    (GPTQ, every(".qweight", lambda t: t[None]), (f"{EXPERTS_0}.0.", "found qweight of shape (1, ")),
+    (CT_INT4, every(".weight_shape", lambda t: t[:0]), (f"{EXPERTS_0}.0.", "weight_shape (0,)", "two integers")),
+    (CT_INT4, every(".weight_shape", torch.Tensor.float), (f"{EXPERTS_0}.0.", "weight_shape (2,) of torch.float32")),
+    (CT_INT4, every(".weight_shape", lambda t: t * torch.tensor([5, 1])), (f"{EXPERTS_0}.0.", "weight_shape [")),
+    (CT_INT4, every(".weight_scale", first_axis), (f"{EXPERTS_0}.0.", "weight_scale of shape", "expected 2 axes")),
+    (
+        CT_INT4,
+        every_beside("weight_scale", "weight_zero_point", lambda t: torch.zeros(3, dtype=torch.int32)),
+        (f"{EXPERTS_0}.0.", "weight_zero_point of shape (3,)", "expected 2 axes"),
+    ),
+    (
+        CT_INT4,
+        every_beside("weight_packed", "weight_g_idx", lambda t: scrambled(t.repeat(1, 8))),
+        (f"{EXPERTS_0}.0.", "weight_g_idx out of order", "act-order"),
+    ),
+    (FP8, every(".weight", lambda t: t.view(torch.uint8).flatten().view(t.dtype)), (EXPERTS_0, "expected 3 axes")),
+    (FP8, every(".weight_scale_inv", bytes_of(255)), (f"{EXPERTS_0}.0.", "weight_scale_inv", "NaN")),
+    (
+        FP8,
+        put("model.layers.0.self_attn.q_proj.weight_scale_inv", bytes_of(255)),
+        ("model.layers.0.self_attn.q_proj", "NaN"),
+    ),
+    (
+        FP8,
+        put("model.layers.0.self_attn.q_proj.weight", lambda t: t.bfloat16()),
+        ("model.layers.0.self_attn.q_proj", "found weight of torch.bfloat16", "torch.float8_e4m3fn"),
+    ),
+    (CT_FP8, every(".weight_scale", lambda t: t[:5]), (EXPERTS_0, "found scales of shape")),
+    (CT_INT8, every(".weight", first_axis), ("mlp.experts", "expected 3 axes")),
     (GPTQ, put(f"{EXPERT}.qweight", torch.Tensor.long), (f"{EXPERT}.qweight", "torch.int64")),
     (GPTQ, add("model.layers.1.mlp.experts.9.up_proj.qweight", torch.zeros(1)), ("expert 9", "has 7")),
     (GPTQ, add("model.layers.0.mlp.extra.weight", torch.zeros(2)), ("model.layers.0.mlp.extra.weight", "no place")),
@@ -145,7 +277,7 @@ CHANGES: Any = [
     (GPTQ, put("model.norm.weight", lambda t: t[:3]), ("model.norm.weight", "shape")),
     (GPTQ, put("lm_head.weight", not_finite), ("lm_head.weight", "NaN")),
     (GPTQ, put("model.layers.0.self_attn.q_proj.qzeros", lambda t: t[:1]), ("q_proj", "zero points")),
-    (CT_INT4, put(f"{EXPERT}.weight_shape", lambda t: t + 9), (f"{EXPERT}.weight_packed", "weight_shape with 73")),
+    (CT_INT4, put(f"{EXPERT}.weight_shape", lambda t: t + 9), (f"{EXPERT}.weight_packed", "weight_shape [41, 73]")),
     (
         FP8,
         put(f"{EXPERT}.weight_scale_inv", lambda t: t[:, :1]),
@@ -261,6 +393,24 @@ class TestSound:
 
         edit_tensors(folder, fuse)
         assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
+
+    def test_fused_scales_are_finite(self, folders: Any) -> None:
+        folder, experts = folders(FP8), "model.layers.0.mlp.experts"
+
+        def fuse(tensors: Tensors) -> None:
+            for name in [name for name in tensors if name.startswith(experts)]:
+                del tensors[name]
+            for param, rows, columns in (("gate_up_proj", 256, 256), ("down_proj", 256, 128)):
+                tensors[f"{experts}.{param}"] = torch.zeros(5, rows, columns, dtype=torch.uint8).view(
+                    torch.float8_e4m3fn
+                )
+                scales = torch.full((5, rows // 128, columns // 128), 127, dtype=torch.uint8)
+                tensors[f"{experts}.{param}_scale_inv"] = scales
+
+        edit_tensors(folder, fuse)
+        moegraft.load_quantised(folder)
+        edit_tensors(folder, put(f"{experts}.down_proj_scale_inv", bytes_of(255)))
+        assert_refused(folder, f"{experts}.down_proj_scale_inv", "NaN")
 
     def test_layers_that_transformers_leaves_out(self, folders: Any) -> None:
         """DeepSeek-V3 publishes a layer for drafting behind its last one."""

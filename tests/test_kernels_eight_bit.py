@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+from support.formats import PACKS
 from support.fp8_interpreter import round_fp8_exactly
 from support.kernels import DEVICE, make_lora_batch
 from support.layers import dense_weights, dequantised
@@ -17,9 +18,6 @@ from support.layers import dense_weights, dequantised
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
-from moegraft.formats.fp8 import Fp8Experts
-from moegraft.formats.int8 import Int8Experts
-from moegraft.formats.scaled import Granularity
 from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.kernels.moe_forward.op import call_op
 from moegraft.kernels.moe_quantise.host import moe_quantise
@@ -38,6 +36,7 @@ from moegraft.testing import (
 )
 from moegraft.testing.cases import Routing
 from moegraft.tuning import eight_bit
+from moegraft.tuning.heuristic import batch_invariant_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile
 
 CONFIG = MoEConfig(num_experts=3, top_k=2, hidden_size=160, intermediate_size=144)
@@ -64,14 +63,9 @@ TOL = {"int8": 1e-5, "fp8": 2e-3 if DEVICE == "cpu" else 1e-2}
 
 
 def pack(name: str, dense: DenseExperts) -> ExpertsWeights:
-    w13, w2 = dense.dequantise(torch.float32)
-    rest = {"b13": dense.b13, "b2": dense.b2, "num_halves": dense.num_halves}
-    if name == "int8":
-        return Int8Experts.pack(w13, w2, **rest)  # type: ignore[arg-type]
-    if name == "fp8 static":
-        scales = torch.tensor([4 / 448, 6 / 448], device=w13.device)
-        return Fp8Experts.pack(w13, w2, granularity=Granularity.TENSOR, **rest).with_static_scales(*scales)  # type: ignore[arg-type]
-    return Fp8Experts.pack(w13, w2, granularity=Granularity(name.removeprefix("fp8 ")), **rest)  # type: ignore[arg-type]
+    packed = PACKS[name].pack
+    assert packed is not None
+    return packed(dense)
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +132,11 @@ def test_layer_matches_dequantised_weights(case: str, name: str) -> None:
 def test_every_form_of_the_products(name: str, block_m: int, swapped: bool) -> None:
     """h quantised inside GEMM 2 (16) or by a kernel before it (64); weights on either side of the product."""
     check(CASE, name, tiles(block_m=block_m, swapped=swapped))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8 block", "fp8 channel", "fp8 static"])
+def test_tiles_that_know_no_format(name: str) -> None:
+    check(CASE, name, batch_invariant_tiles())
 
 
 def test_gemm13_quantises_x(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_a_layer_built_for_adapters_that_touch_no_expert(monkeypatch: pytest.Mon
     monkeypatch.setattr("moegraft.build.layers.select_experts", partial(select_experts, classes=ALL))
     config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
     weights = DenseExperts(w13=torch.zeros(2, 8, 4), w2=torch.zeros(2, 4, 4))
-    _, decision = build_fused_moe(config, weights, lora=False)
+    _, decision = build_fused_moe(config, weights, lora_experts=False)
     assert decision.backend == "BaseOnly"
     _, decision = build_fused_moe(config, weights)
     assert decision.backend == "SmallOnly"
@@ -149,9 +149,9 @@ def test_a_class_by_name() -> None:
 @pytest.mark.parametrize(
     ("backend", "why"),
     [
-        ("Monolithic", "Monolithic: it is monolithic"),
-        ("BaseOnly", "BaseOnly: it does not take LoRA"),
-        ("SmallOnly", "SmallOnly: it holds 4 experts, the layer has 8"),
+        ("Monolithic", "^Monolithic cannot serve dense experts on cpu: it is monolithic"),
+        ("BaseOnly", "^BaseOnly cannot serve dense experts on cpu: it does not take LoRA$"),
+        ("SmallOnly", "^SmallOnly cannot serve dense experts on cpu: it holds 4 experts, the layer has 8"),
         ("Unheard", "no backend is called 'Unheard'; there are BaseOnly, Monolithic, SmallOnly, General"),
     ],
 )

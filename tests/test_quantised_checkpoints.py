@@ -14,9 +14,16 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from support.adapters import TensorFactory, save_with_peft, write_adapter
-from support.checkpoints import LAYOUTS, QuantisedCheckpoint, edit_config, write_checkpoint
+from support.checkpoints import (
+    LAYOUTS,
+    VISION_EXPERTS,
+    QuantisedCheckpoint,
+    edit_config,
+    write_checkpoint,
+    write_vision_checkpoint,
+)
 from support.families import FAMILIES
-from support.fp8_truth import fp8_logits
+from support.fp8_truth import Rows, fp8_logits
 from support.mixed import random_ids
 from support.oracle import merge, merged_logits
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,12 +31,10 @@ from transformers import (
     AutoModelForCausalLM,
     CompressedTensorsConfig,
     Mxfp4Config,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
 )
 
 import moegraft
-from moegraft.core.errors import UnsupportedModelError
+from moegraft.core.errors import NoBackendError, UnsupportedModelError
 from moegraft.integrations.transformers.storage import packed_experts
 from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.lora.peft import load_peft_adapter
@@ -160,9 +165,41 @@ def test_what_the_model_can_and_cannot(tmp_path: Path, caplog: pytest.LogCapture
         UnsupportedModelError, match="GptOssExperts holds packed mxfp4 weights, which have no gradients"
     ):
         model(inputs_embeds=embeddings)
+    model.set_experts_implementation("eager")
+    for broken in (model, copy.deepcopy(model)):
+        with pytest.raises(UnsupportedModelError, match=r"GptOssExperts holds packed mxfp4 .* 'eager'"):
+            broken(input_ids=ids)
+    model.set_experts_implementation("moegraft")
+    assert torch.equal(model(input_ids=ids).logits, expected)
     halved = model.to(torch.bfloat16)(input_ids=ids).logits
     assert halved.dtype is torch.bfloat16
     assert torch.equal(halved, moegraft.load_quantised(checkpoint.path)(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "fp8 blocks"])
+def test_a_model_that_attach_moves_takes_its_experts_along(layout: str, tmp_path: Path) -> None:
+    """The device decides on the backend, and packed weights that move are new tensors."""
+    model = moegraft.load_quantised(write_checkpoint(layout, tmp_path).path)
+    module = model.model.layers[1].mlp.experts
+    with moegraft.attach(model, adapter_memory="1MiB", device="meta") as graft:
+        assert {choice.device for choice in graft.explain()} == {"meta"}
+        packed, site = packed_experts(module), graft._sites["model.layers.1.mlp.experts"]
+        assert packed is not None and packed.weights.device.type == "meta"
+        assert site.base.method.experts.weights is packed.weights
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_a_backend_that_cannot_serve_leaves_the_model_where_it_is(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint("gptq", tmp_path)
+    model, ids = moegraft.load_quantised(checkpoint.path), random_ids()
+    expected = model(input_ids=ids).logits
+    for device, name in ((None, "cpu"), ("cpu", "cpu"), ("meta", "meta")):
+        with pytest.raises(
+            NoBackendError, match=f"^MarlinExperts cannot serve int4 experts on {name}: it runs on CUDA"
+        ):
+            moegraft.attach(model, adapter_memory="1MiB", backend="MarlinExperts", device=device)
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    assert moegraft.attach(model, adapter_memory="1MiB").detach() is model
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors int4", "mxfp4"])
@@ -215,30 +252,11 @@ def test_experts_and_attention_in_layouts_of_their_own(tmp_path: Path, monkeypat
 
 def test_a_model_with_a_vision_tower(tmp_path: Path) -> None:
     """Experts that transformers fuses in memory and libraries write one by one; the tower is plain."""
-    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_experts": 4}
-    text |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    text |= {"num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 24, "num_heads": 4, "out_hidden_size": 32}
-    config = Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
-    dense = Qwen3VLMoeForConditionalGeneration(config).eval()
-    dense.save_pretrained(tmp_path)
-    layout, name = LAYOUTS["compressed-tensors int8"], "model.language_model.layers.0.mlp.experts"
-    experts, matrix = dense.get_submodule(name), layout.matrix
-    assert matrix is not None
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
-    for e in range(4):
-        gate, up = experts.gate_up_proj.detach()[e].chunk(2)
-        for projection, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", experts.down_proj.detach()[e])):
-            parts, meant = matrix(weight)
-            weight.copy_(meant)
-            tensors |= {f"{name}.{e}.{projection}.{part}": tensor.contiguous() for part, tensor in parts.items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    edit_config(tmp_path, quantization_config=layout.config)
+    dense = write_vision_checkpoint(tmp_path)
     model, ids = moegraft.load_quantised(tmp_path, dtype=torch.float32), random_ids()
     assert type(model) is type(dense)
-    assert packed_experts(model.get_submodule(name)) is not None
-    assert relative_error(model(input_ids=ids).logits, dense(input_ids=ids).logits.detach()) < TOL
+    assert packed_experts(model.get_submodule(VISION_EXPERTS)) is not None
+    assert relative_error(model(input_ids=ids).logits, dense(input_ids=ids).logits) < TOL
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.legacy is not None])
@@ -261,9 +279,16 @@ def _targets(checkpoint: QuantisedCheckpoint) -> ModelTargets:
 
 
 def _base_logits(checkpoint: QuantisedCheckpoint, ids: torch.Tensor) -> torch.Tensor:
-    if checkpoint.layout.fp8_group is None:
+    rows = _rows(checkpoint)
+    if rows is None:
         return merged_logits(checkpoint.dense, _targets(checkpoint), None, input_ids=ids)
-    return fp8_logits(checkpoint.dense, _targets(checkpoint), None, checkpoint.layout.fp8_group, input_ids=ids)
+    return fp8_logits(checkpoint.dense, _targets(checkpoint), None, rows, input_ids=ids)
+
+
+def _rows(checkpoint: QuantisedCheckpoint) -> Rows | None:
+    """How the experts' activations are quantised; None where they are not."""
+    layout = checkpoint.layout
+    return None if layout.fp8_group is None else Rows(layout.fp8_group, layout.static_scale)
 
 
 def _save_adapters(checkpoint: QuantisedCheckpoint, folder: Path, ids: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -279,11 +304,11 @@ def _save_adapters(checkpoint: QuantisedCheckpoint, folder: Path, ids: torch.Ten
     }
     truths = {name: save_with_peft(checkpoint.dense, c, folder / name, ids) for name, c in configs.items()}
     _save_part(checkpoint, targets, folder / "part")
-    group = checkpoint.layout.fp8_group
+    rows = _rows(checkpoint)
     for name in (*configs, "part"):
         weights, _ = load_peft_adapter(folder / name, targets, dtype=torch.float32)
-        if group is not None:
-            truths[name] = fp8_logits(checkpoint.dense, targets, weights, group, input_ids=ids)
+        if rows is not None:
+            truths[name] = fp8_logits(checkpoint.dense, targets, weights, rows, input_ids=ids)
         elif name == "part":
             truths[name] = merged_logits(checkpoint.dense, targets, weights, input_ids=ids)
     return truths

@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from support.formats import PACKS
-from support.layers import BuiltLayer, build_layer, with_dtype
+from support.kernels import DEVICE
+from support.layers import BuiltLayer, build_layer, over_class, with_dtype
 
 from moegraft.core.config import Activation, ActivationKind, BackendRequest, DeviceTarget, MoEConfig
-from moegraft.moe.experts import FusedMoEExpertsModular
+from moegraft.formats import FORMAT_NAMES
+from moegraft.moe.experts import FusedMoEExpertsModular, TorchExperts
+from moegraft.oracle import select_experts, why_not
 from moegraft.oracle.select import EXPERTS_CLASSES
 from moegraft.testing import LoRASpec, MoECase, assert_close, assert_close_delta, poison_allocations, relative_error
 
@@ -35,6 +38,8 @@ CASE = MoECase(
 # Reading activations unquantised would be an error of 3e-2 in the base.
 TOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TOL_QUANTISED_ACTIVATIONS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+SMALL = replace(CASE, config=replace(CASE.config, hidden_size=48, intermediate_size=32), num_tokens=5)
+"""Cheap in Triton's interpreter."""
 HOPPER = DeviceTarget(kind="cuda", capability=(9, 0), has_triton=True)
 
 
@@ -44,7 +49,7 @@ def combinations(device: DeviceTarget, dtype: torch.dtype) -> list[object]:
     for cls, pack, activation, has_bias in itertools.product(EXPERTS_CLASSES, PACKS, ACTIVATIONS, (False, True)):
         config = replace(CASE.config, activation=ACTIVATIONS[activation], has_bias=has_bias, dtype=dtype)
         request = BackendRequest(config=config, device=device, format_name=PACKS[pack].format_name)
-        if not cls.is_monolithic and cls.supports_lora() and cls.is_supported_config(request)[0]:
+        if why_not(cls, request) is None:
             name = f"{cls.__name__}-{pack}-{activation}{'-bias' if has_bias else ''}"
             found.append(pytest.param(cls, pack, config, id=name))
     return found
@@ -82,14 +87,53 @@ def test_few_tokens(pack: str, num_tokens: int) -> None:
         check(build_layer(replace(case, base_share=0.0), backend="TorchExperts", pack=PACKS[pack].pack))
 
 
-def check(layer: BuiltLayer) -> None:
-    """Base and delta against the oracle of the dequantised weights; base rows bit for bit."""
+def choices_on_hopper() -> list[object]:
+    """Every format with every activation, with biases and without in turn, over the class that is taken on a Hopper."""
+    found = []
+    for index, (pack, activation) in enumerate(itertools.product(PACKS, ACTIVATIONS)):
+        config = replace(SMALL.config, activation=ACTIVATIONS[activation], has_bias=index % 2 == 1)
+        request = BackendRequest(
+            config=replace(config, dtype=torch.bfloat16), device=HOPPER, format_name=PACKS[pack].format_name
+        )
+        name = f"{pack}-{activation}{'-bias' if config.has_bias else ''}"
+        found.append(pytest.param(select_experts(request).experts_cls, pack, config, id=name))
+    return found
+
+
+@pytest.mark.parametrize(("cls", "pack", "config"), choices_on_hopper())
+def test_kernels(
+    cls: type[FusedMoEExpertsModular], pack: str, config: MoEConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes over kernels, in Triton's interpreter where there is no GPU, and in float32, which it multiplies."""
+    pytest.importorskip("triton", reason="needs triton")
+    if DEVICE == "cpu":
+        from support.fp8_interpreter import round_fp8_exactly
+
+        round_fp8_exactly(monkeypatch)
+    case = replace(SMALL, config=config)
+    layer = build_layer(case, backend="TorchExperts", pack=PACKS[pack].pack, device=DEVICE)
+    check(over_class(layer, cls), same_bits=DEVICE == "cuda")
+
+
+def test_every_format_and_activation_is_among_them() -> None:
+    assert {packing.format_name for packing in PACKS.values()} == set(FORMAT_NAMES)
+    assert {activation.kind for activation in ACTIVATIONS.values()} == set(ActivationKind)
+    chosen = {param.values[0] for param in choices_on_hopper()}
+    assert chosen | {TorchExperts} == set(EXPERTS_CLASSES)
+
+
+def check(layer: BuiltLayer, *, same_bits: bool = True) -> None:
+    """Base and delta against the oracle of the dequantised weights; base rows bit for bit.
+
+    ``same_bits``: not in the interpreter, whose products give a row other bits at another place of a tile.
+    """
     with poison_allocations():
         without, found = layer.run_with(None), layer.run()
     expected, expected_base = layer.reference(), layer.reference(with_adapters=False)
     changed_T = ((expected - expected_base).abs() > 1e-12).any(dim=1)
     assert changed_T.any() and (found != without).any(dim=1)[changed_T].all()
-    assert torch.equal(found[~changed_T], without[~changed_T]), "a row that no adapter changes has other bits"
+    if same_bits:
+        assert torch.equal(found[~changed_T], without[~changed_T]), "a row that no adapter changes has other bits"
     quantise = layer.inputs.weights.quantise_input
     reads_quantised = quantise is not None and not torch.equal(quantise(layer.inputs.x_TD), layer.inputs.x_TD)
     tol = (TOL_QUANTISED_ACTIVATIONS if reads_quantised else TOL)[found.dtype]

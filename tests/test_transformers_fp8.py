@@ -16,7 +16,7 @@ from peft import LoraConfig
 from support.adapters import TensorFactory, save_with_peft, write_adapter
 from support.checkpoints import QuantisedCheckpoint, write_checkpoint
 from support.families import FAMILIES, build
-from support.fp8_truth import fp8_logits
+from support.fp8_truth import Rows, fp8_logits
 from support.mixed import EXPERTS, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import finegrained_fp8
@@ -98,14 +98,14 @@ def test_mixed_batch(checkpoint: QuantisedCheckpoint, tmp_path: Path) -> None:
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert not any(module._forward_hooks for module in model.modules())
 
-    base = fp8_logits(checkpoint.dense, targets, None, 128, input_ids=ids)
+    base = fp8_logits(checkpoint.dense, targets, None, Rows(128), input_ids=ids)
     assert relative_error(plain, base) <= TOL
     for i, name in enumerate(names):
         if name is None:
             assert torch.equal(found[i], plain[i])
         else:
             weights, _ = load_peft_adapter(tmp_path / name, targets, dtype=torch.float32)
-            truth = fp8_logits(checkpoint.dense, targets, weights, 128, input_ids=ids)
+            truth = fp8_logits(checkpoint.dense, targets, weights, Rows(128), input_ids=ids)
             assert_close_delta(found[i], plain[i], truth[i], base[i], TOL)
 
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="needs triton")
 
 from support.kernels import DEVICE
-from support.layers import MODULE, BuiltLayer, build_layer, dense_weights
+from support.layers import BuiltLayer, build_layer, dense_weights, over_class
 
 import moegraft.kernels.moe_forward.host as moe_forward
 from moegraft.build import build_fused_moe
@@ -19,11 +19,8 @@ from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import NoBackendError
 from moegraft.formats import FORMAT_NAMES
 from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.lora.punica import PunicaWrapperCPU
 from moegraft.moe.experts import TorchExperts, TritonExperts
-from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
-from moegraft.moe.method import FusedMoEModularMethod
-from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize, PreparedRows
+from moegraft.moe.prepare_finalize import PreparedRows
 from moegraft.oracle import select_experts
 from moegraft.oracle.select import EXPERTS_CLASSES
 from moegraft.testing import MOE_CASES, assert_close, assert_close_delta
@@ -38,12 +35,7 @@ DELTA_TOL = 1e-5
 
 def over_triton(layer: BuiltLayer) -> BuiltLayer:
     """The same layer over TritonExperts, which the oracle would not give to float32 weights."""
-    config = layer.case.config
-    weights = dense_weights(layer.case, layer.inputs)
-    method = FusedMoEModularMethod(config, weights, TritonExperts, NoDispatchPrepareAndFinalize(config))
-    base = FusedMoE(config, method)
-    with_lora = FusedMoEWithLoRA(base, layer.bank.experts_tables(MODULE), PunicaWrapperCPU())
-    return replace(layer, base=base, with_lora=with_lora)
+    return over_class(layer, TritonExperts)
 
 
 @pytest.mark.parametrize(

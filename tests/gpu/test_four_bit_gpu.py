@@ -11,6 +11,7 @@ from support.kernels import make_lora_batch
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.kernels.moe_forward.host import fused_moe_lora
+from moegraft.kernels.moe_forward.op import op_args
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.testing.cases import LoRASpec, MoECase, MoEInputs, Routing
 from moegraft.testing.errors import assert_close, assert_close_delta
@@ -119,16 +120,5 @@ def test_graph_opcheck_and_compile(format: str) -> None:
         return fused_moe_lora(x_TD * 2, weights, inputs.topk_ids_TK, inputs.topk_weights_TK, lora=lora) + 1
 
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(inputs.x_TD), layer(inputs.x_TD))
-    q, activation, t = weights.quantisation, weights.activation, lora.tables
-    assert q is not None
-    args = (
-        inputs.x_TD, inputs.topk_ids_TK, inputs.topk_weights_TK, weights.w13, weights.w2, weights.b13, weights.b2,
-        activation.kind.value, activation.gated, activation.alpha, activation.limit, False, False, False,
-        lora.token_slots_T, t.pool, t.page_table, t.factors, t.expert_index, t.page_elems, lora.rank13, lora.rank2,
-    )  # fmt: skip
-    packed = {
-        "format": q.format.value, "scales13": q.scales13, "scales2": q.scales2, "zeros13": q.zeros13,
-        "zeros2": q.zeros2, "scale_group": q.scale_group, "hidden_size": q.hidden_size,
-        "intermediate_size": q.intermediate_size,
-    }  # fmt: skip
-    torch.library.opcheck(torch.ops.moegraft.fused_moe_lora.default, args, packed)
+    args = op_args(inputs.x_TD, weights, inputs.topk_ids_TK, inputs.topk_weights_TK, lora, weight_on_input=False)
+    torch.library.opcheck(torch.ops.moegraft.fused_moe_lora.default, args)

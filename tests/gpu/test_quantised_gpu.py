@@ -16,7 +16,21 @@ from moegraft.integrations.transformers.targets import discover_targets
 
 pytestmark = pytest.mark.gpu
 
-LAYOUTS = ["fp8 blocks", "mxfp4", "gptq", "awq"]
+LAYOUTS = [
+    "fp8 blocks",
+    "fp8, static",
+    "mxfp4",
+    "gptq",
+    "gptq, groups of 64, zero points",
+    "awq",
+    "compressed-tensors int4",
+    "compressed-tensors int4, groups of 128",
+    "compressed-tensors int4, whole channels, zero points",
+    "compressed-tensors int8, tensor",
+    "compressed-tensors fp8",
+    "compressed-tensors fp8, tensor, static",
+    "compressed-tensors fp8, blocks",
+]
 NAMES = ("everything", None, "attention", "experts", "everything")
 # Two layers in bfloat16 (and 8-bit activations in fp8) against float32; a delta that is missing would be an error of 1.
 TOL = 0.1

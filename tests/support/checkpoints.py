@@ -1,8 +1,9 @@
 """Tiny quantised MoE checkpoints on disk in every layout that is read, each with the plain weights that it stands for.
 
 compressed-tensors writes and reads its own layouts here, transformers dequantises fp8 and mxfp4 by itself, and GPTQ and
-AWQ, whose libraries need a GPU to be built, are packed number by number as their documents say:
-https://github.com/AutoGPTQ/AutoGPTQ (qlinear_cuda: eight inputs a word, zero points less one),
+AWQ, whose libraries are no dependency, are packed number by number as their documents say:
+https://github.com/AutoGPTQ/AutoGPTQ (qlinear_cuda: eight inputs a word, zero points less one, which
+GPTQModel, its successor, takes off whole words: https://github.com/ModelCloud/GPTQModel),
 https://github.com/casper-hansen/AutoAWQ (WQLinear_GEMM: eight outputs a word, in the order 0 2 4 6 1 3 5 7).
 """
 
@@ -18,12 +19,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from support.families import build
 
 Tensors = dict[str, torch.Tensor]
+VISION_EXPERTS = "model.language_model.layers.0.mlp.experts"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+STATIC_SCALE = 0.01
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -31,8 +39,8 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 class Layout:
     """``matrix``: from a weight [out, in] to its tensors (by their last names) and the weight that they stand for.
 
-    ``format_name`` is moegraft's. ``reads_fp8``: GEMMs read activations in fp8 too, by groups of this many columns
-    (0: a whole row).
+    ``format_name`` is moegraft's. ``fp8_group``: GEMMs read activations in fp8 too, by groups of this many columns
+    (0: a whole row), or with ``static_scale``.
     """
 
     family: str
@@ -41,6 +49,7 @@ class Layout:
     matrix: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]] | None
     sizes: Mapping[str, Any]
     fp8_group: int | None = None
+    static_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,32 @@ def write_checkpoint(name: str, folder: Path) -> QuantisedCheckpoint:
     edit_config(folder / "base", quantization_config=dict(layout.config))
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
     return QuantisedCheckpoint(path=folder / "base", layout=layout, dense=dense)
+
+
+def write_vision_checkpoint(folder: Path) -> PreTrainedModel:
+    """A model with a vision tower in ``folder``: int8 experts, one by one, the rest plain; and what it stands for."""
+    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_experts": 4}
+    text |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    text |= {"num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 24, "num_heads": 4, "out_hidden_size": 32}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    dense: PreTrainedModel = Qwen3VLMoeForConditionalGeneration(config).eval().requires_grad_(False)
+    dense.save_pretrained(folder)
+    layout = LAYOUTS["compressed-tensors int8"]
+    experts, matrix = dense.get_submodule(VISION_EXPERTS), layout.matrix
+    assert matrix is not None
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(VISION_EXPERTS)}
+    for e in range(4):
+        gate, up = experts.gate_up_proj[e].chunk(2)
+        for projection, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", experts.down_proj[e])):
+            parts, meant = matrix(weight)
+            weight.copy_(meant)
+            name = f"{VISION_EXPERTS}.{e}.{projection}"
+            tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    save_file(tensors, folder / "model.safetensors")
+    edit_config(folder, quantization_config=dict(layout.config))
+    return dense
 
 
 def edit_config(folder: Path, **fields: Any) -> None:
@@ -130,11 +165,11 @@ def gptq(weight: torch.Tensor, *, group: int, symmetric: bool, zero_offset: int 
     size = weight.shape[1] if group == -1 else group
     parts = {
         "qweight": pack_rows(codes).T,
-        "qzeros": pack_rows((zero - zero_offset).T & 15),
+        "qzeros": pack_rows(zero.T) - zero_offset * 0x11111111,
         "scales": scale.T.half(),
         "g_idx": (torch.arange(weight.shape[1]) // size).int(),
     }
-    return parts, _meant(codes, (zero - zero_offset & 15) + zero_offset, scale)
+    return parts, _meant(codes, zero, scale)
 
 
 def awq(weight: torch.Tensor, *, group: int) -> tuple[Tensors, torch.Tensor]:
@@ -179,6 +214,20 @@ def fp8_blocks(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return {"weight": stored.reshape(weight.shape), "weight_scale_inv": scale}, meant
 
 
+def fp8_static(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """One scale a matrix and one for its inputs, in transformers' names."""
+    scale = weight.abs().amax() / 448
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    parts = {"weight": stored, "weight_scale_inv": scale, "activation_scale": torch.tensor(STATIC_SCALE)}
+    return parts, stored.float() * scale
+
+
+def compressed_static(weight: torch.Tensor, *, form: str, args: Mapping[str, Any]) -> tuple[Tensors, torch.Tensor]:
+    """The library's fp8 with a scale of the inputs, which calibration finds."""
+    parts, meant = compressed(weight, form=form, args=args)
+    return {**parts, "input_scale": torch.tensor([STATIC_SCALE])}, meant
+
+
 def _mxfp4(state: Tensors) -> tuple[Tensors, Tensors]:
     """gpt-oss: experts as blocks of 32 inputs along the last axis, two numbers a byte, and an E8M0 byte for each."""
     stored = dict(state)
@@ -198,8 +247,9 @@ def _mxfp4(state: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def _compressed(family: str, format_name: str, form: str, args: Mapping[str, Any], **more: Any) -> Layout:
-    """``more``: fields of the config group, ``sizes`` and ``fp8_group``."""
-    sizes, fp8_group = more.pop("sizes", {}), more.pop("fp8_group", None)
+    """``more``: fields of the config group, ``sizes``, ``fp8_group`` and ``static_scale``."""
+    sizes, fp8_group, static_scale = (more.pop(name, None) for name in ("sizes", "fp8_group", "static_scale"))
+    matrix = compressed if static_scale is None else compressed_static
     group = {
         "targets": ["Linear"],
         "weights": dict(args),
@@ -219,17 +269,22 @@ def _compressed(family: str, format_name: str, form: str, args: Mapping[str, Any
         family=family,
         format_name=format_name,
         config=config,
-        matrix=partial(compressed, form=form, args=args),
-        sizes=sizes,
+        matrix=partial(matrix, form=form, args=args),
+        sizes=sizes or {},
         fp8_group=fp8_group,
+        static_scale=static_scale,
     )
 
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False}
+_CHANNEL = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
 _INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
 _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+_PER_TOKEN_INT8 = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 _PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+_TENSOR = {**_FP8, "strategy": "tensor"}
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_attention_heads": 4}
+_WIDE = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32, "num_experts": 4}
 _BLOCKS = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 32}
 _GPTQ = {
     "quant_method": "gptq",
@@ -255,6 +310,13 @@ LAYOUTS: dict[str, Layout] = {
         matrix=partial(gptq, group=-1, symmetric=False, zero_offset=0),
         sizes=_SIZES,
     ),
+    "gptq, groups of 64, zero points": Layout(
+        family="qwen3_moe",
+        format_name="int4",
+        config={**_GPTQ, "group_size": 64, "sym": False},
+        matrix=partial(gptq, group=64, symmetric=False),
+        sizes=_WIDE,
+    ),
     "awq": Layout(
         family="qwen2_moe",
         format_name="int4",
@@ -262,15 +324,69 @@ LAYOUTS: dict[str, Layout] = {
         matrix=partial(awq, group=32),
         sizes={**_SIZES, "shared_expert_intermediate_size": 32},
     ),
+    "awq, groups of 128, old names": Layout(
+        family="qwen3_moe",
+        format_name="int4",
+        config={"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"},
+        matrix=partial(awq, group=128),
+        sizes=_WIDE,
+    ),
+    "awq, whole channels": Layout(
+        family="mixtral",
+        format_name="int4",
+        config={"quant_method": "awq", "bits": 4, "group_size": -1, "zero_point": True, "version": "gemm"},
+        matrix=partial(awq, group=-1),
+        sizes=_SIZES,
+    ),
     "compressed-tensors int4": _compressed(
         "qwen3_moe", "int4", "pack-quantized", _INT4, sizes={**_SIZES, "head_dim": 16}
     ),
     "compressed-tensors int4, zero points": _compressed(
         "olmoe", "int4", "pack-quantized", {**_INT4, "symmetric": False}, sizes={**_SIZES, "intermediate_size": 64}
     ),
+    "compressed-tensors int4, groups of 128": _compressed(
+        "qwen3_moe", "int4", "pack-quantized", {**_INT4, "group_size": 128}, sizes=_WIDE
+    ),
+    "compressed-tensors int4, whole channels": _compressed("mixtral", "int4", "pack-quantized", _CHANNEL, sizes=_SIZES),
+    "compressed-tensors int4, whole channels, zero points": _compressed(
+        "olmoe", "int4", "pack-quantized", {**_CHANNEL, "symmetric": False}, sizes={**_SIZES, "intermediate_size": 64}
+    ),
     "compressed-tensors int8": _compressed("deepseek_v3", "int8", "int-quantized", _INT8),
+    "compressed-tensors int8, tensor": _compressed(
+        "qwen3_moe", "int8", "int-quantized", {**_INT8, "strategy": "tensor"}, input_activations=_PER_TOKEN_INT8
+    ),
     "compressed-tensors fp8": _compressed(
         "qwen3_moe", "fp8", "float-quantized", _FP8, input_activations=_PER_TOKEN, fp8_group=0
+    ),
+    "compressed-tensors fp8, tensor": _compressed(
+        "mixtral", "fp8", "float-quantized", _TENSOR, input_activations=_PER_TOKEN, fp8_group=0
+    ),
+    "compressed-tensors fp8, tensor, static": _compressed(
+        "qwen3_moe",
+        "fp8",
+        "float-quantized",
+        _TENSOR,
+        input_activations={**_TENSOR, "dynamic": False},
+        fp8_group=0,
+        static_scale=STATIC_SCALE,
+    ),
+    "compressed-tensors fp8, blocks": _compressed(
+        "qwen3_moe",
+        "fp8",
+        "float-quantized",
+        {**_FP8, "strategy": "block", "block_structure": [128, 128]},
+        input_activations={**_PER_TOKEN, "strategy": "group", "group_size": 128},
+        sizes={**_BLOCKS, "num_experts": 4, "num_key_value_heads": 4},
+        fp8_group=128,
+    ),
+    "fp8, static": Layout(
+        family="qwen3_moe",
+        format_name="fp8",
+        config={"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+        matrix=fp8_static,
+        sizes={},
+        fp8_group=0,
+        static_scale=STATIC_SCALE,
     ),
     "fp8 blocks": Layout(
         family="qwen3_moe",

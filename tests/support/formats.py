@@ -42,8 +42,8 @@ def _int8(dense: DenseExperts) -> Int8Experts:
     return Int8Experts.pack(**_canonical(dense))  # type: ignore[arg-type]
 
 
-def _int4(dense: DenseExperts) -> Int4Experts:
-    return Int4Experts.pack(**_canonical(dense), group=32, is_symmetric=False)  # type: ignore[arg-type]
+def _int4(dense: DenseExperts, group: int, is_symmetric: bool) -> Int4Experts:
+    return Int4Experts.pack(**_canonical(dense), group=group, is_symmetric=is_symmetric)  # type: ignore[arg-type]
 
 
 def _mxfp4(dense: DenseExperts) -> MXFP4Experts:
@@ -57,6 +57,7 @@ PACKS: dict[str, Packing] = {
     "fp8 tensor": Packing("fp8", partial(_fp8, granularity=Granularity.TENSOR)),
     "fp8 static": Packing("fp8", _fp8_static),
     "int8": Packing("int8", _int8),
-    "int4": Packing("int4", _int4),
+    "int4": Packing("int4", partial(_int4, group=32, is_symmetric=False)),
+    "int4 symmetric": Packing("int4", partial(_int4, group=128, is_symmetric=True)),
     "mxfp4": Packing("mxfp4", _mxfp4),
 }

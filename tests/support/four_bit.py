@@ -19,7 +19,7 @@ FORMATS = ("int4 g128", "int4 g64", "int4 g32 zeros", "int4 channel", "int4 chan
 def quantise(
     format: str, w13_EGFD: torch.Tensor, w2_EDF: torch.Tensor, b13: torch.Tensor | None, b2: torch.Tensor | None
 ) -> FourBitExperts:
-    """Canonical weights in one of ``FORMATS``; a zero point of 16 among the others where there are zero points."""
+    """Canonical weights in one of ``FORMATS``; zero points of 0 and 15 among the others where there are zero points."""
     num_halves = w13_EGFD.shape[1] // max(w2_EDF.shape[2], 1)
     if format == "mxfp4":
         return MXFP4Experts.pack(w13_EGFD, w2_EDF, b13=b13, b2=b2, num_halves=num_halves)
@@ -30,7 +30,7 @@ def quantise(
     if experts.w13.zeros is None:
         return experts
     zeros = experts.w13.zeros.clone()
-    zeros[..., 0, :] = 16
+    zeros[..., 0, :], zeros[..., 1, :] = 0, 15
     return replace(experts, w13=replace(experts.w13, zeros=zeros))
 
 

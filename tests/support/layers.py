@@ -15,8 +15,12 @@ from moegraft.formats.dense import DenseExperts
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.mapping import AdapterMapping
+from moegraft.lora.punica import PunicaWrapperCPU
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
+from moegraft.moe.experts import FusedMoEExpertsModular
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
+from moegraft.moe.method import FusedMoEModularMethod
+from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize
 from moegraft.testing import (
     ExpertsFactors,
     MoECase,
@@ -122,6 +126,15 @@ def build_layer(
     base, _ = build_fused_moe(case.config, weights, backend=backend)
     with_lora = build_fused_moe_with_lora(base, bank.experts_tables(MODULE))
     return BuiltLayer(case=case, inputs=inputs, bank=bank, base=base, with_lora=with_lora)
+
+
+def over_class(layer: BuiltLayer, cls: type[FusedMoEExpertsModular]) -> BuiltLayer:
+    """The layer over another class, also one that the oracle would not give to its float32 rows."""
+    config, weights = layer.case.config, layer.base.method.experts.weights
+    prepare = NoDispatchPrepareAndFinalize(config)
+    base = FusedMoE(config, FusedMoEModularMethod(config, weights, cls, prepare))
+    with_lora = FusedMoEWithLoRA(base, layer.bank.experts_tables(MODULE), PunicaWrapperCPU())
+    return replace(layer, base=base, with_lora=with_lora)
 
 
 def dequantised(weights: ExpertsWeights) -> DenseTensors:

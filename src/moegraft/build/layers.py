@@ -31,14 +31,14 @@ def build_fused_moe(
     *,
     router: RouterConfig | None = None,
     correction_bias_E: torch.Tensor | None = None,
-    lora: bool = True,
+    lora_experts: bool = True,
     backend: str | None = None,
     prepare_finalize: FusedMoEPrepareAndFinalize | None = None,
     parallel: ParallelConfig | None = None,
 ) -> tuple[FusedMoE, Decision]:
     """A FusedMoE over ``weights`` (kept, not copied) and the oracle's decision.
 
-    ``lora``: only backends that take LoRA are considered; False also where adapters will touch no expert.
+    ``lora_experts``: only backends that take LoRA are considered; False where adapters will touch no expert.
     ``backend``: a class by name. ``prepare_finalize``: how rows meet experts of other ranks; by default all experts
     are here. ``parallel``: the world that the weights are a slice for. Raises NoBackendError.
     """
@@ -47,7 +47,7 @@ def build_fused_moe(
         config=config,
         device=DeviceTarget.of(weights.device),
         format_name=weights.format_name,
-        lora=lora,
+        adapters_touch_experts=lora_experts,
         tp_size=parallel.tp,
         ep_size=parallel.ep,
         fully_sharded=parallel.fully_sharded and parallel.tp > 1,

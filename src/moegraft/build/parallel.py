@@ -42,14 +42,22 @@ def build_parallel_moe(
     expert_map: ExpertMap,
     *,
     backend: str | None = None,
+    lora_experts: bool = True,
 ) -> tuple[FusedMoE, Decision]:
     """A FusedMoE over a rank's slice of ``take_slice`` (kept, not copied), whose output is that of the whole layer.
 
-    ``config``: of the whole layer. Raises NoBackendError.
+    ``config``: of the whole layer. ``lora_experts``: as of ``build_fused_moe``. Raises NoBackendError.
     """
     local = replace(config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
     pair = expert_parallel_pair(config, weights, groups, expert_map)
-    return build_fused_moe(local, weights, backend=backend, prepare_finalize=pair, parallel=groups.config)
+    return build_fused_moe(
+        local,
+        weights,
+        backend=backend,
+        lora_experts=lora_experts,
+        prepare_finalize=pair,
+        parallel=groups.config,
+    )
 
 
 def linear_punica_for(device: torch.device, mine: LinearSlice | None, ranks: Communicator) -> PunicaWrapperBase:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from moegraft.cli.console import CommandError, first_line
 from moegraft.integrations.transformers import is_quantised, load_quantised
+from moegraft.integrations.transformers.checkpoint import auto_class
 
 _DTYPES: Mapping[str, torch.dtype | Literal["auto"]] = {
     "auto": "auto",
@@ -59,8 +60,11 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str | None = None) 
         wanted = resolve_dtype(dtype)
         return load_quantised(folder, dtype=None if wanted == "auto" else wanted, device=target)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype), local_files_only=True)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model: PreTrainedModel = auto_class(config).from_pretrained(
+            folder, dtype=resolve_dtype(dtype), local_files_only=True
+        )
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a quantisation method whose library is missing
         raise CommandError(f"{folder} holds no model that transformers can load: {first_line(error)}") from error
     return model.to(target).eval()
 

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from moegraft.cli.console import CommandError, first_line
 from moegraft.cli.loading import quiet_transformers, resolve_device, resolve_dtype
 from moegraft.integrations.transformers import LayerChoice, is_quantised
-from moegraft.integrations.transformers.checkpoint import plain_config, read_structure
+from moegraft.integrations.transformers.checkpoint import (
+    check_method,
+    hollow_structure,
+    plain_config,
+    read_structure,
+)
 from moegraft.integrations.transformers.explain import explain_structure
 from moegraft.integrations.transformers.parallel_layout import RankShare, rank_shares
 from moegraft.integrations.transformers.targets import discover_targets, experts_targets
@@ -44,6 +49,7 @@ def explain_model(
 
     Raises CheckpointError, UnsupportedModelError or NoBackendError.
     """
+    check_method(folder)
     model = hollow_model(folder, dtype=dtype, device=device)
     several = parallel is not None and parallel.world_size > 1
     if not is_quantised(folder):
@@ -65,9 +71,8 @@ def hollow_model(folder: Path, *, dtype: str = "auto", device: str | None = "cpu
     quiet_transformers()
     try:
         config = plain_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-        options = {} if dtype == "auto" else {"dtype": resolve_dtype(dtype)}
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **options)
+        wanted = resolve_dtype(dtype)
+        model = hollow_structure(config, dtype=None if wanted == "auto" else wanted)
     except (OSError, ValueError) as error:
         raise CommandError(f"{folder} has no config of a model that transformers knows: {first_line(error)}") from error
     target = resolve_device(device)

@@ -16,7 +16,7 @@ class CheckpointError(MoegraftError):
 
 
 class NoBackendError(MoegraftError):
-    """No backend (or not the requested one) can serve the layer; the message holds every reason."""
+    """No backend can serve the layer, and the message holds every reason; or not the requested one, and why."""
 
 
 class AdapterError(MoegraftError):

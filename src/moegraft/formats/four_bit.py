@@ -54,6 +54,11 @@ class FourBitMatrix(ABC):
         for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
             if tensor is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"4-bit matrix: found {name} {tuple(tensor.shape)}, expected {expected}")
+        # In fewer bytes a scale alone could not be copied asynchronously, nor zero points be one word.
+        if expected[-1] == 1 and self.scales.dtype != torch.float32:
+            raise ValueError(f"4-bit matrix: found scales alone in {self.scales.dtype}, expected torch.float32")
+        if self.zeros is not None and self.zeros.dtype != _ZEROS[expected[-1]]:
+            raise ValueError(f"4-bit matrix: found zeros {self.zeros.dtype}, expected {_ZEROS[expected[-1]]}")
 
     @staticmethod
     @abstractmethod
@@ -77,9 +82,10 @@ class FourBitMatrix(ABC):
     def from_codes(
         cls, codes: torch.Tensor, scales: torch.Tensor, *, group: int, zeros: torch.Tensor | None = None
     ) -> Self:
-        """``codes`` [..., R, I] in 0..15; ``scales``, ``zeros`` [..., R, ceil(I / group)], or [..., R, 1] for group 0.
+        """``codes`` [..., R, I]; ``scales``, ``zeros`` [..., R, ceil(I / group)], or [..., R, 1] for group 0.
 
-        A group may be any multiple of 128 too. Raises ValueError for another group or scales that do not fit.
+        Codes and zero points are in 0..15. A group may be any multiple of 128 too. Raises ValueError for another group
+        or scales that do not fit.
         """
         *lead, R, num_inputs = codes.shape
         if group > GRANULE and group % GRANULE == 0:

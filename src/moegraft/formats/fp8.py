@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import pad
 
-from moegraft.formats.scaled import BLOCK, Granularity, ScaledExperts, read_scales
+from moegraft.formats.scaled import BLOCK, Granularity, ScaledExperts
 
 FP8_MAX = 448.0
 SMALLEST_AMAX = 1e-10
@@ -106,16 +106,8 @@ class Fp8Experts(ScaledExperts):
         """
         if block_size is not None and tuple(block_size) != (BLOCK, BLOCK):
             raise ValueError(f"fp8 experts: found blocks of {tuple(block_size)}, expected {(BLOCK, BLOCK)}")
-        E, D, rows, is_block = w13.shape[0], w2.shape[1], w13.shape[1] // num_halves, block_size is not None
-        return cls(
-            w13=w13,
-            w2=w2,
-            w13_scale=read_scales(w13_scale, num_experts=E, num_halves=num_halves, rows=rows, is_block=is_block),
-            w2_scale=read_scales(w2_scale, num_experts=E, num_halves=1, rows=D, is_block=is_block),
-            b13=b13,
-            b2=b2,
-            num_halves=num_halves,
-        )
+        scales = cls._read_scales(w13, w2, (w13_scale, w2_scale), num_halves, is_block=block_size is not None)
+        return cls(w13=w13, w2=w2, **scales, b13=b13, b2=b2, num_halves=num_halves)
 
     def with_static_scales(self, x_scale: torch.Tensor, h_scale: torch.Tensor) -> Fp8Experts:
         """With static scales of the inputs of w13 and w2 (``input_scale``, ``activation_scale``), of any shape.

@@ -10,6 +10,7 @@ import torch
 from moegraft.formats.four_bit import RUNS, FourBitExperts, FourBitMatrix
 
 SYMMETRIC_ZERO = 8
+_EIGHT_ONES = 0x11111111
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Nibble of an AWQ word in which each of its eight columns lies."""
 
@@ -36,12 +37,7 @@ class Int4Matrix(FourBitMatrix):
         if zeros is None:
             return codes + SYMMETRIC_ZERO
         groups = torch.arange(num_before, num_before + num_padding, device=zeros.device)
-        codes = zeros.index_select(-1, groups // self.group if self.group else torch.zeros_like(groups))
-        if codes.device.type != "meta" and bool((codes > 15).any()):
-            raise ValueError(
-                "int4 weights: found a cut in a group whose zero point is 16: no code stands for zero there"
-            )
-        return codes
+        return zeros.index_select(-1, groups // self.group if self.group else torch.zeros_like(groups))
 
     @classmethod
     def quantise(cls, w: torch.Tensor, *, group: int = 128, is_symmetric: bool = True) -> Int4Matrix:
@@ -80,13 +76,15 @@ class Int4Matrix(FourBitMatrix):
         """qweight int32 [..., I/8, R], qzeros int32 [..., groups, R/8], scales [..., groups, R], g_idx [..., I].
 
         ``group`` 0 (or -1 as configs write it): one for all inputs. ``zero_offset``: GPTQ stores zero points less one,
-        its version 2 as they are (0). Raises ValueError for act-order: inputs whose groups are not one after the other.
+        its version 2 as they are (0). Libraries take the ones off whole words, so that a zero point of 0 borrows from
+        its neighbour; here they are added to whole words. Raises ValueError for act-order: inputs whose groups are not
+        one after the other.
         """
         group = max(group, 0)
         num_inputs = 8 * qweight.shape[-2]
-        _refuse_act_order("g_idx", g_idx, num_inputs, group)
+        refuse_act_order("g_idx", g_idx, num_inputs, group)
         codes = _nibbles(qweight, -2)
-        zeros = _nibbles(qzeros, -1) + zero_offset
+        zeros = _nibbles(_int32(qzeros) + zero_offset * _EIGHT_ONES, -1)
         return cls._from_in_out(codes, zeros, scales, group)
 
     @classmethod
@@ -111,7 +109,7 @@ class Int4Matrix(FourBitMatrix):
         as in ``from_gptq``. Raises ValueError for act-order.
         """
         group = max(group, 0)
-        _refuse_act_order("weight_g_idx", weight_g_idx, num_inputs, group)
+        refuse_act_order("weight_g_idx", weight_g_idx, num_inputs, group)
         codes = _nibbles(weight_packed, -1)[..., :num_inputs]
         zeros = None
         if weight_zero_point is not None:
@@ -134,9 +132,16 @@ class Int4Matrix(FourBitMatrix):
         return cls.from_codes(codes, scales, group=group, zeros=zeros)
 
 
-def _refuse_act_order(name: str, group_of: torch.Tensor | None, num_inputs: int, group: int) -> None:
-    """With act-order a group is no run of inputs. A negative entry says that it is off."""
-    if group_of is None or group_of.device.type == "meta" or bool((group_of < 0).any()):
+def refuse_act_order(name: str, group_of: torch.Tensor | None, num_inputs: int, group: int) -> None:
+    """Raises ValueError where a group is no run of inputs.
+
+    ``group_of`` [..., I]; where all of it is negative, act-order is off. ``group``: inputs of a group; 0: all.
+    """
+    if group_of is None:
+        return
+    if group_of.shape[-1:] != (num_inputs,):
+        raise ValueError(f"int4 weights: found {name} {list(group_of.shape)}, expected {num_inputs} entries")
+    if group_of.device.type == "meta" or bool((group_of < 0).all()):
         return
     in_order = torch.arange(num_inputs, device=group_of.device) // (group or max(num_inputs, 1))
     if not torch.equal(group_of.long(), in_order.expand_as(group_of)):
@@ -148,9 +153,15 @@ def _refuse_act_order(name: str, group_of: torch.Tensor | None, num_inputs: int,
 
 def _nibbles(words: torch.Tensor, axis: int, places: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
     """int32 words as eight numbers each along ``axis``, -1 or -2; number i of a word from its nibble ``places[i]``."""
+    numbers = [_int32(words) >> 4 * place & 15 for place in places]
+    return torch.stack(numbers, axis).flatten(axis - 1, axis)
+
+
+def _int32(words: torch.Tensor) -> torch.Tensor:
+    """The words. Raises ValueError for another dtype, in which they would not wrap around."""
     if words.dtype != torch.int32:
         raise ValueError(f"int4 weights: found packed words of {words.dtype}, expected torch.int32")
-    return torch.stack([words >> 4 * place & 15 for place in places], axis).flatten(axis - 1, axis)
+    return words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from moegraft.formats.scaled import Granularity, ScaledExperts, read_scales
+from moegraft.formats.scaled import Granularity, ScaledExperts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +52,8 @@ class Int8Experts(ScaledExperts):
     ) -> Int8Experts:
         """Checkpoint tensors of all experts, stacked: w13 [E, G*F, D], w2 [E, D, F], and ``weight_scale`` of
         compressed-tensors in any shape that ``read_scales`` takes. Weights are kept. Raises ValueError."""
-        E, D, rows = w13.shape[0], w2.shape[1], w13.shape[1] // num_halves
-        return cls(
-            w13=w13,
-            w2=w2,
-            w13_scale=read_scales(w13_scale, num_experts=E, num_halves=num_halves, rows=rows, is_block=False),
-            w2_scale=read_scales(w2_scale, num_experts=E, num_halves=1, rows=D, is_block=False),
-            b13=b13,
-            b2=b2,
-            num_halves=num_halves,
-        )
+        scales = cls._read_scales(w13, w2, (w13_scale, w2_scale), num_halves, is_block=False)
+        return cls(w13=w13, w2=w2, **scales, b13=b13, b2=b2, num_halves=num_halves)
 
     @classmethod
     def _round(cls, w: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,7 @@ class ScaledExperts(ExpertsWeights):
     is_interleaved: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        _check_axes(self.format_name, self.w13, self.w2)
         E, D, F, G = self.num_experts, self.hidden_size, self.intermediate_size, self.num_halves
         blocks_D, blocks_F = _num_blocks(D), _num_blocks(F)
         expected = {"w13": (E, G * F, D), "w2": (E, D, F), "b13": (E, G * F), "b2": (E, D)}
@@ -98,14 +99,14 @@ class ScaledExperts(ExpertsWeights):
     def w13_in_out_of(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         scale = self.w13_scale[expert]
         if self.is_block_scaled:
-            scale = _spread(scale.unflatten(0, (self.num_halves, -1)), self.intermediate_size, self.hidden_size)
+            scale = spread_blocks(scale.unflatten(0, (self.num_halves, -1)), self.intermediate_size, self.hidden_size)
             scale = scale.flatten(0, 1)
         return _dequantise(self.w13[expert], scale, dtype).mT
 
     def w2_in_out_of(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         scale = self.w2_scale[expert]
         if self.is_block_scaled:
-            scale = _spread(scale, self.hidden_size, self.intermediate_size)
+            scale = spread_blocks(scale, self.hidden_size, self.intermediate_size)
         return _dequantise(self.w2[expert], scale, dtype).mT
 
     def take_experts(self, experts: Sequence[int]) -> Self:
@@ -171,9 +172,27 @@ class ScaledExperts(ExpertsWeights):
             case Granularity.TENSOR:
                 largest = _largest(w, (2, 3))[..., None, None].expand(E, n, O, 1)
         scale = torch.where(largest > 0, largest / cls.stored_max, 1.0)
-        spread = _spread(scale, O, I) if granularity is Granularity.BLOCK else scale
+        spread = spread_blocks(scale, O, I) if granularity is Granularity.BLOCK else scale
         stored = cls._round((w / spread).clamp(-cls.stored_max, cls.stored_max)).view(sizes).flatten(1, 2)
         return stored, scale.flatten(1, 2) if granularity is Granularity.BLOCK else scale.flatten(1, 3)
+
+    @classmethod
+    def _read_scales(
+        cls,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        scales: tuple[torch.Tensor, torch.Tensor],
+        num_halves: int,
+        *,
+        is_block: bool,
+    ) -> dict[str, torch.Tensor]:
+        """w13_scale and w2_scale from those of a checkpoint. Raises ValueError for what does not fit."""
+        _check_axes(cls.format_name, w13, w2)
+        E, D, rows = w13.shape[0], w2.shape[1], w13.shape[1] // num_halves
+        return {
+            "w13_scale": read_scales(scales[0], num_experts=E, num_halves=num_halves, rows=rows, is_block=is_block),
+            "w2_scale": read_scales(scales[1], num_experts=E, num_halves=1, rows=D, is_block=is_block),
+        }
 
     @classmethod
     def _round(cls, w: torch.Tensor) -> torch.Tensor:
@@ -206,10 +225,21 @@ def _dequantise(stored_OI: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
     return (stored_OI.float() * (scale[:, None] if scale.dim() == 1 else scale)).to(dtype)
 
 
-def _spread(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Block scales [..., ceil(rows/128), ceil(columns/128)] over the elements that they serve: [..., rows, columns]."""
-    over_rows = scale.repeat_interleave(BLOCK, dim=-2)[..., :rows, :]
-    return over_rows.repeat_interleave(BLOCK, dim=-1)[..., :columns]
+def spread_blocks(
+    scale: torch.Tensor, rows: int, columns: int, *, block_size: tuple[int, int] = (BLOCK, BLOCK)
+) -> torch.Tensor:
+    """Scales of blocks, cut short at the borders, over the elements that they serve: [..., rows, columns].
+
+    ``scale`` [..., ceil(rows / block_size[0]), ceil(columns / block_size[1])].
+    """
+    over_rows = scale.repeat_interleave(block_size[0], dim=-2)[..., :rows, :]
+    return over_rows.repeat_interleave(block_size[1], dim=-1)[..., :columns]
+
+
+def _check_axes(format_name: str, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    for name, tensor in (("w13", w13), ("w2", w2)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{format_name} experts: found {name} {tuple(tensor.shape)}, expected 3 axes")
 
 
 def _largest(w: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:

@@ -52,7 +52,8 @@ def select_experts(
 ) -> Decision:
     """The decision for one layer; ``backend`` asks for a class by name.
 
-    Raises NoBackendError with every reason where none (or not the named one) can serve the request.
+    Raises NoBackendError: with the reason where the named class cannot serve the request, with every reason where
+    none can.
     """
     names = [cls.__name__ for cls in classes]
     if backend is not None and backend not in names:
@@ -60,7 +61,9 @@ def select_experts(
     chosen: type[FusedMoEExpertsModular] | None = None
     rejections = []
     for cls in classes:
-        reason = _why_not(cls, request)
+        reason = why_not(cls, request)
+        if reason is not None and backend == cls.__name__:
+            raise NoBackendError(f"{backend} cannot serve {request.format_name} experts on {request.device}: {reason}")
         if reason is None and backend not in (None, cls.__name__):
             reason = f"{backend} was asked for by name"
         elif reason is None and chosen is not None:
@@ -75,7 +78,8 @@ def select_experts(
     return Decision(request=request, experts_cls=chosen, rejections=tuple(rejections))
 
 
-def _why_not(cls: type[FusedMoEExpertsModular], request: BackendRequest) -> str | None:
+def why_not(cls: type[FusedMoEExpertsModular], request: BackendRequest) -> str | None:
+    """Why a class cannot serve the request; None where it can, whatever the order of preference says."""
     if request.needs_delta and cls.is_monolithic:
         return "it is monolithic: no delta can be added inside"
     if request.needs_delta and not cls.supports_lora():

@@ -69,11 +69,20 @@ def writes_groups(tiles: MoETiles, group: int) -> bool:
 
 
 def fit_tiles(tiles: MoETiles, shape: TuningShape) -> MoETiles:
-    """Tiles that were made for other weights, so that a step of block-scaled ones has one scale of weights."""
-    if shape.weight_format != "fp8" or shape.scale_group == 0:
+    """Tiles that were made for other weights, so that they fit fp8.
+
+    A step of block-scaled weights has one scale of them. Any other has at least the 128 products after which a sum
+    leaves the matrix unit: Triton refuses to compile a shorter one.
+    """
+    if shape.weight_format != "fp8":
         return tiles
-    return replace(tiles, gemm13=_fit(tiles.gemm13), gemm2=_fit(tiles.gemm2))
+    fit = _fit_blocks if shape.scale_group else _fit_rows
+    return replace(tiles, gemm13=fit(tiles.gemm13), gemm2=fit(tiles.gemm2))
 
 
-def _fit(tile: GemmTile) -> GemmTile:
+def _fit_blocks(tile: GemmTile) -> GemmTile:
     return replace(tile, block_n=min(tile.block_n, FP8_BLOCK), block_k=FP8_BLOCK)
+
+
+def _fit_rows(tile: GemmTile) -> GemmTile:
+    return replace(tile, block_k=max(tile.block_k, FP8_BLOCK))

@@ -14,7 +14,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS,
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora, build_parallel_moe, take_slice
-from moegraft.core.config import MoEConfig
+from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.formats.base import ExpertsWeights
 from moegraft.integrations.transformers.call import CallState
@@ -31,7 +31,7 @@ from moegraft.integrations.transformers.targets import HookedExperts, experts_ac
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.targets import ExpertsTarget
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
-from moegraft.oracle import Decision
+from moegraft.oracle import Decision, select_experts
 
 IMPLEMENTATION = "moegraft"
 _SITE = "_moegraft_site"
@@ -44,7 +44,7 @@ class ExpertsSite:
 
     name: str
     base: FusedMoE
-    with_lora: FusedMoEWithLoRA
+    with_lora: FusedMoEWithLoRA | None  # None where no adapter may touch experts
     decision: Decision
     state: CallState
     previous_implementation: str | None
@@ -53,7 +53,7 @@ class ExpertsSite:
     def forward(self, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
         call = self.state.current()
         ranks = (0, 0) if call is None else call.experts_ranks(self.name, self.base.config.activation.num_halves)
-        if call is None or not (any(ranks) or call.rows_travel):
+        if call is None or self.with_lora is None or not (any(ranks) or call.rows_travel):
             return self.base.apply_experts(x_TD, topk_weights_TK, topk_ids_TK)
         mapping = call.experts_mapping(x_TD.shape[0])
         return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, mapping, *ranks)
@@ -83,6 +83,20 @@ def experts_forward(
         return site.forward(hidden_states, top_k_index, top_k_weights)
 
 
+def guard_implementation(module: nn.Module) -> None:
+    """Packed weights under another implementation: an error that says so, where its code would miss parameters."""
+    module.register_forward_pre_hook(_check_implementation)
+
+
+def _check_implementation(module: nn.Module, _: Any) -> None:
+    packed, found = packed_experts(module), cast("PreTrainedConfig", module.config)._experts_implementation
+    if packed is not None and found != IMPLEMENTATION:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} holds packed {packed.weights.format_name} weights, which the experts "
+            f"implementation {found!r} cannot run; call model.set_experts_implementation({IMPLEMENTATION!r})"
+        )
+
+
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 ALL_FP8_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
@@ -107,7 +121,7 @@ def _packed_forward(
         )
     if packed.base_layer is None:
         config = moe_config(module, topk_ids_TK.shape[1], packed.dtype)
-        layer, _ = build_fused_moe(config, packed.weights, lora=False)
+        layer, _ = build_fused_moe(config, packed.weights, lora_experts=False)
         packed.keep_layer(layer)
     assert packed.base_layer is not None
     with torch.no_grad():
@@ -138,33 +152,56 @@ def moe_config(module: nn.Module, top_k: int, dtype: torch.dtype) -> MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
-    """What is the same for all sites of a model. ``device``: of the layers that are cut to this rank's slice."""
+    """What is the same for all sites of a model. ``device``: where their layers lie, once all of them are built.
+
+    ``configs``: of the experts modules, by name. ``lora_experts``: whether adapters may touch experts.
+    """
 
     bank: AdapterBank
     state: CallState
     layout: RankLayout
     device: torch.device
-    top_k: int
+    configs: Mapping[str, MoEConfig]
     backend: str | None
+    lora_experts: bool = True
+
+
+def decide_backends(
+    model: PreTrainedModel, targets: Mapping[str, ExpertsTarget], options: SiteOptions
+) -> dict[str, Decision]:
+    """What would serve whole layers on ``options.device``, where they may not lie yet. Raises NoBackendError."""
+    decisions = {}
+    for name, target in targets.items():
+        request = BackendRequest(
+            config=options.configs[name],
+            device=DeviceTarget.of(options.device),
+            format_name=experts_weights(model.get_submodule(name), target).format_name,
+            adapters_touch_experts=options.lora_experts,
+        )
+        decisions[name] = select_experts(request, backend=options.backend)
+    return decisions
 
 
 def build_site(module: nn.Module, target: ExpertsTarget, options: SiteOptions) -> ExpertsSite:
     """The layers of one experts module; changes nothing. Raises NoBackendError."""
     layout, name, backend = options.layout, target.name, options.backend
     weights = experts_weights(module, target)
-    config = moe_config(module, options.top_k, options.bank.layout.dtype)
+    config = options.configs[name]
     expert_map = layout.expert_maps.get(name)
     if expert_map is None:
         local = replace(config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
-        base, decision = build_fused_moe(local, weights, backend=backend)
+        base, decision = build_fused_moe(local, weights, backend=backend, lora_experts=options.lora_experts)
     else:
         kept = take_slice(weights, layout.mine.experts[name], adds_bias=layout.groups.tp_rank == 0)
         kept = cast("ExpertsWeights", moved(kept, options.device))
-        base, decision = build_parallel_moe(config, kept, layout.groups, expert_map, backend=backend)
+        base, decision = build_parallel_moe(
+            config, kept, layout.groups, expert_map, backend=backend, lora_experts=options.lora_experts
+        )
+    tables = options.bank.experts_tables(name)
     return ExpertsSite(
         name=name,
         base=base,
-        with_lora=build_fused_moe_with_lora(base, options.bank.experts_tables(name), layout.groups),
+        with_lora=build_fused_moe_with_lora(base, tables, layout.groups) if options.lora_experts else None,
         decision=decision,
         state=options.state,
         previous_implementation=cast("PreTrainedConfig", module.config)._experts_implementation,

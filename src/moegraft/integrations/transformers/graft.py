@@ -18,11 +18,14 @@ from moegraft.core.memory import parse_bytes
 from moegraft.integrations.transformers.call import ActiveCall, CallState
 from moegraft.integrations.transformers.experts import (
     IMPLEMENTATION,
+    ExpertsSite,
     SiteOptions,
     build_site,
+    decide_backends,
     experts_configs,
     install_sites,
     is_spent,
+    moe_config,
     remove_sites,
 )
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
@@ -52,6 +55,7 @@ def attach(
     adapter_memory: int | str = "2GiB",
     max_adapters: int = 64,
     backend: str | None = None,
+    lora_experts: bool = True,
     parallel: ParallelConfig | None = None,
     expert_maps: Mapping[str, ExpertMap] | None = None,
     device: torch.device | str | None = None,
@@ -60,13 +64,15 @@ def attach(
 
     adapter_memory: bytes, or a string such as ``"512MiB"``, for adapters resident on the model's device; more may be
     loaded, the least recently used wait in host memory. max_adapters: how many may be resident at once.
-    backend: an experts class by name instead of the oracle's choice.
+    backend: an experts class by name instead of the oracle's choice. lora_experts: False says that no adapter will
+    touch experts: backends that take no LoRA are then considered too, and an adapter with LoRA on experts is refused.
 
     parallel: several processes, each of which has loaded the whole model, keep a slice of the experts each and free the
     rest; ``detach`` cannot give that back (docs/parallel.md). All ranks attach together, and from then on load, unload
     and run together. expert_maps: which rank holds which experts, by module; contiguous by default. device: where the
-    slices, and then the rest of the model, are moved: a model too large for one device is loaded on the host. A model
-    that transformers has loaded with a parallel plan (``tp_plan="auto"``) needs none of them.
+    slices, and then the rest of the model, are moved: a model too large for one device is loaded on the host. Where
+    nothing is cut, the whole model is moved there first. A model that transformers has loaded with a parallel plan
+    (``tp_plan="auto"``) needs none of them.
 
     Raises UnsupportedModelError, NoBackendError or ParallelError, and leaves the model as it was.
     """
@@ -84,6 +90,7 @@ def attach(
         capacity_bytes=parse_bytes(adapter_memory),
         max_adapters=max_adapters,
         backend=backend,
+        lora_experts=lora_experts,
         ranks=ranks,
     )
 
@@ -101,6 +108,7 @@ class GraftedModel:
         capacity_bytes: int,
         max_adapters: int,
         backend: str | None,
+        lora_experts: bool,
         ranks: RankOptions,
     ) -> None:
         self.model = model
@@ -120,25 +128,38 @@ class GraftedModel:
             state=self._state,
             layout=self.layout,
             device=device,
-            top_k=experts_per_token(model),
-            backend=backend,
-        )
-        self._sites = together(
-            self.layout.groups,
-            lambda: {
-                name: build_site(model.get_submodule(name), target, options)
-                for name, target in self._targets.experts.items()
+            configs={
+                name: moe_config(model.get_submodule(name), experts_per_token(model), dtype)
+                for name in self._targets.experts
             },
+            backend=backend,
+            lora_experts=lora_experts,
         )
-        self._ranks = RankAdapters(self.bank, self._targets, self.layout)
+        self._sites = self._build_sites(options, is_moved=ranks.device is not None)
+        self._ranks = RankAdapters(self.bank, self._targets, self.layout, lora_experts=lora_experts)
         self._seams: dict[tuple[str, type[Seam]], Seam] = {}
         self._scratch, self._group_scratch = BatchScratch(), BatchScratch()
         self._previous = install_sites(model, self._sites)
         self._experts_configs = experts_configs(model, self._sites)
-        if ranks.device is not None:
-            model.to(device)
+        if ranks.device is not None and self.layout.expert_maps:
+            model.to(device)  # what is left of it
         self._attached = True
         setattr(model, _MARK, self)
+
+    def _build_sites(self, options: SiteOptions, *, is_moved: bool) -> dict[str, ExpertsSite]:
+        """``is_moved``: the model is to lie on ``options.device``.
+
+        Layers that are kept whole must lie there before they are built: packed weights that move are new tensors, and
+        the device decides on the backend.
+        """
+        model, experts, groups = self.model, self._targets.experts, self.layout.groups
+        if is_moved and not self.layout.expert_maps:
+            together(groups, lambda: decide_backends(model, experts, options))
+            model.to(options.device)
+        return together(
+            groups,
+            lambda: {name: build_site(model.get_submodule(name), target, options) for name, target in experts.items()},
+        )
 
     # Adapters
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from moegraft.core.errors import BatchError, ParallelError
+from moegraft.core.errors import AdapterMismatchError, BatchError, ParallelError
 from moegraft.integrations.transformers.generation import batch_rows
 from moegraft.integrations.transformers.parallel_layout import RankLayout
 from moegraft.lora.bank import AdapterBank, AdapterBatch
@@ -49,8 +49,12 @@ def init_parallel(device: torch.device | str | None = None) -> torch.device:
 class RankAdapters:
     """Loads, unloads and holds the adapters of this rank: with other ranks, together with them or not at all."""
 
-    def __init__(self, bank: AdapterBank, targets: ModelTargets, layout: RankLayout) -> None:
+    def __init__(
+        self, bank: AdapterBank, targets: ModelTargets, layout: RankLayout, *, lora_experts: bool = True
+    ) -> None:
+        """``lora_experts``: whether adapters may touch experts."""
         self.bank = bank
+        self.lora_experts = lora_experts
         self.targets = targets
         self.layout = layout
         self._collective = CollectiveBank(bank, layout.groups) if layout.is_parallel else None
@@ -63,6 +67,11 @@ class RankAdapters:
                 path, self.targets, dtype=self.bank.layout.dtype, name=name, rank_slice=self.layout.mine
             )
             self.layout.check_adapter(weights)
+            if weights.experts and not self.lora_experts:
+                raise AdapterMismatchError(
+                    f"adapter {name!r} has LoRA on experts ({min(weights.experts)}), of which "
+                    "attach(lora_experts=False) said that there would be none; attach without it"
+                )
             return weights, report
 
         if self._collective is not None:

@@ -19,6 +19,7 @@ from moegraft.core.errors import UnsupportedModelError
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
 from moegraft.formats.fp8 import Fp8Experts
+from moegraft.formats.scaled import spread_blocks
 from moegraft.integrations.transformers.dtensors import local
 from moegraft.lora.targets import ExpertsTarget
 from moegraft.moe.layer import FusedMoE
@@ -218,9 +219,8 @@ def _fp8_linear_weight(module: nn.Module) -> torch.Tensor:
     weight, scale = cast("torch.Tensor", module.weight).float(), cast("torch.Tensor", module.weight_scale_inv).float()
     if scale.dim() < 2:
         return weight * scale
-    rows, columns = cast("tuple[int, int]", module.block_size)
-    scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)
-    return weight * scale[:, : weight.shape[1]]
+    block_size = cast("tuple[int, int]", module.block_size)
+    return weight * spread_blocks(scale, *weight.shape, block_size=block_size)
 
 
 def check_uniform(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[torch.device, torch.dtype]:

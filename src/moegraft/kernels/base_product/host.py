@@ -10,11 +10,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moegraft.kernels.launch import has_hopper_features
 from moegraft.kernels.records import MoEWeights, WeightFormat
 from moegraft.kernels.tma import weight_operand
+from moegraft.tuning.four_bit import FOUR_BIT
 from moegraft.tuning.tiles import GemmTile
 
 FORMAT_CODES = {format: code for code, format in enumerate(WeightFormat)}
 """As device.py numbers them."""
-FOUR_BIT = frozenset({WeightFormat.INT4, WeightFormat.MXFP4})
 
 
 @dataclass(frozen=True, kw_only=True)

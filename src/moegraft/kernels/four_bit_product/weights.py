@@ -12,10 +12,11 @@ _WORDS = {4: torch.int32, 8: torch.int64}
 
 
 def four_bit_weights(experts: FourBitExperts, activation: Activation, dtype: torch.dtype) -> MoEWeights:
-    """The packed tensors themselves, for rows of ``dtype``.
+    """The packed tensors themselves, for rows of ``dtype``; copied are int4 scales of another dtype at most.
 
     The scales of a granule are one integer, its zero points too. Scales of groups of 32 and 64 are rounded to
-    ``dtype``; of a granule or of all inputs they stay float32. In float32 all scales are floats.
+    ``dtype``: where they are stored in another, each call makes a copy of them. Of a granule or of all inputs they
+    stay float32. In float32 all scales are floats.
     """
     w13, w2 = experts.w13, experts.w2
     return MoEWeights(

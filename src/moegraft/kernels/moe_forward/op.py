@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from moegraft.core.config import Activation, ActivationKind
@@ -20,10 +22,24 @@ def call_op(
     weight_on_input: bool,
 ) -> torch.Tensor:
     """The op on records."""
+    args = op_args(x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input=weight_on_input)
+    return torch.ops.moegraft.fused_moe_lora(*args)
+
+
+def op_args(
+    x_TD: torch.Tensor,
+    weights: MoEWeights,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    lora: LoRABatch | None,
+    *,
+    weight_on_input: bool,
+) -> tuple[Any, ...]:
+    """The records as the plain arguments of the op."""
     activation = weights.activation
     tables = None if lora is None else lora.tables
     quantisation = weights.quantisation
-    return torch.ops.moegraft.fused_moe_lora(
+    return (
         x_TD, topk_ids_TK, topk_weights_TK, weights.w13, weights.w2, weights.b13, weights.b2, activation.kind.value,
         activation.gated, activation.alpha, activation.limit, weights.is_transposed, weights.is_interleaved,
         weight_on_input,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
@@ -21,8 +23,6 @@ from moegraft.tuning.tiles import MoETiles
 
 MIN_CAPABILITY = (8, 0)
 """Ampere: bfloat16 matrix units and asynchronous copies. How much shared memory there is, tile choice asks the GPU."""
-MIN_CAPABILITIES = {"dense": MIN_CAPABILITY, "int8": MIN_CAPABILITY, "fp8": (8, 9)}
-"""Of each format; Ada: conversions and matrix units of fp8."""
 
 
 class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
@@ -35,29 +35,42 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     is imported.
     """
 
+    # By format. Ada: conversions and matrix units of fp8.
+    min_capabilities: ClassVar[Mapping[str, tuple[int, int]]] = {
+        "dense": MIN_CAPABILITY,
+        "int8": MIN_CAPABILITY,
+        "fp8": (8, 9),
+    }
+    # The kernels compute float32 exactly (as the tests' interpreter does), which no matrix unit offers.
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
+
     def __init__(self, config: MoEConfig, weights: ExpertsWeights) -> None:
+        """Raises TypeError for weights of another format."""
+        if weights.format_name not in self.min_capabilities:
+            expected = ", ".join(self.min_capabilities)
+            raise TypeError(f"{type(self).__name__}: found {weights.format_name} weights, expected {expected}")
         super().__init__(config, weights)
-        self._kernel_weights = kernel_weights(weights, config.activation)
+        self._kernel_weights = self._make_kernel_weights(weights)
+
+    def _make_kernel_weights(self, weights: ExpertsWeights) -> MoEWeights:
+        return kernel_weights(weights, self.config.activation)
 
     @classmethod
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
         device, dtype = request.device, request.config.dtype
-        if request.format_name not in MIN_CAPABILITIES:
-            return False, f"weights are {request.format_name}, it reads {', '.join(MIN_CAPABILITIES)}"
+        if request.format_name not in cls.min_capabilities:
+            return False, f"weights are {request.format_name}, it reads {', '.join(cls.min_capabilities)}"
         if device.kind != "cuda":
             return False, f"it runs on CUDA devices, the layer is on {device}"
         if not device.has_triton:
             return False, "triton cannot be imported; install moegraft[gpu]"
-        needed = MIN_CAPABILITIES[request.format_name]
+        needed = cls.min_capabilities[request.format_name]
         if device.capability is None or device.capability < needed:
             reads = "" if request.format_name == "dense" else f" for {request.format_name} weights"
             return False, f"it needs compute capability {needed[0]}.{needed[1]}{reads}, the device is {device}"
-        if dtype not in (torch.bfloat16, torch.float16):
-            # The kernels compute float32 exactly (as the tests' interpreter does), which no matrix unit offers.
-            return (
-                False,
-                f"it would compute in {dtype}, its tiles are for the matrix units of bfloat16 and float16",
-            )
+        if dtype not in cls.dtypes:
+            names = " and ".join(str(one).removeprefix("torch.") for one in cls.dtypes)
+            return False, f"it would compute in {dtype}, its tiles are for the matrix units of {names}"
         return True, ""
 
     def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
@@ -113,7 +126,7 @@ def kernel_weights(weights: ExpertsWeights, activation: Activation) -> MoEWeight
             is_interleaved=weights.is_interleaved,
         )
     if not isinstance(weights, ScaledExperts):
-        raise TypeError(f"TritonExperts: found {weights.format_name} weights, expected {', '.join(MIN_CAPABILITIES)}")
+        raise TypeError(f"found {weights.format_name} weights, expected dense, int8 or fp8")
     quantisation = Quantisation(
         format=WeightFormat(weights.format_name),
         scales13=weights.w13_scale,

@@ -55,15 +55,20 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def hollow_structure(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: its modules and shapes, no weights. A text model where there is one.
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that builds and loads the model of a config: a text model where there is one."""
+    has_text_model = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if has_text_model else AutoModelForImageTextToText
+
+
+def hollow_structure(config: PreTrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model on the meta device: its modules and shapes, no weights. ``dtype``: by default the config's.
 
     Raises ValueError where transformers has no model for the config.
     """
-    has_text_model = type(config) in AutoModelForCausalLM._model_mapping
-    auto = AutoModelForCausalLM if has_text_model else AutoModelForImageTextToText
+    options = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config)
+        model: PreTrainedModel = auto_class(config).from_config(config, **options)
     return model
 
 

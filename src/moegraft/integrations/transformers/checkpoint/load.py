@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from moegraft.core.errors import CheckpointError, UnsupportedModelError
+from moegraft.formats.int4 import refuse_act_order
 from moegraft.integrations.transformers.checkpoint.build import (
     PackedConfig,
     build_model,
@@ -23,11 +24,16 @@ from moegraft.integrations.transformers.checkpoint.files import (
     open_checkpoint,
     read_json,
 )
-from moegraft.integrations.transformers.checkpoint.plan import CheckpointPlan, plan_checkpoint
-from moegraft.integrations.transformers.checkpoint.scheme import find_schemes, read_schemes
-from moegraft.integrations.transformers.checkpoint.unpack import dequantise_linear
+from moegraft.integrations.transformers.checkpoint.plan import CheckpointPlan, PackedLayer, plan_checkpoint
+from moegraft.integrations.transformers.checkpoint.scheme import (
+    GROUP_ORDER,
+    find_schemes,
+    quantisation_fields,
+    read_schemes,
+)
+from moegraft.integrations.transformers.checkpoint.unpack import dequantise_linear, unfit
 from moegraft.integrations.transformers.checkpoint.weights import read_layer
-from moegraft.integrations.transformers.experts import IMPLEMENTATION
+from moegraft.integrations.transformers.experts import IMPLEMENTATION, guard_implementation
 from moegraft.integrations.transformers.storage import WEIGHT_DTYPES, pack_experts
 from moegraft.integrations.transformers.targets import experts_targets
 
@@ -47,6 +53,13 @@ def is_quantised(path: str | os.PathLike[str]) -> bool:
     """Whether the checkpoint is quantised by a method of which moegraft reads layouts. Raises CheckpointError."""
     folder = open_checkpoint(path)
     return bool(find_schemes(read_json(folder, CONFIG_FILE)))
+
+
+def check_method(path: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError where the checkpoint is quantised, and not in a layout that moegraft reads."""
+    config = read_json(open_checkpoint(path), CONFIG_FILE)
+    if quantisation_fields(config) is not None:
+        read_schemes(config)
 
 
 def load_quantised(
@@ -74,6 +87,7 @@ def load_quantised(
         for name, layer in plan.experts.items():
             weights = read_layer(layer, tensors.read, dtype=target_dtype, device=torch.device(device))
             pack_experts(model.get_submodule(name), weights, target_dtype)
+            guard_implementation(model.get_submodule(name))
         unread = tensors.unread - set(plan.ignored)
         if unread:
             raise CheckpointError(f"{tensors.infos[min(unread)].where}: was not applied")
@@ -92,10 +106,26 @@ def load_quantised(
 
 
 def read_structure(path: str | os.PathLike[str]) -> CheckpointStructure:
-    """What ``load_quantised`` would do, from the config and the headers alone. Raises as it does."""
+    """What ``load_quantised`` would do, from the config and the headers: no weights are read.
+
+    Raises as it does, but for what only weights tell.
+    """
     folder = open_checkpoint(path)
     with CheckpointTensors(folder) as tensors:
-        return _structure(folder, tensors)
+        structure = _structure(folder, tensors)
+        for layer in structure.plan.experts.values():
+            _refuse_act_order(layer, tensors)
+        return structure
+
+
+def _refuse_act_order(layer: PackedLayer, tensors: CheckpointTensors) -> None:
+    """From the group indices of one expert: no header says whether they are in order."""
+    part = GROUP_ORDER.get(layer.scheme.layout, "")
+    names = [parts[part] for (expert, _), parts in layer.matrices.items() if expert == 0 and part in parts]
+    for name in names:
+        with unfit(name):
+            group_of = tensors.read(name)
+            refuse_act_order(part, group_of, group_of.numel(), max(layer.scheme.group_size, 0))
 
 
 def _structure(folder: Path, tensors: CheckpointTensors) -> CheckpointStructure:

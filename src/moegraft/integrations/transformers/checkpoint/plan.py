@@ -164,7 +164,7 @@ class _Planner:
         if scheme is None:
             return None
         parts = {part: name for part, name in tensors.items() if part != "bias"}
-        self._check_parts(PARTS[scheme.layout], parts)
+        self._check_parts(scheme.parts, parts)
         return QuantisedLinear(scheme=scheme, parts=parts)
 
     def layer(
@@ -181,7 +181,6 @@ class _Planner:
         scheme = next((found for tensors in matrices.values() if (found := self._scheme(tensors)) is not None), None)
         if scheme is None:
             return None
-        parts = PARTS[scheme.layout]
         projections = ("gate", "up", "down") if target.has_gate else ("up", "down")
         wanted = {(expert, projection) for expert in range(target.num_experts) for projection in projections}
         if set(matrices) != wanted:
@@ -196,7 +195,7 @@ class _Planner:
                     f"{self._where(tensors)}: {projection} of expert {expert} is {how}, others of its layer are stored "
                     f"as {scheme.description}"
                 )
-            self._check_parts(parts, tensors)
+            self._check_parts(scheme.parts, tensors)
         return PackedLayer(target=target, scheme=scheme, matrices=matrices)
 
     def _scheme(self, tensors: Mapping[str, str]) -> Scheme | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class Parts:
     def known(self) -> frozenset[str]:
         return self.required | self.optional
 
+    def requiring(self, *names: str) -> Parts:
+        """With these optional parts required."""
+        return replace(self, required=self.required.union(names), optional=self.optional.difference(names))
+
 
 def _parts(marker: str, required: str, optional: str = "") -> Parts:
     return Parts(marker=marker, required=frozenset(required.split()), optional=frozenset(optional.split()))
@@ -55,7 +59,9 @@ PARTS: Mapping[Layout, Parts] = {
     Layout.FP8: _parts("weight_scale", "weight weight_scale", "input_scale"),
     Layout.FP8_BLOCKS: _parts("weight_scale_inv", "weight weight_scale_inv", "activation_scale input_scale"),
 }
-FORMAT_NAMES: Mapping[Layout, str] = {
+GROUP_ORDER: Mapping[Layout, str] = {Layout.GPTQ: "g_idx", Layout.PACKED_INT4: "weight_g_idx"}
+"""The part that tells the group of each input, of layouts that have one."""
+FORMAT_OF_LAYOUT: Mapping[Layout, str] = {
     Layout.GPTQ: "int4",
     Layout.AWQ: "int4",
     Layout.PACKED_INT4: "int4",
@@ -71,20 +77,31 @@ FORMAT_NAMES: Mapping[Layout, str] = {
 class Scheme:
     """What the config says of every quantised matrix. ``group_size``: WHOLE_CHANNEL, or input columns a scale.
 
-    ``zeros_plus_one``: GPTQ's first format stores zero points less one. ``is_static``: activations have scales of
-    their own in the checkpoint.
+    ``zeros_plus_one``: GPTQ's first format stores zero points less one. ``has_zeros``: compressed-tensors stores zero
+    points. ``has_group_order``: inputs were sorted before they were quantised (act-order), so that only a tensor of
+    its own tells their groups. ``is_static``: activations have scales of their own in the checkpoint.
     """
 
     layout: Layout
     group_size: int = WHOLE_CHANNEL
-    is_symmetric: bool = True
     zeros_plus_one: bool = False
+    has_zeros: bool = False
+    has_group_order: bool = False
     block_size: tuple[int, int] | None = None
     is_static: bool = False
 
     @property
     def format_name(self) -> str:
-        return FORMAT_NAMES[self.layout]
+        return FORMAT_OF_LAYOUT[self.layout]
+
+    @property
+    def parts(self) -> Parts:
+        """Tensors of one matrix. Not of mxfp4, whose experts are stored fused."""
+        parts = PARTS[self.layout]
+        if self.has_zeros:
+            parts = parts.requiring("weight_zero_point")
+        # One group of all inputs has no order.
+        return parts.requiring(GROUP_ORDER[self.layout]) if self.has_group_order and self.group_size > 0 else parts
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -96,7 +113,7 @@ class Scheme:
         """For messages and tables: the layout and what goes with it."""
         if self.format_name == "int4":
             size = "whole channels" if self.group_size == WHOLE_CHANNEL else f"groups of {self.group_size}"
-            return f"{self.layout} int4, {size}, {'symmetric' if self.is_symmetric else 'zero points'}"
+            return f"{self.layout} int4, {size}"
         if self.block_size is not None:
             return f"{self.layout}, blocks of {self.block_size[0]} x {self.block_size[1]}"
         return str(self.layout)
@@ -179,8 +196,8 @@ def _read_gptq(fields: _Fields) -> tuple[Scheme, ...]:
     scheme = Scheme(
         layout=Layout.GPTQ,
         group_size=fields.get("group_size", *GROUP_SIZES, WHOLE_CHANNEL, default=None),
-        is_symmetric=fields.get("sym", True, False, default=True),
         zeros_plus_one=form == "gptq",
+        has_group_order=bool(fields.get("desc_act", True, False, None, default=None)),
     )
     return (scheme,)
 
@@ -194,7 +211,6 @@ def _read_awq(fields: _Fields) -> tuple[Scheme, ...]:
     scheme = Scheme(
         layout=Layout.AWQ,
         group_size=fields.get(size, *GROUP_SIZES, WHOLE_CHANNEL, default=None),
-        is_symmetric=not fields.get("zero_point", True, False, default=True),
     )
     return (scheme,)
 
@@ -241,6 +257,11 @@ def _read_compressed_tensors(fields: _Fields) -> tuple[Scheme, ...]:
     return tuple(schemes)
 
 
+# Of compressed-tensors' actorder: what sorts the inputs of a matrix, and what sorts them for the calibration alone.
+_SORTED = ("group", "dynamic")
+_UNSORTED = ("weight", "static")
+
+
 def _read_group(group: _Fields, form: Any) -> Scheme:
     weights = group.object("weights")
     layouts = {"pack-quantized": Layout.PACKED_INT4, "int-quantized": Layout.INT8, "float-quantized": Layout.FP8}
@@ -257,7 +278,13 @@ def _read_group(group: _Fields, form: Any) -> Scheme:
         strategy = weights.get("strategy", "group", "channel", default="group")
         sizes = GROUP_SIZES if strategy == "group" else (None, WHOLE_CHANNEL)
         size = weights.get("group_size", *sizes, default=None)
-        return Scheme(layout=layout, group_size=WHOLE_CHANNEL if size is None else size, is_symmetric=symmetric)
+        order = weights.get("actorder", None, True, False, *_SORTED, *_UNSORTED, default=None)
+        return Scheme(
+            layout=layout,
+            group_size=WHOLE_CHANNEL if size is None else size,
+            has_zeros=not symmetric,
+            has_group_order=order is True or order in _SORTED,
+        )
     strategy = weights.get("strategy", "channel", "tensor", *(("block",) if layout is Layout.FP8 else ()), default=None)
     block_size = None
     if strategy == "block":

@@ -14,8 +14,8 @@ from moegraft.formats.int4 import SYMMETRIC_ZERO, Int4Experts, Int4Matrix
 from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
 from moegraft.integrations.transformers.checkpoint.plan import PackedLayer
-from moegraft.integrations.transformers.checkpoint.scheme import PARTS, Layout, Scheme
-from moegraft.integrations.transformers.checkpoint.unpack import int4_matrix, read_scale
+from moegraft.integrations.transformers.checkpoint.scheme import Layout, Scheme
+from moegraft.integrations.transformers.checkpoint.unpack import int4_matrix, read_scale, unfit
 
 Read = Callable[[str], torch.Tensor]
 
@@ -68,15 +68,33 @@ class LayerReader:
         """[E, ...] of down."""
         return self._stacked(part, ("down",))
 
+    def scales(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``first`` and ``second`` give them, in float32."""
+        return self._stacked(part, self.first_of, is_scale=True), self._stacked(part, ("down",), is_scale=True)
+
     def fused(self, name: str) -> torch.Tensor | None:
         """A tensor of all experts, on the CPU; None where there is none."""
         tensor = self.layer.fused.get(name)
         return None if tensor is None else self._read(tensor)
 
-    def _stacked(self, part: str, projections: Sequence[str]) -> torch.Tensor:
+    def fused_scales(self, *names: str) -> list[torch.Tensor]:
+        """Tensors that must be there, in float32 on the device of the layer."""
+        found = []
+        for name in (self.layer.fused[name] for name in names):
+            with unfit(name):
+                found.append(self.to_device(read_scale(self._read(name))))
+        return found
+
+    def _scale(self, expert: int, projection: str, part: str) -> torch.Tensor:
+        scale = self.one(expert, projection, part)
+        with unfit(self.name(expert, projection, part)):
+            return read_scale(scale)
+
+    def _stacked(self, part: str, projections: Sequence[str], *, is_scale: bool = False) -> torch.Tensor:
+        one = self._scale if is_scale else self.one
         stacked = None
         for expert in range(self.target.num_experts):
-            tensors = [self.one(expert, projection, part) for projection in projections]
+            tensors = [one(expert, projection, part) for projection in projections]
             if any(tensor.shape != tensors[0].shape or tensor.dtype != tensors[0].dtype for tensor in tensors):
                 names = " and ".join(self.name(expert, projection, part) for projection in projections)
                 raise CheckpointError(f"{names}: differ in shape or dtype, {[tuple(t.shape) for t in tensors]}")
@@ -99,12 +117,8 @@ def read_layer(layer: PackedLayer, read: Read, *, dtype: torch.dtype, device: to
     Raises CheckpointError: tensors that do not fit the layer or each other.
     """
     reader, scheme = LayerReader(layer, read, device), layer.scheme
-    try:
+    with unfit(f"{layer.target.name}: stored as {scheme.description}"):
         weights = _READERS[scheme.layout](reader, scheme, dtype)
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{layer.target.name}: stored as {scheme.description}: {error}") from error
     target = layer.target
     found = (weights.num_experts, weights.hidden_size, weights.intermediate_size)
     expected = (target.num_experts, target.hidden_size, target.intermediate_size)
@@ -119,19 +133,18 @@ def _fp8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeig
         if reader.target.is_interleaved or reader.target.is_transposed:
             raise ValueError("found fused experts of a model that interleaves gate and up, or transposes its weights")
         first, second = reader.target.w13_param, reader.target.w2_param
-        names = (first, second, f"{first}_scale_inv", f"{second}_scale_inv", f"{first}_bias", f"{second}_bias")
-        w13, w2, w13_scale, w2_scale, b13, b2 = (
-            None if tensor is None else reader.to_device(tensor) for tensor in map(reader.fused, names)
-        )
-        assert w13 is not None and w2 is not None and w13_scale is not None and w2_scale is not None  # planned so
+        names = (first, second, f"{first}_bias", f"{second}_bias")
+        w13, w2, b13, b2 = (None if tensor is None else reader.to_device(tensor) for tensor in map(reader.fused, names))
+        w13_scale, w2_scale = reader.fused_scales(f"{first}_scale_inv", f"{second}_scale_inv")
+        assert w13 is not None and w2 is not None  # planned so
     else:
         w13, w2, b13, b2 = reader.first("weight"), reader.second("weight"), None, None
-        w13_scale, w2_scale = reader.first(scale), reader.second(scale)
+        w13_scale, w2_scale = reader.scales(scale)
     weights = Fp8Experts.from_checkpoint(
         w13=w13,
         w2=w2,
-        w13_scale=read_scale(w13_scale),
-        w2_scale=read_scale(w2_scale),
+        w13_scale=w13_scale,
+        w2_scale=w2_scale,
         block_size=scheme.block_size,
         num_halves=reader.num_halves,
         b13=None if b13 is None else b13.to(dtype),
@@ -142,30 +155,29 @@ def _fp8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeig
         found, expected = ("none", "some") if scheme.is_static else (static, "none")
         raise ValueError(f"found {found} as static scales of activations, quantization_config says {expected}")
     if static is not None:
-        weights = weights.with_static_scales(reader.first(static), reader.second(static))
+        weights = weights.with_static_scales(*reader.scales(static))
     return weights
 
 
 def _int8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeights:
+    w13_scale, w2_scale = reader.scales("weight_scale")
     return Int8Experts.from_checkpoint(
         w13=reader.first("weight"),
         w2=reader.second("weight"),
-        w13_scale=read_scale(reader.first("weight_scale")),
-        w2_scale=read_scale(reader.second("weight_scale")),
+        w13_scale=w13_scale,
+        w2_scale=w2_scale,
         num_halves=reader.num_halves,
     )
 
 
 def _int4(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeights:
     """Expert by expert: while numbers are put into their new order, they take many times their packed size."""
-    parts = sorted(part for part in PARTS[scheme.layout].known if reader.has(part))
+    parts = sorted(part for part in scheme.parts.known if reader.has(part))
 
     def matrix(expert: int, projection: str) -> Int4Matrix:
-        try:
+        name = reader.name(expert, projection, scheme.parts.marker)
+        with unfit(f"{name}: not stored as {scheme.description}"):
             return int4_matrix(scheme, {part: reader.one(expert, projection, part) for part in parts})
-        except ValueError as error:
-            name = reader.name(expert, projection, PARTS[scheme.layout].marker)
-            raise CheckpointError(f"{name}: not stored as {scheme.description}: {error}") from error
 
     experts = range(reader.target.num_experts)
     w13 = [Int4Matrix.cat_rows(_alike([matrix(e, projection) for projection in reader.first_of])) for e in experts]
