@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,17 @@ import torch
 from support.distributed import WorldPool
 from support.families import build
 from support.family_adapters import save_everything, save_experts, save_part, save_replacements
-from support.parallel_acts import act_differently, hold_and_give_up, load_badly, lose_a_rank, run_packed, serve_unevenly
+from support.parallel_acts import (
+    act_differently,
+    call_from_two_threads,
+    fail_between_tokens,
+    hold_and_give_up,
+    load_badly,
+    lose_a_rank,
+    mistake_a_call,
+    run_packed,
+    serve_unevenly,
+)
 from support.parallel_models import (
     ModelCase,
     ModelResult,
@@ -175,16 +186,26 @@ def test_ranks_that_do_not_act_alike(world2: WorldPool) -> None:
         for what, message in {
             "inputs": f"{BatchError.__name__}: ranks [0, 1] share their rows, but were given different inputs",
             "prompts": "were given different inputs",
+            "order": "were given different inputs",
+            "masks": "were given different inputs",
+            "options": "were given different inputs",
+            "with and without": "were given different inputs",
             "names": "no adapter 'x' is loaded",
             "sampling": "different random states",
-            "models": f"{ParallelError.__name__}: ranks",
+            "models": "differ in their models",
+            "dtypes": "differ in their models",
+            "spreads": "differ in expert_maps",
+            "backends": "differ in lora_experts",
+            "cuts": "was started with",
             "world": "tp = 3 and ep = 1 need 3 processes, but the world of torch.distributed has 2",
             "maps": f"{UnsupportedModelError.__name__}: expert_maps names 'model.x'",
         }.items():
             assert message in errors[what], (what, errors[what])
         assert errors["a model of its own"] == ""
-    assert "rank 1: " in first["one rank cannot"]
-    assert second["one rank cannot"].startswith("NoBackendError")
+    for what, kind in {"one rank cannot": "NoBackendError", "memory": "", "no model": ""}.items():
+        assert first[what].startswith(f"{ParallelError.__name__}: rank 1: "), first[what]
+        assert second[what].startswith(kind)
+        assert not second[what].startswith(ParallelError.__name__)
     assert first["sampled"] == second["sampled"]
 
 
@@ -220,3 +241,62 @@ def test_a_rank_dies_in_a_step(config: ParallelConfig) -> None:
         assert "refused, an earlier collective failed" in again
         assert first.seconds < 20
         assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("config", [TP2, replace(EP2, data_parallel=True)], ids=["tp", "ep"])
+def test_a_mistake_on_one_rank_leaves_the_ranks_in_step(
+    qwen3: ModelCase, world2: WorldPool, config: ParallelConfig
+) -> None:
+    first, second = world2.run(mistake_a_call, qwen3, config)
+    with moegraft.attach(build(qwen3.family), adapter_memory="64MiB") as graft:
+        graft.load_adapter(qwen3.adapters["everything"], name="a")
+        expected = graft(**make_batch(2), adapters=["a", None]).logits
+    for what, message in {
+        "count": "adapters= has 3 entries for a batch of 2 rows",
+        "a word": "is a string, expected one entry a row",
+        "option": "prompt_lookup_num_tokens=...) is not served",
+    }.items():
+        assert message in second[what]
+        assert first[what].startswith(f"{BatchError.__name__}: rank 1: "), first[what]
+        assert message in first[what]
+        for found in (first, second):
+            torch.testing.assert_close(found[f"after {what}"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_thread_is_refused(world2: WorldPool) -> None:
+    for errors in world2.run(call_from_two_threads, TP2):
+        assert "another thread is calling the model" in errors["second"]
+        assert errors["first"] == errors["afterwards"] == ""
+
+
+def test_generate_ends_where_a_rank_has_left_it() -> None:
+    """Between two tokens transformers asks over torch's default group whether all are done."""
+    with WorldPool(2, group_seconds=3.0) as pool:
+        first, second = pool.run(fail_between_tokens, replace(EP2, data_parallel=True, timeout_seconds=3.0))
+    assert second[0] == "ZeroDivisionError: between two tokens"
+    error, seconds = first
+    assert error.startswith("ParallelError: rank 0"), error
+    assert seconds < 7.0
+
+
+def test_an_adapter_is_unloaded_without_the_lock_that_loading_takes_last(qwen3: ModelCase) -> None:
+    """A thread that loads holds the banks' lock when it takes the model's: one that unloads must not hold that."""
+    with moegraft.attach(build(qwen3.family), adapter_memory="64MiB") as graft:
+        graft.load_adapter(qwen3.adapters["everything"], name="a")
+        unload, entered = graft._ranks.unload, []
+
+        def watch(name: str) -> None:
+            thread = threading.Thread(target=enter)
+            thread.start()
+            thread.join()
+            unload(name)
+
+        def enter() -> None:
+            entered.append(graft._lock.acquire(timeout=5.0))
+            if entered[-1]:
+                graft._lock.release()
+
+        graft._ranks.unload = watch
+        graft.unload_adapter("a")
+        assert entered == [True]
+        assert not graft.adapters

@@ -48,11 +48,15 @@ class WorldPool:
 
     A case is ``function(*args)``, module-level, run by every rank at once; arguments and results travel as pickles.
     After a case that failed on any rank the processes are started anew: their groups may be out of step.
+    ``group_seconds``: timeout of the default group.
     """
 
-    def __init__(self, size: int, *, timeout_seconds: float = CASE_SECONDS) -> None:
+    def __init__(
+        self, size: int, *, timeout_seconds: float = CASE_SECONDS, group_seconds: float = CASE_SECONDS
+    ) -> None:
         self.size = size
         self.timeout_seconds = timeout_seconds
+        self.group_seconds = group_seconds
         self._ranks: list[tuple[Any, Connection]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -108,7 +112,8 @@ class WorldPool:
         meeting = Path(self._folder.name) / "meeting"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, str(meeting)), daemon=True)
+            arguments = (theirs, rank, self.size, str(meeting), self.group_seconds)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -128,10 +133,10 @@ class WorldPool:
         return Outcome(died=True)
 
 
-def _serve(connection: Connection, rank: int, size: int, meeting: str) -> None:
+def _serve(connection: Connection, rank: int, size: int, meeting: str, group_seconds: float) -> None:
     torch.set_num_threads(1)
-    # Long: a case that fails is over when the pool's own deadline ends it; cases about timeouts make their own groups.
-    timeout = timedelta(seconds=CASE_SECONDS)
+    # Mostly long: a case that fails is over at the pool's own deadline, and groups have timeouts of their own.
+    timeout = timedelta(seconds=group_seconds)
     with suppress(KeyboardInterrupt, EOFError, ConnectionError):
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timeout)
         connection.send_bytes(_dump(Outcome()))

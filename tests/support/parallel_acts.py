@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import moegraft
 from moegraft.integrations.transformers.storage import experts_weights, give_up_experts, pack_experts
@@ -106,6 +109,10 @@ def act_differently(config: ParallelConfig) -> dict[str, str]:
         for what, call in {
             "inputs": lambda: graft(**other),
             "prompts": lambda: graft.generate(input_ids=other["input_ids"], **GENERATE),
+            "order": lambda: graft(**{name: x.flip(0) if _rank() else x for name, x in batch.items()}),
+            "masks": lambda: graft(**{**batch, "attention_mask": batch["attention_mask"] * (1 - _rank())}),
+            "options": lambda: graft.generate(input_ids=batch["input_ids"], max_new_tokens=2 + _rank()),
+            "with and without": lambda: graft(**batch, adapters=None if _rank() else [None, None]),
             "names": lambda: graft(**batch, adapters=[None, "x" if _rank() else None]),
             "sampling": lambda: graft.generate(input_ids=batch["input_ids"], max_new_tokens=2, do_sample=True),
         }.items():
@@ -120,6 +127,27 @@ def act_differently(config: ParallelConfig) -> dict[str, str]:
         "one rank cannot": lambda: moegraft.attach(
             build("qwen3_moe"), parallel=config, backend="TritonExperts" if _rank() else None
         ),
+        "dtypes": lambda: moegraft.attach(
+            build("qwen3_moe").to(torch.bfloat16 if _rank() else torch.float32), parallel=config
+        ),
+        "spreads": lambda: moegraft.attach(
+            build("qwen3_moe"),
+            parallel=ParallelConfig(ep=2),
+            expert_maps={
+                f"model.layers.{layer}.mlp.experts": (
+                    ExpertMap.round_robin(7, 2) if _rank() else ExpertMap.contiguous(7, 2)
+                )
+                for layer in range(2)
+            },
+        ),
+        "backends": lambda: moegraft.attach(
+            build("qwen3_moe"), parallel=config, lora_experts=not _rank(), backend="TorchExperts"
+        ),
+        "memory": lambda: moegraft.attach(
+            build("qwen3_moe"), parallel=config, adapter_memory="much" if _rank() else "4MiB"
+        ),
+        "no model": lambda: moegraft.attach(torch.nn.Linear(2, 2) if _rank() else build("qwen3_moe"), parallel=config),
+        "cuts": lambda: moegraft.attach(build("qwen3_moe"), parallel=ParallelConfig(ep=2) if _rank() else config),
         "world": lambda: moegraft.attach(build("qwen3_moe"), parallel=ParallelConfig(tp=3)),
         "maps": lambda: moegraft.attach(
             build("qwen3_moe"), parallel=config, expert_maps={"model.x": ExpertMap.contiguous(7, config.ep)}
@@ -169,3 +197,60 @@ def lose_a_rank(config: ParallelConfig, layer: int) -> str:
     again = told(lambda: graft(**batch))
     graft.detach()
     return f"{error} | {again}"
+
+
+def mistake_a_call(case: ModelCase, config: ParallelConfig) -> dict[str, Any]:
+    """Rank 1's caller makes mistakes, rank 0's none; after each, both call rightly."""
+    found: dict[str, Any] = {}
+    with moegraft.attach(build(case.family), parallel=config, adapter_memory="64MiB") as graft:
+        graft.load_adapter(case.adapters["everything"], name="a")
+        batch = make_batch(2)
+        prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        for what, call in {
+            "count": lambda: graft(**batch, adapters=["a"] * (2 + _rank())),
+            "a word": lambda: graft(**batch, adapters="a" if _rank() else ["a", None]),
+            "option": lambda: graft.generate(
+                **prompts, adapters=["a", None], max_new_tokens=2, prompt_lookup_num_tokens=3 if _rank() else None
+            ),
+        }.items():
+            found[what] = told(call)
+            found[f"after {what}"] = graft(**batch, adapters=["a", None]).logits
+    return found
+
+
+def call_from_two_threads(config: ParallelConfig) -> dict[str, str]:
+    """What a second thread is told while the first is in a call; and that the first thread ends it."""
+    model = build("qwen3_moe")
+    with moegraft.attach(model, parallel=config, adapter_memory="4MiB") as graft:
+        batch = make_batch(2)
+        graft(**batch)
+        errors = {}
+
+        def intrude(*_: object) -> None:
+            thread = threading.Thread(target=lambda: errors.update(second=told(lambda: graft(**batch))))
+            thread.start()
+            thread.join()
+
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(intrude)
+        errors["first"] = told(lambda: graft(**batch))
+        handle.remove()
+        errors["afterwards"] = told(lambda: graft(**batch))
+        return errors
+
+
+class _Fail(transformers.LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("between two tokens")
+
+
+def fail_between_tokens(config: ParallelConfig) -> tuple[str, float]:
+    """Rank 1 leaves ``generate`` with an error of its own."""
+    with moegraft.attach(build("qwen3_moe"), parallel=config, adapter_memory="4MiB") as graft:
+        processors = {"logits_processor": transformers.LogitsProcessorList([_Fail()])} if _rank() else {}
+        began = time.monotonic()
+        ids = make_batch(2)["input_ids"]
+        error = told(lambda: graft.generate(input_ids=ids, max_new_tokens=4, do_sample=False, **processors))
+        seconds = time.monotonic() - began
+        if processors:
+            time.sleep(8.0)  # alive and silent: a process that ended would be noticed at once
+        return error, seconds

@@ -190,17 +190,22 @@ class CollectiveBank:
             batch, _ = self._together(hold, undo=let_go, quick=True)
             return batch
 
-    def _agree_on_batch(self, names: Sequence[str | None]) -> tuple[int, ...]:
+    def refuse(self, failure: Exception) -> None:
+        """Takes part in the others' ``acquire`` for a rank whose batch is wrong by itself: all raise ``failure``."""
+        with self._lock:
+            self._agree_on_batch((), failure)
+
+    def _agree_on_batch(self, names: Sequence[str | None], failure: Exception | None = None) -> tuple[int, ...]:
         """Ids of the adapters that any rank names, ascending."""
         mine = [self._ids.get(name, -1) if name is not None else None for name in names]
         unknown = [name for name, number in zip(names, mine, strict=True) if number == -1]
         words = [0] * (-(-max(self._ids.values(), default=-1) // _BITS) + 1)
         for number in {number for number in mine if number is not None and number >= 0}:
             words[number // _BITS] |= 1 << number % _BITS
-        status = torch.tensor([bool(unknown), zlib.crc32(repr(mine).encode()), *words])
+        status = torch.tensor([bool(unknown) or failure is not None, zlib.crc32(repr(mine).encode()), *words])
         all_words = self._ranks.all_gather(status[None]).tolist()
         if any(row[0] for row in all_words):
-            self._together(lambda: self._refuse(unknown))
+            self._together(lambda: self._refuse(unknown, failure))
         self._check_same_rows([row[1] for row in all_words])
         used = [0] * len(words)
         for row in all_words:
@@ -215,7 +220,9 @@ class CollectiveBank:
             if rows != rows_of_rank[first]:
                 raise BatchError(f"ranks {first} and {rank} share their rows, but adapters= differs between them")
 
-    def _refuse(self, unknown: Sequence[str | None]) -> tuple[None, None]:
+    def _refuse(self, unknown: Sequence[str | None], failure: Exception | None) -> tuple[None, None]:
+        if failure is not None:
+            raise failure
         if unknown:
             loaded = ", ".join(map(repr, self._ids)) or "none"
             raise UnknownAdapterError(f"no adapter {unknown[0]!r} is loaded; loaded: {loaded}")

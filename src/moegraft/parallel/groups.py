@@ -65,9 +65,13 @@ class ParallelGroups:
         Tensors on the CPU travel over gloo; with a CUDA ``device``, those on it over NCCL. Raises ParallelError where
         torch.distributed is not initialised, its world has another size, or the ranks' configs differ.
         """
-        if config.world_size == 1 and not (dist.is_available() and dist.is_initialized()):
-            return cls.alone()
-        _check_world(config)
+        if not (dist.is_available() and dist.is_initialized()):
+            if config.world_size == 1:
+                return cls.alone()
+            raise ParallelError(
+                f"{_needs(config)}, but torch.distributed is not initialised; start them with torchrun "
+                f"--nproc-per-node {config.world_size} and call torch.distributed.init_process_group()"
+            )
         backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
         rank, health = dist.get_rank(), GroupHealth()
         made: list[dist.ProcessGroup] = []
@@ -91,15 +95,28 @@ class ParallelGroups:
                     )
             return mine
 
-        parallel = cls(
-            config,
-            world=communicator("world", [tuple(range(config.world_size))]),
-            control=communicator("control", [tuple(range(config.world_size))]),
-            tp=communicator("tensor-parallel", [config.tp_ranks(ep_rank) for ep_rank in range(config.ep)]),
-            ep=communicator("expert-parallel", [config.ep_ranks(tp_rank) for tp_rank in range(config.tp)]),
-        )
+        everyone = tuple(range(dist.get_world_size()))
+        try:
+            # The group of all ranks is the same under every config: over it they find out whether theirs agree.
+            world = communicator("world", [everyone])
+            _check_agreement(world, config)
+            parallel = cls(
+                config,
+                world=world,
+                control=communicator("control", [everyone]),
+                tp=communicator("tensor-parallel", [config.tp_ranks(ep_rank) for ep_rank in range(config.ep)]),
+                ep=communicator("expert-parallel", [config.ep_ranks(tp_rank) for tp_rank in range(config.tp)]),
+            )
+        except RuntimeError as error:
+            for group in made:
+                dist.destroy_process_group(group)
+            if isinstance(error, ParallelError):
+                raise
+            raise ParallelError(
+                f"rank {rank}: a group of ranks could not be made within {config.timeout_seconds:g} s; a peer is dead, "
+                f"late, or does something else: {str(error).splitlines()[0]}"
+            ) from error
         parallel._made = made
-        _check_agreement(parallel)
         return parallel
 
     def close(self) -> None:
@@ -109,19 +126,13 @@ class ParallelGroups:
         self._made = []
 
 
-def _check_world(config: ParallelConfig) -> None:
-    wanted = f"tp = {config.tp} and ep = {config.ep} need {config.world_size} processes"
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ParallelError(
-            f"{wanted}, but torch.distributed is not initialised; start them with torchrun --nproc-per-node "
-            f"{config.world_size} and call torch.distributed.init_process_group()"
-        )
-    if dist.get_world_size() != config.world_size:
-        raise ParallelError(f"{wanted}, but the world of torch.distributed has {dist.get_world_size()}")
+def _needs(config: ParallelConfig) -> str:
+    return f"tp = {config.tp} and ep = {config.ep} need {config.world_size} processes"
 
 
-def _check_agreement(groups: ParallelGroups) -> None:
-    configs = groups.world.all_gather_object(groups.config)
-    for rank, config in enumerate(configs):
-        if config != groups.config:
-            raise ParallelError(f"rank {rank} was started with {config}, rank {groups.rank} with {groups.config}")
+def _check_agreement(world: Communicator, config: ParallelConfig) -> None:
+    for rank, other in enumerate(world.all_gather_object(config)):
+        if other != config:
+            raise ParallelError(f"rank {rank} was started with {other}, rank {world.rank} with {config}")
+    if world.size != config.world_size:
+        raise ParallelError(f"{_needs(config)}, but the world of torch.distributed has {world.size}")

@@ -29,11 +29,13 @@ from moegraft.integrations.transformers.experts import (
     remove_sites,
 )
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
-from moegraft.integrations.transformers.generation import batch_rows, check_generation
-from moegraft.integrations.transformers.parallel import RankAdapters
+from moegraft.integrations.transformers.generation import batch_rows
+from moegraft.integrations.transformers.parallel import INPUTS, RankAdapters
 from moegraft.integrations.transformers.parallel_layout import (
+    ModelFacts,
     RankOptions,
-    make_layout,
+    agree_on_layout,
+    planned,
     together,
     with_whole_parameters,
 )
@@ -76,18 +78,10 @@ def attach(
 
     Raises UnsupportedModelError, NoBackendError or ParallelError, and leaves the model as it was.
     """
-    if is_spent(model):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: its experts were cut to a rank's slice and given up by detach(); load it again"
-        )
-    if hasattr(model, _MARK):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is grafted already; call detach() on its GraftedModel first"
-        )
     ranks = RankOptions(config=parallel, expert_maps=expert_maps, device=device)
     return GraftedModel(
         model,
-        capacity_bytes=parse_bytes(adapter_memory),
+        adapter_memory=adapter_memory,
         max_adapters=max_adapters,
         backend=backend,
         lora_experts=lora_experts,
@@ -98,40 +92,44 @@ def attach(
 class GraftedModel:
     """A transformers model in which every row of a batch may use its own adapter. Inference only; see ``attach``.
 
-    Any number of threads may call one GraftedModel at once with different ``adapters``.
+    Any number of threads may call one GraftedModel at once with different ``adapters``; on several ranks one thread at
+    a time, since all ranks must make the same calls in the same order.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        capacity_bytes: int,
+        adapter_memory: int | str,
         max_adapters: int,
         backend: str | None,
         lora_experts: bool,
         ranks: RankOptions,
     ) -> None:
         self.model = model
-        self._targets = discover_targets(model)
         self._state = CallState()
         self._lock = threading.RLock()
-        device, dtype = check_uniform(model, [model.get_submodule(name) for name in self._targets.experts])
-        device = device if ranks.device is None else torch.device(ranks.device)
-        self.layout = make_layout(model, self._targets, ranks, device)
-        if self.layout.plan is not None:
-            self._targets = with_whole_parameters(self._targets)
+        facts, self.layout = agree_on_layout(
+            model, ranks, lambda: _examine(model, ranks), {"lora_experts": lora_experts}
+        )
+        device, dtype = facts.device, facts.dtype
+        self._targets = facts.targets if facts.plan is None else with_whole_parameters(facts.targets)
         self._local_targets = self.layout.local_targets(self._targets)
-        bank_layout = BankLayout(self._local_targets, dtype=dtype)
-        self.bank = AdapterBank(bank_layout, capacity_bytes=capacity_bytes, device=device, max_slots=max_adapters)
+        self.bank = together(
+            self.layout.groups,
+            lambda: AdapterBank(
+                BankLayout(self._local_targets, dtype=dtype),
+                capacity_bytes=parse_bytes(adapter_memory),
+                device=device,
+                max_slots=max_adapters,
+            ),
+        )
         options = SiteOptions(
             bank=self.bank,
             state=self._state,
             layout=self.layout,
             device=device,
-            configs={
-                name: moe_config(model.get_submodule(name), experts_per_token(model), dtype)
-                for name in self._targets.experts
-            },
+            configs={name: moe_config(model.get_submodule(name), facts.top_k, dtype) for name in self._targets.experts},
             backend=backend,
             lora_experts=lora_experts,
         )
@@ -159,6 +157,7 @@ class GraftedModel:
         return together(
             groups,
             lambda: {name: build_site(model.get_submodule(name), target, options) for name, target in experts.items()},
+            told=lambda sites: {"the backends of their layers": [site.decision.backend for site in sites.values()]},
         )
 
     # Adapters
@@ -194,8 +193,9 @@ class GraftedModel:
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Raises UnknownAdapterError, or AdapterInUseError while a batch uses it."""
+        # The banks' lock is taken before this one, as when an adapter is loaded: two threads may do one of each.
+        self._ranks.unload(name)
         with self._lock:
-            self._ranks.unload(name)
             self._fit_seams()
 
     def pin_adapter(self, name: str) -> None:
@@ -210,17 +210,21 @@ class GraftedModel:
 
     def __call__(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """transformers' forward pass, and its own output object; ``adapters`` has one name (or None) a row."""
-        self._ranks.check_inputs(args, kwargs)
-        with self.batch(adapters, batch_rows(args, kwargs, ("input_ids", "inputs_embeds"))), torch.no_grad():
+        with (
+            self._ranks.call(args, kwargs, adapters),
+            self.batch(adapters, batch_rows(args, kwargs, ("input_ids", "inputs_embeds"))),
+            torch.no_grad(),
+        ):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``; a row keeps its adapter through padding, beams and several returned sequences."""
-        check_generation(args, kwargs, self.model.generation_config)
-        kwargs = self._ranks.check_generation(args, kwargs, self.model.generation_config)
-        rows = batch_rows(args, kwargs, ("inputs", "input_ids", "inputs_embeds"))
-        with self.batch(adapters, rows), torch.no_grad():
-            return self.model.generate(*args, **kwargs)
+        with (
+            self._ranks.generation(args, kwargs, adapters, self.model.generation_config) as options,
+            self.batch(adapters, batch_rows(args, kwargs, INPUTS)),
+            torch.no_grad(),
+        ):
+            return self.model.generate(*args, **options)
 
     @contextmanager
     def batch(
@@ -242,7 +246,8 @@ class GraftedModel:
         replays inside its own block. BatchError where an adapter of the batch has a larger rank.
         """
         self._check_attached()
-        names = _check_rows(adapters, rows, self.bank.names())
+        with self._ranks.refusing(names_given=adapters is not None):
+            names = _check_rows(adapters, rows, self.bank.names())
         if names is None and self.layout.rows_travel and self._state.current() is None:
             names = (None,) * (1 if rows is None else rows)  # other ranks may have adapters
         call = None
@@ -362,6 +367,27 @@ class BatchScratch:
         if last[0] != key:
             last = self._last = (key, {})
         return last[1]
+
+
+def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:
+    """What attach has to know of a model. Raises UnsupportedModelError."""
+    if is_spent(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its experts were cut to a rank's slice and given up by detach(); load it again"
+        )
+    if hasattr(model, _MARK):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is grafted already; call detach() on its GraftedModel first"
+        )
+    targets = discover_targets(model)
+    device, dtype = check_uniform(model, [model.get_submodule(name) for name in targets.experts])
+    return ModelFacts(
+        targets=targets,
+        device=device if ranks.device is None else torch.device(ranks.device),
+        dtype=dtype,
+        top_k=experts_per_token(model),
+        plan=planned(model, targets, ranks.config),
+    )
 
 
 def _check_rows(

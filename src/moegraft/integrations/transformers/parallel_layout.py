@@ -5,9 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import AdapterMismatchError, MoegraftError, ParallelError, UnsupportedModelError
@@ -73,33 +74,87 @@ class RankLayout:
                     )
 
 
-def make_layout(
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What one rank finds out about its model by itself. ``device``, ``dtype``: of the experts · ``top_k``: experts a
+    token · ``plan``: of transformers; None where the model was loaded whole."""
+
+    targets: ModelTargets
+    device: torch.device
+    dtype: torch.dtype
+    top_k: int
+    plan: ModelPlan | None
+
+
+def agree_on_layout(
     model: PreTrainedModel,
-    targets: ModelTargets,
     options: RankOptions,
-    device: torch.device,
-) -> RankLayout:
+    examine: Callable[[], ModelFacts],
+    options_of_attach: Mapping[str, object],
+) -> tuple[ModelFacts, RankLayout]:
     """The layout of a model that was loaded whole, or with a parallel plan of transformers; changes nothing.
 
-    Collective where there are several ranks. ``device``: of the ranks' layers. Raises UnsupportedModelError where
-    ``options`` and the plan do not go together or LoRA cannot follow the plan, ParallelError where torch.distributed
-    does not fit them or the ranks' models differ.
+    Collective where there are several ranks: ``examine`` may raise on some of them, and all raise then.
+    ``options_of_attach``: what else all ranks must have been given alike. Raises what ``examine`` raised,
+    UnsupportedModelError where ``options`` and the plan do not go together, ParallelError where torch.distributed does
+    not fit them or the ranks differ.
     """
-    config, expert_maps = options.config, options.expert_maps
-    if not has_plan(model):
-        # A process of some other world may graft a model of its own.
-        groups = ParallelGroups.alone() if config is None else ParallelGroups.create(config, device)
-        layout = RankLayout(groups=groups)
+    facts: ModelFacts | None = None
+    failure: Exception | None = None
+    try:
+        facts = examine()
+    except Exception as error:
+        failure = error
+    config = options.config
+    if config is None and not has_plan(model):
+        groups = ParallelGroups.alone()  # a process of some other world may graft a model of its own
     else:
-        plan = read_plan(model, targets)
-        _check_plan(model, plan, config)
-        planned = config is None or bool(plan.slice.experts)
-        groups = ParallelGroups.create(ParallelConfig(tp=plan.size) if planned or config is None else config, device)
-        layout = RankLayout(groups=groups, mine=plan.slice, plan=plan)
-    # A plan may leave the experts whole (gpt-oss): attach shares them out where it is asked to.
-    cuts = config is not None and layout.is_parallel and not layout.mine.experts
-    to_cut = targets.experts if cuts else {}
-    return together(groups, lambda: _with_cuts(model, layout, to_cut, expert_maps or {}), told=_fingerprint(targets))
+        device = facts.device if facts is not None else getattr(model, "device", torch.device("cpu"))
+        try:
+            groups = ParallelGroups.create(_config_of_groups(config, None if facts is None else facts.plan), device)
+        except ParallelError as error:
+            if failure is not None:
+                raise failure from error
+            raise
+
+    def lay_out() -> tuple[ModelFacts, RankLayout]:
+        if facts is None:
+            assert failure is not None
+            raise failure
+        layout = RankLayout(groups=groups)
+        if facts.plan is not None:
+            layout = replace(layout, mine=facts.plan.slice, plan=facts.plan)
+        # A plan may leave the experts whole (gpt-oss): attach shares them out where it is asked to.
+        cuts = config is not None and layout.is_parallel and not layout.mine.experts
+        return facts, _with_cuts(model, layout, facts.targets.experts if cuts else {}, options.expert_maps or {})
+
+    return together(
+        groups,
+        lay_out,
+        told=lambda found: {
+            "their models": _description(found[0]),
+            "expert_maps": sorted(found[1].expert_maps.items()),
+            **options_of_attach,
+        },
+    )
+
+
+def planned(model: PreTrainedModel, targets: ModelTargets, config: ParallelConfig | None) -> ModelPlan | None:
+    """The plan of transformers that a model was loaded with. Raises UnsupportedModelError where ``config`` is not what
+    it does, or LoRA cannot follow it."""
+    if not has_plan(model):
+        return None
+    plan = read_plan(model, targets)
+    _check_plan(model, plan, config)
+    return plan
+
+
+def _config_of_groups(config: ParallelConfig | None, plan: ModelPlan | None) -> ParallelConfig:
+    """A plan of transformers has its own: all ranks are one tensor-parallel group, and no rows travel."""
+    if config is not None and (plan is None or not plan.slice.experts):
+        return config
+    timeout = ParallelConfig().timeout_seconds if config is None else config.timeout_seconds
+    return ParallelConfig(tp=dist.get_world_size() if plan is None else plan.size, timeout_seconds=timeout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,35 +264,48 @@ def _slice_of(
     )
 
 
-def _fingerprint(targets: ModelTargets) -> int:
-    """Of the modules and their sizes: ranks that loaded different models must not go on."""
-    sizes = [
-        (targets.model_type, [*targets.experts.values()]),
+def _description(facts: ModelFacts) -> object:
+    """Modules, sizes and numbers: ranks that loaded different models must not go on."""
+    targets = facts.targets
+    return (
+        (targets.model_type, [*targets.experts.values()], facts.dtype, facts.top_k),
         [(t.name, t.in_features, t.out_features) for t in targets.linears.values()],
         [*targets.embeddings.values()],
-    ]
-    return zlib.crc32(repr(sizes).encode())
+    )
 
 
-def together(groups: ParallelGroups, act: Callable[[], _Result], *, told: int = 0) -> _Result:
-    """``act`` on every rank; where it raised on one, all raise, and the groups are given back.
+def together(
+    groups: ParallelGroups,
+    act: Callable[[], _Result],
+    *,
+    told: Callable[[_Result], Mapping[str, object]] = lambda _: {},
+) -> _Result:
+    """``act`` on every rank; where it raised on one, whatever it was, all raise, and the groups are given back.
 
-    ``told``: what must be the same on all ranks.
+    ``told``: of the result, what must be the same on all ranks, by its name.
     """
     result: _Result | None = None
-    failure: MoegraftError | None = None
+    failure: Exception | None = None
+    mine: dict[str, int] = {}
     try:
         result = act()
-    except MoegraftError as error:
+        mine = {name: zlib.crc32(repr(value).encode()) for name, value in told(result).items()}
+    except Exception as error:
         failure = error
-    votes = groups.control.all_gather_object((None if failure is None else str(failure), told))
-    for rank, (message, theirs) in enumerate(votes):
+    for rank, (message, theirs) in enumerate(groups.control.all_gather_object((in_words(failure), mine))):
         if failure is None and message is not None:
             failure = ParallelError(f"rank {rank}: {message}")
-        if failure is None and theirs != told:
-            failure = ParallelError(f"ranks {groups.rank} and {rank} have loaded different models")
+        for name in mine:
+            if failure is None and theirs[name] != mine[name]:
+                failure = ParallelError(f"ranks {groups.rank} and {rank} differ in {name}; all must attach alike")
     if failure is not None:
         groups.close()
         raise failure
-    assert result is not None
-    return result
+    return cast(_Result, result)
+
+
+def in_words(error: Exception | None) -> str | None:
+    """An error of this rank, for the others."""
+    if error is None or isinstance(error, MoegraftError):
+        return None if error is None else str(error)
+    return f"{type(error).__name__}: {error}"
