@@ -79,7 +79,7 @@ def test_partial_blocks_are_padded_as_checkpoints_do() -> None:
     assert torch.allclose(packed.w13_scale[0, 3, 0], up[0, :128, :128].abs().max() / 448)
 
 
-CUTS = [(0, 128, None), (128, 300, None), (128, 256, 200), (256, 300, 128), (0, 300, 512)]
+CUTS = [(0, 128, None), (128, 300, None), (128, 256, 200), (256, 300, 128), (0, 300, 512), (300, 300, 128)]
 
 
 @pytest.mark.parametrize(("start", "stop", "padded_to"), CUTS)

@@ -151,10 +151,11 @@ def test_every_kind_of_layer(world2: WorldPool, dispatch: str) -> None:
     check_cases(world2, cases)
 
 
+@pytest.mark.parametrize("rows", [(10, 14), (1, 0), (1, 1)], ids=str)
 @pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all"])
-def test_every_weight_format(world2: WorldPool, dispatch: str) -> None:
-    config, rows = DISPATCHES[dispatch]
-    case = replace(case_of("partial"), num_tokens=24)
+def test_every_weight_format(world2: WorldPool, dispatch: str, rows: tuple[int, int]) -> None:
+    config, _ = DISPATCHES[dispatch]
+    case = replace(case_of("partial"), num_tokens=sum(rows))
     case = replace(case, config=replace(CONFIG, hidden_size=128, intermediate_size=128))
     expert_map = ExpertMap.round_robin(E, 2)
     check_cases(

@@ -231,6 +231,17 @@ def test_cuts_are_those_of_the_dequantised_weights(kind: str) -> None:
     assert own.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in cut.tensors)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("F", [24, 72, 192])
+def test_a_rank_behind_the_last_column_has_zeros(kind: str, F: int) -> None:
+    """Wherever F ends, inside a group too."""
+    cut = make_experts(kind, F=F).take_intermediate(F, F, padded_to=64)
+    found13, found2 = cut.dequantise(torch.float32)
+    assert found13.shape == (3, 128, 160) and found2.shape == (3, 160, 64)
+    # Rows of w13 that pad have scales of zero.
+    assert not found13.any() and not found2.any() and not cut.b13.any()
+
+
 @pytest.mark.parametrize("kind", ["int4", "mxfp4"])
 def test_a_cut_through_a_scale_group_is_refused(kind: str) -> None:
     experts = make_experts(kind)

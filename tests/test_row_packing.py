@@ -29,20 +29,21 @@ def test_fields_without_rows_are_packed_whatever_their_strides() -> None:
     assert pack_rows(fields).shape == (0, 28)
 
 
-@pytest.mark.parametrize("packing", ["fp8 block", "fp8 channel", "fp8 static"])
+@pytest.mark.parametrize("packing", [name for name in PACKS if name.startswith("fp8")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_in_fp8_arrive_as_the_layer_would_quantise_them(packing: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 9])
+def test_rows_in_fp8_arrive_as_the_layer_would_quantise_them(packing: str, dtype: torch.dtype, num_rows: int) -> None:
     """To the bit; and a kernel that quantises what arrived finds the same values again, under a rounded scale."""
-    pack = PACKS[packing].pack
+    pack, S = PACKS[packing].pack, num_rows
     assert pack is not None
     case = replace(CASE, config=replace(CONFIG, dtype=dtype))
     weights = pack(dense_weights(case, make_inputs(case)))
-    codec, x_SD = codec_for(weights), torch.randn(9, 300).mul(torch.logspace(-6, 6, 9)[:, None]).to(dtype)
-    packed = pack_routed_rows(codec, x_SD, torch.full((9, 2), 3), torch.rand(9, 2), torch.arange(9))
+    codec, x_SD = codec_for(weights), torch.randn(S, 300).mul(torch.logspace(-6, 6, S)[:, None]).to(dtype)
+    packed = pack_routed_rows(codec, x_SD, torch.full((S, 2), 3), torch.rand(S, 2), torch.arange(S))
     rows = unpack_routed_rows(codec, packed, top_k=2, hidden_size=300, dtype=dtype)
     decoded_SD = codec.decode(rows.encoded, dtype)
     assert torch.equal(decoded_SD, weights.quantise_input(x_SD))
-    assert rows.adapter_M.tolist() == list(range(9)) and rows.ids_MK.unique().tolist() == [3]
+    assert rows.adapter_M.tolist() == list(range(S)) and rows.ids_MK.tolist() == [[3, 3]] * S
     again = codec.encode(decoded_SD)
     assert torch.equal(again[1].float(), rows.encoded[1].float())
     assert torch.allclose(again[0], rows.encoded[0], rtol=2**-8, atol=0)

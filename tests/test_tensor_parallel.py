@@ -54,14 +54,25 @@ def test_ranks_equal_one_process(
 
 @pytest.mark.parametrize("fully_sharded", SHARDING)
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("packing", ["int4", "mxfp4"])
+@pytest.mark.parametrize("packing", ["int4", "int4 symmetric", "mxfp4", "fp8 block", "int8"])
 def test_formats_are_cut_between_their_groups(
     world2: WorldPool, world4: WorldPool, packing: str, tp: int, fully_sharded: bool
 ) -> None:
-    """160 columns in groups of 32: shares of 96 and 64, or of 64, 64, 32 and none."""
+    """Shares of unequal length, and ranks behind the last column, which may end inside a group.
+
+    160 columns in groups of 32: shares of 96 and 64, or of 64, 64, 32 and none. 24 columns are one group cut short, and
+    so are 300 of groups of 128: the last ranks get [24, 24) and [300, 300), which are no multiples of a group.
+    """
+    widths = (24, 300) if packing == "fp8 block" else (24, 48, 80, 160)
     case = case_of("all", torch.bfloat16)
-    case = replace(case, config=replace(case.config, hidden_size=64, intermediate_size=160, has_bias=True))
-    check_cases(in_world(tp, world2, world4), [tensor_parallel(case, tp, fully_sharded=fully_sharded, packing=packing)])
+    cases = [
+        replace(case, config=replace(case.config, hidden_size=64, intermediate_size=width, has_bias=True))
+        for width in widths
+    ]
+    check_cases(
+        in_world(tp, world2, world4),
+        [tensor_parallel(case, tp, fully_sharded=fully_sharded, packing=packing) for case in cases],
+    )
 
 
 @pytest.mark.parametrize("fully_sharded", SHARDING)

@@ -57,7 +57,7 @@ class ExpertsWeights(ABC):
         """Columns [start, stop) of F of both halves of w13, of b13 and of w2; b2 whole. In memory of its own.
 
         ``padded_to``: zero columns behind them, up to this many. Raises ValueError where the format's scale groups
-        do not allow the cut; ``intermediate_granule`` says which cuts they allow.
+        do not allow the cut; ``intermediate_granule`` says which cuts they allow. An empty one is always allowed.
         """
 
     @property

@@ -127,7 +127,8 @@ class ScaledExperts(ExpertsWeights):
 
     def take_intermediate(self, start: int, stop: int, *, padded_to: int | None = None) -> Self:
         F, G, granule = self.intermediate_size, self.num_halves, self.intermediate_granule
-        if start % granule or (stop % granule and stop != F):
+        # A rank behind the last column takes [F, F), wherever F ends, and computes zeros.
+        if start < stop and (start % granule or (stop % granule and stop != F)):
             raise ValueError(
                 f"{self.format_name} experts: columns {start} to {stop} of {F} cut a block of scales; cut at multiples "
                 f"of {granule}"

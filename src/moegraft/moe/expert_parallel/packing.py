@@ -87,8 +87,11 @@ def pack_rows(fields: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _bytes_of(field: torch.Tensor) -> torch.Tensor:
-    if field.numel() == 0:  # whose strides contiguous() leaves as they are, and a view may refuse
+    # Of no rows, or of one, contiguous() leaves the strides of an expanded tensor as they are, and a view refuses them.
+    if field.numel() == 0:
         return field.new_empty(field.shape[0], field.shape[1] * field.itemsize, dtype=torch.uint8)
+    if field.stride(-1) != 1:
+        field = field.clone(memory_format=torch.contiguous_format)
     return field.contiguous().view(torch.uint8)
 
 

@@ -1,0 +1,86 @@
+"""attach(parallel=...) to experts in formats whose scales serve groups of columns: cut between groups, sent packed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.distributed import WorldPool
+from support.families import build
+from support.family_adapters import save_everything, save_experts
+from support.formats import PACKS
+from support.parallel_models import ModelCase, assert_within, make_batch
+
+import moegraft
+from moegraft.integrations.transformers.storage import experts_weights, give_up_experts, pack_experts
+from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.parallel import ParallelConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = (None, "everything", "experts", None, "experts")
+LAYOUTS = {
+    "tp": ParallelConfig(tp=2),
+    "ep": ParallelConfig(ep=2),
+    "dp": ParallelConfig(ep=2, data_parallel=True),
+    "tp4": ParallelConfig(tp=4),
+    "ep4": ParallelConfig(ep=4),
+}
+Logits = tuple[torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> ModelCase:
+    folder = tmp_path_factory.mktemp("qwen3")
+    adapters: dict[str, Path] = {
+        "everything": save_everything("qwen3_moe", folder / "everything").path,
+        "experts": save_experts("qwen3_moe", folder / "experts").path,
+    }
+    return ModelCase(family="qwen3_moe", adapters=adapters, names=NAMES)
+
+
+def run_quantised(case: ModelCase, packing: str) -> Logits:
+    """Logits of the rank's rows, without and with adapters; every rank of a world runs it, or one process alone."""
+    model = build(case.family)
+    for name, target in discover_targets(model).experts.items():
+        module = model.get_submodule(name)
+        pack = PACKS[packing].pack
+        assert pack is not None
+        packed = pack(experts_weights(module, target))  # type: ignore[arg-type]
+        give_up_experts(module)
+        pack_experts(module, packed, torch.float32)
+    with moegraft.attach(model, adapter_memory="64MiB", parallel=case.config) as graft:
+        for name, path in case.adapters.items():
+            graft.load_adapter(path, name=name)
+        rows = case.rows(0 if case.config is None else graft.layout.groups.ep_rank)
+        batch = {key: tensor[rows] for key, tensor in make_batch(len(case.names)).items()}
+        return tuple(
+            graft(**batch, adapters=names).logits for names in ([None] * len(rows), [case.names[r] for r in rows])
+        )
+
+
+@pytest.mark.parametrize("packing", ["fp8 block", "int4", "mxfp4"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_together_are_one_process(
+    qwen3: ModelCase, world2: WorldPool, world4: WorldPool, layout: str, packing: str
+) -> None:
+    """Logits and deltas as in one process; a base row as in the same ranks' run without adapters, to the bit.
+
+    The experts have fewer columns than a group of scales serves: all of them lie on the first rank of a tensor-parallel
+    group, and the others compute zeros.
+    """
+    config = LAYOUTS[layout]
+    case = replace(qwen3, config=config)
+    alone_plain, alone_mixed = run_quantised(qwen3, packing)
+    pool = world2 if config.world_size == 2 else world4
+    for rank, (plain, mixed) in enumerate(pool.run(run_quantised, case, packing)):
+        for i, row in enumerate(case.rows(config.ep_rank_of(rank))):
+            what = f"rank {rank}, row {row}"
+            assert_within(plain[i], alone_plain[row], alone_plain[row], 1e-4, what=what)
+            if case.names[row] is None:
+                assert torch.equal(mixed[i], plain[i]), f"{what}: other bits than without adapters"
+            else:
+                delta = alone_mixed[row] - alone_plain[row]
+                assert_within(mixed[i] - plain[i], delta, delta, 1e-4, what=f"{what}, delta")
