@@ -10,9 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+from support.families import build
 from support.kernels import DEVICE
 from support.layers import BuiltLayer, build_layer, dense_weights, over_class
 
+import moegraft
 import moegraft.kernels.moe_forward.host as moe_forward
 from moegraft.build import build_fused_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
@@ -24,6 +26,7 @@ from moegraft.moe.prepare_finalize import PreparedRows
 from moegraft.oracle import select_experts
 from moegraft.oracle.select import EXPERTS_CLASSES
 from moegraft.testing import MOE_CASES, assert_close, assert_close_delta
+from moegraft.tuning.heuristic import batch_invariant_tiles
 
 CASES = {case.name: case for case in MOE_CASES}
 HOPPER = DeviceTarget(kind="cuda", capability=(9, 0), has_triton=True)
@@ -99,6 +102,35 @@ def test_tiles_of_dispatched_rows_follow_the_batch(monkeypatch: pytest.MonkeyPat
         assert_close(out, layer.run_with(None).repeat(copies, 1), 1e-6)
     asked = [tiles for tiles in asked if tiles is not None]
     assert asked[0] == asked[1] == asked[2] != asked[3]
+
+
+def test_batch_invariant_layers_have_one_set_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = over_triton(build_layer(CASES["one_token"], device=DEVICE))
+    experts, asked = layer.base.method.experts, []
+
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(kwargs["tiles"])
+        return fused_moe_lora(*args, **kwargs)
+
+    monkeypatch.setattr(moe_forward, "fused_moe_lora", record)
+    base = layer.run_with(None)
+    experts.config = replace(experts.config, batch_invariant=True)
+    assert_close(layer.run_with(None), base, 1e-6)
+    assert_close_delta(layer.run(), base, layer.reference(), layer.reference(with_adapters=False), DELTA_TOL)
+    assert asked == [None, batch_invariant_tiles(), batch_invariant_tiles()]
+
+
+def test_who_promises_batch_invariant_results() -> None:
+    config = replace(CONFIG, batch_invariant=True)
+    assert select_experts(BackendRequest(config=config, device=HOPPER)).experts_cls is TritonExperts
+    for format_name, reason in (
+        ("int4", "MarlinExperts: it has no tiles"),
+        ("mxfp4", "TorchExperts: its GEMMs are a BLAS's"),
+    ):
+        with pytest.raises(NoBackendError, match=reason):
+            select_experts(BackendRequest(config=config, device=HOPPER, format_name=format_name))
+    with pytest.raises(NoBackendError, match="sums a row in another order where more rows are with it"):
+        moegraft.attach(build("qwen3_moe"), batch_invariant=True)
 
 
 def test_bound_context_serves_hosts_without_an_argument() -> None:

@@ -41,7 +41,10 @@ class Activation:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Sizes and options of one experts layer; the same record describes it to the oracle and to the kernels."""
+    """Sizes and options of one experts layer; the same record describes it to the oracle and to the kernels.
+
+    ``batch_invariant``: a row has the same bits whichever rows are with it, for some of the speed of small batches.
+    """
 
     num_experts: int
     top_k: int
@@ -51,6 +54,7 @@ class MoEConfig:
     has_bias: bool = False
     dtype: torch.dtype = torch.float32
     apply_router_weight_on_input: bool = False
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,7 @@ def _original_forward(module: nn.Module, site: ExpertsSite | None) -> Any:
     return functions.get(name, eager) if name else eager
 
 
-def moe_config(module: nn.Module, top_k: int, dtype: torch.dtype) -> MoEConfig:
+def moe_config(module: nn.Module, top_k: int, dtype: torch.dtype, *, batch_invariant: bool = False) -> MoEConfig:
     """Sizes and options of an experts module. ``dtype``: of its activations."""
     num_experts, hidden_size, intermediate_size = experts_sizes(module)
     return MoEConfig(
@@ -147,6 +147,7 @@ def moe_config(module: nn.Module, top_k: int, dtype: torch.dtype) -> MoEConfig:
         activation=experts_activation(cast("HookedExperts", module)),
         has_bias=bool(module.has_bias),
         dtype=dtype,
+        batch_invariant=batch_invariant,
     )
 
 

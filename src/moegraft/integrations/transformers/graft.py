@@ -51,13 +51,14 @@ from moegraft.parallel.expert_map import ExpertMap
 _MARK = "_moegraft_graft"
 
 
-def attach(
+def attach(  # noqa: PLR0913  # the one call of users: every option by its name
     model: PreTrainedModel,
     *,
     adapter_memory: int | str = "2GiB",
     max_adapters: int = 64,
     backend: str | None = None,
     lora_experts: bool = True,
+    batch_invariant: bool = False,
     parallel: ParallelConfig | None = None,
     expert_maps: Mapping[str, ExpertMap] | None = None,
     device: torch.device | str | None = None,
@@ -68,6 +69,8 @@ def attach(
     loaded, the least recently used wait in host memory. max_adapters: how many may be resident at once.
     backend: an experts class by name instead of the oracle's choice. lora_experts: False says that no adapter will
     touch experts: backends that take no LoRA are then considered too, and an adapter with LoRA on experts is refused.
+    batch_invariant: only backends whose experts layers give a row the same bits in any batch (docs/numerics.md has the
+    price); attention and what else the model computes itself is as batch-invariant as the host's own GEMMs.
 
     parallel: several processes, each of which has loaded the whole model, keep a slice of the experts each and free the
     rest; ``detach`` cannot give that back (docs/parallel.md). All ranks attach together, and from then on load, unload
@@ -85,6 +88,7 @@ def attach(
         max_adapters=max_adapters,
         backend=backend,
         lora_experts=lora_experts,
+        batch_invariant=batch_invariant,
         ranks=ranks,
     )
 
@@ -104,14 +108,14 @@ class GraftedModel:
         max_adapters: int,
         backend: str | None,
         lora_experts: bool,
+        batch_invariant: bool,
         ranks: RankOptions,
     ) -> None:
         self.model = model
         self._state = CallState()
         self._lock = threading.RLock()
-        facts, self.layout = agree_on_layout(
-            model, ranks, lambda: _examine(model, ranks), {"lora_experts": lora_experts}
-        )
+        alike = {"lora_experts": lora_experts, "batch_invariant": batch_invariant}
+        facts, self.layout = agree_on_layout(model, ranks, lambda: _examine(model, ranks), alike)
         device, dtype = facts.device, facts.dtype
         self._targets = facts.targets if facts.plan is None else with_whole_parameters(facts.targets)
         self._local_targets = self.layout.local_targets(self._targets)
@@ -129,7 +133,10 @@ class GraftedModel:
             state=self._state,
             layout=self.layout,
             device=device,
-            configs={name: moe_config(model.get_submodule(name), facts.top_k, dtype) for name in self._targets.experts},
+            configs={
+                name: moe_config(model.get_submodule(name), facts.top_k, dtype, batch_invariant=batch_invariant)
+                for name in self._targets.experts
+            },
             backend=backend,
             lora_experts=lora_experts,
         )

@@ -19,6 +19,7 @@ class MarlinExperts(TritonExperts):
     as all of Marlin's are; those of groups of 128 and of whole channels stay float32.
     """
 
+    has_invariant_tiles: ClassVar[bool] = False  # steps of a granule are longer than those of the invariant tiles
     min_capabilities: ClassVar[Mapping[str, tuple[int, int]]] = {"int4": MIN_CAPABILITY}
 
     def _make_kernel_weights(self, weights: ExpertsWeights) -> MoEWeights:

@@ -84,6 +84,8 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
         if request.format_name not in FORMAT_NAMES:
             return False, f"weights are {request.format_name}, it reads {', '.join(FORMAT_NAMES)}"
+        if request.config.batch_invariant:
+            return False, "its GEMMs are a BLAS's, which sums a row in another order where more rows are with it"
         return True, ""
 
     def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:

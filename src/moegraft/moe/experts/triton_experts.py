@@ -18,6 +18,7 @@ from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.mixin import LoRAExpertsMixin
 from moegraft.moe.experts.base import FusedMoEExpertsModular
 from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows
+from moegraft.tuning.heuristic import batch_invariant_tiles
 from moegraft.tuning.table import choose_tiles
 from moegraft.tuning.tiles import MoETiles
 
@@ -41,6 +42,8 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
         "int8": MIN_CAPABILITY,
         "fp8": (8, 9),
     }
+    # Whether one set of tiles serves batches of every size.
+    has_invariant_tiles: ClassVar[bool] = True
     # The kernels compute float32 exactly (as the tests' interpreter does), which no matrix unit offers.
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
 
@@ -71,6 +74,8 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
         if dtype not in cls.dtypes:
             names = " and ".join(str(one).removeprefix("torch.") for one in cls.dtypes)
             return False, f"it would compute in {dtype}, its tiles are for the matrix units of {names}"
+        if request.config.batch_invariant and not cls.has_invariant_tiles:
+            return False, "it has no tiles that give a row the same bits in any batch"
         return True, ""
 
     def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
@@ -83,9 +88,14 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
             rows.topk_ids_MK.contiguous(),
             rows.topk_weights_MK.contiguous(),
             lora=lora,
-            tiles=tiles_of_batch(rows, self._kernel_weights, lora),
+            tiles=self._tiles(rows, lora),
         )
         return ExpertsOutput(y=out_MD, is_reduced=True)
+
+    def _tiles(self, rows: PreparedRows, lora: LoRABatch | None) -> MoETiles | None:
+        if self.config.batch_invariant:
+            return batch_invariant_tiles()
+        return tiles_of_batch(rows, self._kernel_weights, lora)
 
     def _lora_batch(self, rows: PreparedRows, context: MoELoRAContext | None) -> LoRABatch | None:
         if context is None:
