@@ -267,6 +267,50 @@ def test_wrong_calls_end_in_one_error_on_all_ranks(world2: WorldPool, tmp_path: 
     )
 
 
+def _pin(path: Path) -> dict[str, Any]:
+    """Rank 1 finds no room for an adapter that is to stay."""
+    rank = Rank(DATA_PARALLEL)
+    rank.load(path, "a")
+
+    def no_room(name: str) -> None:
+        raise AdapterMemoryError(f"no room for {name!r}")
+
+    found: dict[str, Any] = {"unknown": rank.refused(lambda: rank.bank.pin("b"))}
+    with pytest.MonkeyPatch.context() as patch:
+        if rank.groups.rank == 1:
+            patch.setattr(rank.local, "pin", no_room)
+        found["no room"] = rank.refused(lambda: rank.bank.pin("a"))
+    found["before"] = rank.local.info("a").pinned
+    rank.bank.pin("a")
+    found["after"] = rank.local.info("a").pinned
+    return found
+
+
+def test_an_adapter_is_pinned_on_all_ranks_or_on_none(world2: WorldPool, tmp_path: Path) -> None:
+    first, second = world2.run(_pin, save_adapter(tmp_path / "a"))
+    assert same_error([first["no room"], second["no room"]]) == (AdapterMemoryError, "rank 1: no room for 'a'")
+    assert same_error([first["unknown"], second["unknown"]])[0] is UnknownAdapterError
+    assert [(found["before"], found["after"]) for found in (first, second)] == [(False, True)] * 2
+
+
+def _lose_track(paths: Sequence[Path]) -> tuple[type[BaseException], str]:
+    """Rank 1's bank has given up an id that rank 0 still has."""
+    rank = Rank(DATA_PARALLEL)
+    rank.load(paths[0], "a")
+    if rank.groups.rank == 1:
+        rank.bank._ids.clear()
+        rank.local.unload("a")
+    return rank.refused(lambda: rank.load(paths[1], "b"))
+
+
+def test_ranks_that_would_give_an_adapter_different_ids_are_told(world2: WorldPool, tmp_path: Path) -> None:
+    """Rows carry ids: ranks that disagree on them would add the delta of another adapter."""
+    paths = [save_adapter(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    error, message = same_error(world2.run(_lose_track, paths))
+    assert error is ParallelError
+    assert message.startswith("the ranks do not hold the same adapters")
+
+
 def _share_rows(names: list[str]) -> Any:
     rank = Rank(ParallelConfig(tp=2))
     return rank.refused(lambda: rank.bank.acquire(names))

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from moegraft.build import build_fused_moe_with_lora
 from moegraft.core.config import MoEConfig
 from moegraft.core.errors import BatchError
 from moegraft.lora.targets import AdapterWeights
-from moegraft.moe.experts import TritonExperts
+from moegraft.moe.experts import TritonExperts, torch_experts
 from moegraft.moe.layer import FusedMoE
 from moegraft.moe.method import FusedMoEModularMethod
 from moegraft.parallel import ParallelConfig
@@ -228,6 +228,84 @@ def test_bits_of_base_rows_do_not_follow_the_routing_of_others(world2: WorldPool
     calm_results, hot_results = check_cases(world2, cases)
     assert torch.equal(calm_results[0].found[:4], hot_results[0].found[:4])
     assert not torch.equal(calm_results[0].found[4:], hot_results[0].found[4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all"])
+def test_copies_take_base_rows_whatever_others_choose(world2: WorldPool, dispatch: str, dtype: torch.dtype) -> None:
+    """A base row meets the same copies, in whose partial sums it is rounded, wherever its neighbours go."""
+    config, _ = DISPATCHES[dispatch]
+    base = [[0, 5], [6, 3], [3, 4], [3, 5], [0, 3]]
+    slots = [-1] * 5 + [0, 1, 3, 5, 7, 9, 2, 4] * 2
+    cases = []
+    for others in ([[4, 5]] * 16, [[0, 4]] * 16):
+        case = adversarial(base + others, slots=slots, config=config, rows=(10, 11), expert_map=COPIED)
+        cases.append(replace(case, case=replace(case.case, config=replace(case.case.config, dtype=dtype))))
+    (first, _), (second, _) = check_cases(world2, cases)
+    assert torch.equal(first.found[:5], second.found[:5])
+    assert not torch.equal(first.found[5:], second.found[5:])
+
+
+def _count_planned_rows(parallel: ParallelCase) -> int:
+    """Rows that the rank's GEMMs compute, padding aside."""
+    layer = build_rank_layer(parallel, groups_of(parallel.config))
+    plan_rows, planned = torch_experts._plan_rows, []
+
+    def spy(*args: Any) -> Any:
+        plan = plan_rows(*args)
+        planned.append(len(plan.token_P) - len(plan.padding))
+        return plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_experts, "_plan_rows", spy)
+        layer.run(None)
+    return sum(planned)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_choices_that_stand_elsewhere_are_not_computed(world2: WorldPool, dispatch: str) -> None:
+    config, rows = DISPATCHES[dispatch]
+    ids = [[0, 5], [4, 6], [0, 1]] * 8
+    case = adversarial(ids, config=config, rows=rows)
+    assert world2.run(_count_planned_rows, case) == [8 * 3, 8 * 3]  # experts 0 to 3 and 4 to 6
+    assert world2.run(_count_planned_rows, replace(case, ids=tuple([(0, 1)] * 24))) == [48, 0]
+
+
+def demanded_bytes(parallel: ParallelCase, packed: int) -> int:
+    """What all ranks together have to send, token by token: a row to each other rank that it needs, and a sum back.
+
+    ``packed``: bytes of a base row. With the header of each row, and the counts that each pair of ranks exchanges.
+    """
+    layer, ranks = whole_layer(parallel), range(parallel.config.ep)
+    plain = CONFIG.hidden_size * parallel.case.config.dtype.itemsize
+    home = [rank for rank in ranks for _ in range((parallel.rows or ())[rank])]
+    total = len(ranks) * (len(ranks) - 1) * 4 * 8
+    for token, ids in enumerate(layer.inputs.topk_ids_TK.tolist()):
+        needed = {r for r in ranks if set(ids) & set(parallel.expert_map.experts_of_rank[r])} - {home[token]}
+        row = packed if layer.inputs.token_slots_T[token] < 0 else plain
+        total += len(needed) * (row + 8 * len(ids) + 4 + plain)
+    return total
+
+
+@pytest.mark.parametrize("packing", ["dense", "fp8 block"])
+def test_an_all_to_all_sends_what_the_routing_demands(world4: WorldPool, packing: str) -> None:
+    """At most 1.1 times that and the headers, as the layout promises; and an all-gather sends more."""
+    case = case_of("all", torch.bfloat16)
+    case = replace(case, config=replace(case.config, top_k=1))
+    parallel = ParallelCase(
+        case=case,
+        config=data_parallel(4),
+        expert_map=ExpertMap.round_robin(E, 4),
+        rows=(9, 0, 13, 4),
+        packing=packing,
+    )
+    gathered = replace(parallel, config=data_parallel(4, "all_gather"))
+    demanded = demanded_bytes(parallel, CONFIG.hidden_size * 2 if packing == "dense" else CONFIG.hidden_size + 4)
+    to_some, to_all = (
+        sum(sum(result.lora_bytes.values()) for result in results)
+        for results in check_cases(world4, [parallel, gathered])
+    )
+    assert demanded <= to_some <= 1.1 * demanded < to_all
 
 
 def test_rows_with_an_adapter_travel_unquantised_and_the_others_packed(world2: WorldPool) -> None:

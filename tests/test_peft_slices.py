@@ -190,12 +190,23 @@ def test_a_rank_holds_and_reads_its_share(tmp_path: Path, adapter: str, fully_sh
             assert local.bytes_read <= share
 
 
-def test_experts_of_other_ranks_are_not_read(tmp_path: Path) -> None:
+def test_experts_of_other_ranks_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``bytes_read`` is a count; what the file is asked for is counted here, and is no more than that and headers."""
+    asked, fill = [], SafetensorsFile._fill
+
+    def counted(file: SafetensorsFile, view: memoryview, offset: int) -> None:
+        asked.append(len(view))
+        fill(file, view, offset)
+
+    monkeypatch.setattr(SafetensorsFile, "_fill", counted)
     targets = make_targets(num_experts=8, hidden=256, inter=256)
     folder = ADAPTERS["per_expert_rslora"](tmp_path / "a", targets)
     whole, report = load_peft_adapter(folder, targets, dtype=torch.float32)
     mine = make_rank_slice(targets, ONE, Share(4, 2))
+    asked.clear()
     weights, local = load_peft_adapter(folder, targets, dtype=torch.float32, rank_slice=mine)
+    header = report.bytes_in_file - report.bytes_read
+    assert local.bytes_read <= sum(asked) <= local.bytes_read + header
     assert weights.experts[EXPERTS].expert_ids == (0, 1)
     assert local.bytes_held == local.bytes_read == whole.num_bytes // 4 == report.bytes_read // 4
     assert (local.tensors_applied, local.tensors_elsewhere) == (12, 36)

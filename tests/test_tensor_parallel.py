@@ -124,15 +124,21 @@ def sent(result: RankResult) -> tuple[int, int]:
     return sum(result.base_bytes.values()), sum(result.lora_bytes.values())
 
 
-def test_what_adapters_add_to_the_traffic(world2: WorldPool) -> None:
-    """Nothing where factors are cut along F; the low-rank rows of the rows with an adapter where fully sharded."""
-    config = MoEConfig(num_experts=3, top_k=2, hidden_size=48, intermediate_size=24)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_adapters_add_to_the_traffic(world2: WorldPool, dtype: torch.dtype) -> None:
+    """Nothing where factors are cut along F; the low-rank rows of the rows with an adapter where fully sharded.
+
+    Partial sums, of outputs and of low-rank rows of w2, travel in float32 whatever the dtype of the rows: their bytes
+    tell, since one rounding too many is too small for a tolerance to see.
+    """
+    config = MoEConfig(num_experts=3, top_k=2, hidden_size=48, intermediate_size=24, dtype=dtype)
     case = MoECase(name="traffic", config=config, num_tokens=10, adapters=(LoRASpec(),), base_share=0.4)
     plain, sharded = check_cases(world2, [tensor_parallel(case, 2, fully_sharded=fs) for fs in (False, True)])
     all_reduce = 2 * (10 * 48 * 4) // 2
     assert sent(plain[0]) == (all_reduce, all_reduce)
     base, lora = sent(sharded[0])
-    rows, rest = divmod(lora - base, 4 * (8 + 8))  # 8 of 16 lanes of A of w13 gathered; 8 lanes of A2 summed
+    # 8 of 16 lanes of A of w13 gathered, in the dtype of the rows; 8 lanes of A2 summed.
+    rows, rest = divmod(lora - base, 8 * dtype.itemsize + 8 * 4)
     assert (base, rest) == (all_reduce, 0)
     assert rows % 2 == 0 and 0 < rows < 20  # some of the 10 tokens, to 2 experts each
 
