@@ -88,7 +88,9 @@ LAYOUTS_OF_2: dict[str, tuple[ParallelConfig, ExpertMap, tuple[int, ...] | None]
 }
 LAYOUTS_OF_4: dict[str, tuple[ParallelConfig, ExpertMap, tuple[int, ...] | None]] = {
     "replicated": (ParallelConfig(ep=4), ExpertMap.contiguous(E, 4), None),
+    "replicated, copies": (ParallelConfig(ep=4), COPIED4, None),
     "all-gather": (data_parallel(4, "all_gather"), ExpertMap.round_robin(E, 4), (7, 0, 12, 7)),
+    "all-gather, copies": (data_parallel(4, "all_gather"), COPIED4, (0, 20, 1, 5)),
     "all-to-all": (data_parallel(4), ExpertMap.contiguous(E, 4), (7, 7, 6, 6)),
     "all-to-all, copies": (data_parallel(4), COPIED4, (0, 20, 1, 5)),
     "tp x replicated": (ParallelConfig(tp=2, ep=2), ExpertMap.contiguous(E, 2), None),
@@ -123,7 +125,7 @@ def test_two_ranks_equal_one_process(world2: WorldPool, layout: str, packing: st
     check_cases(world2, proof_cases(LAYOUTS_OF_2[layout], packing))
 
 
-@pytest.mark.parametrize("packing", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("layout", LAYOUTS_OF_4)
 def test_four_ranks_equal_one_process(world4: WorldPool, layout: str, packing: str) -> None:
     check_cases(world4, proof_cases(LAYOUTS_OF_4[layout], packing))
@@ -167,6 +169,33 @@ def test_every_weight_format(world2: WorldPool, dispatch: str, rows: tuple[int, 
     )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS_OF_4)
+def test_four_bits_on_four_ranks(world4: WorldPool, layout: str) -> None:
+    config, expert_map, rows = LAYOUTS_OF_4[layout]
+    case = case_of("all", torch.bfloat16)
+    case = replace(case, config=replace(case.config, hidden_size=64, intermediate_size=80, has_bias=True))
+    check_cases(
+        world4,
+        [
+            ParallelCase(case=case, config=config, expert_map=expert_map, rows=rows, packing=packing)
+            for packing in ("int4", "mxfp4")
+        ],
+    )
+
+
+@pytest.mark.parametrize("layout", ["tp x replicated", "tp x all-gather", "tp x all-to-all"])
+def test_every_kind_of_layer_on_four_ranks(world4: WorldPool, layout: str) -> None:
+    config, _, rows = LAYOUTS_OF_4[layout]
+    cases = []
+    for case in MOE_CASES:
+        if case.config.num_experts < 2:
+            continue
+        shares = None if rows is None else (case.num_tokens // 3, case.num_tokens - case.num_tokens // 3)
+        expert_map = ExpertMap.round_robin(case.config.num_experts, 2)
+        cases.append(ParallelCase(case=case, config=config, expert_map=expert_map, rows=shares))
+    check_cases(world4, cases)
+
+
 def adversarial(ids: Sequence[Sequence[int]], *, slots: Sequence[int] | None = None, **changes: object) -> ParallelCase:
     top_k = len(ids[0])
     case = replace(case_of("all"), config=replace(CONFIG, top_k=top_k), num_tokens=len(ids))
@@ -199,6 +228,25 @@ def test_adversarial_routing(world2: WorldPool, dispatch: str) -> None:
         cases = [replace(case, rows=None) for case in cases]
     packed = [replace(case, packing="fp8 block") for case in cases]
     check_cases(world2, [replace(case, config=config) for case in cases + packed])
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_adversarial_routing_on_four_ranks(world4: WorldPool, dispatch: Dispatch, tp: int) -> None:
+    ep = 4 // tp
+    anywhere = [[t % E, (t + 3) % E] for t in range(8)]
+    cases = [
+        adversarial([[5]] * 9, rows=(4, 0, 5, 0)),  # all tokens to one expert
+        adversarial([[0, 1]] * 8, rows=(2, 2, 2, 2)),  # all experts of three ranks idle
+        adversarial([[-1, E]] * 6, rows=(0, 6, 0, 0)),  # no token to any expert
+        adversarial(anywhere, rows=(0, 0, 8, 0), slots=[7] * 8),  # an adapter that touches one expert, of another rank
+        adversarial(anywhere, rows=(1, 7, 0, 0), slots=[-1] * 7 + [0]),  # one row with an adapter
+        adversarial([[6, 0]], rows=(0, 0, 0, 1), slots=[2]),  # one token
+    ]
+    config, expert_map = data_parallel(ep, dispatch, tp), ExpertMap.contiguous(E, ep)
+    if ep == 2:
+        cases = [replace(case, rows=(sum(case.rows[:2]), sum(case.rows[2:]))) for case in cases if case.rows]
+    check_cases(world4, [replace(case, config=config, expert_map=expert_map) for case in cases])
 
 
 def test_a_hot_expert_with_copies(world4: WorldPool) -> None:

@@ -147,6 +147,22 @@ def test_what_is_cut_is_freed_and_not_given_back(world2: WorldPool) -> None:
         assert "was detached" in errors["used"]
 
 
+def _count_groups(config: ParallelConfig) -> list[int]:
+    """Groups of torch.distributed that this process is in: before attach, while attached, after detach."""
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    counts = [len(groups)]
+    with moegraft.attach(build("qwen3_moe"), parallel=config, adapter_memory="4MiB"):
+        counts.append(len(groups))
+    return [*counts, len(groups)]
+
+
+@pytest.mark.parametrize("config", [TP2, EP2], ids=["tp", "ep"])
+def test_detach_gives_the_groups_back(world2: WorldPool, config: ParallelConfig) -> None:
+    """A server that attaches one model after the other would else keep the sockets of all of them."""
+    for before, attached, after in world2.run(_count_groups, config):
+        assert before == after < attached
+
+
 @pytest.mark.parametrize("config", [TP2, replace(EP2, data_parallel=False)], ids=["tp", "ep"])
 def test_an_adapter_that_is_bad_on_one_rank(
     qwen3: ModelCase, world2: WorldPool, config: ParallelConfig, tmp_path: Path

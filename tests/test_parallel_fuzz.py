@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_CASES = {2: 60, 4: 50}
 CASES_A_RUN = 10
-# Where a scale serves a row of h, a rank's is of its own columns: other numbers than one process has (docs/numerics.md).
+# A scale of a row of h is that of the rank's own columns: other numbers than one process has (docs/numerics.md).
 SCALED_BY_ROWS_OF_H = ("fp8 channel", "fp8 tensor")
 GROUPED_BY_32 = ("int4", "int4 symmetric", "mxfp4")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from moegraft.core.errors import BatchError
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.local_targets import local_targets
 from moegraft.lora.mapping import AdapterMapping
-from moegraft.lora.punica.sharded import ShardedLinearPunica, vocabulary_rows
+from moegraft.lora.punica.sharded import ShardedLinearPunica
 from moegraft.lora.slicing import cut_tensor, slice_linear
 from moegraft.lora.targets import AdapterWeights, LinearTarget, ModelTargets
 from moegraft.parallel import (
@@ -175,18 +174,3 @@ def test_each_rank_holds_its_share(world4: WorldPool) -> None:
     assert check(world4, LAYOUTS["row, reduced"], **sizes) == [a // 4 + b] * 4
     for name in ("column", "row, reduced"):
         assert check(world4, replace(LAYOUTS[name], fully_sharded=True), **sizes) == [(a + b) // 4] * 4
-
-
-def look_up(vocabulary: int, ids: Sequence[int]) -> torch.Tensor:
-    tp = groups().tp
-    a_RV = torch.arange(3.0 * vocabulary).view(3, vocabulary)
-    share = Share(tp.size, tp.rank)
-    mine = cut_tensor(a_RV, {1: share.of(vocabulary).pieces})
-    return vocabulary_rows(mine, torch.tensor(ids, dtype=torch.long), share, vocabulary, tp)
-
-
-@pytest.mark.parametrize("ids", [[0, 32, 8, 9, 17, 9], [5], []])
-def test_a_vocabulary_that_ranks_share(world4: WorldPool, ids: list[int]) -> None:
-    expected = torch.arange(3.0 * 33).view(3, 33)[:, ids].t()
-    for found in world4.run(look_up, 33, ids):
-        assert torch.equal(found, expected)

@@ -11,7 +11,6 @@ from moegraft.formats.dense import DenseExperts
 from moegraft.parallel.slices import (
     Shard,
     contiguous_experts,
-    gathered_lanes,
     half_columns,
     round_robin_experts,
     shard,
@@ -28,7 +27,6 @@ def test_documented_example() -> None:
     assert shards(19, 4) == (Shard(0, 5, 5), Shard(5, 10, 5), Shard(10, 15, 5), Shard(15, 19, 5))
     assert shards(19, 4, granule=4) == (Shard(0, 8, 8), Shard(8, 16, 8), Shard(16, 19, 8), Shard(19, 19, 8))
     assert shard(19, 4, 3).padding == 1
-    assert list(gathered_lanes(3, 2, 4, 2)) == [0, 1, 4]
 
 
 @given(size=sizes, world=worlds, granule=granules)
@@ -94,24 +92,6 @@ def test_experts_are_shared_out(deal: object, num_experts: int, world: int) -> N
     assert sorted(expert for mine in held for expert in mine) == list(range(num_experts))
     assert max(map(len, held)) - min(map(len, held)) <= 1
     assert all(list(mine) == sorted(mine) for mine in held)
-
-
-@given(ranks=st.lists(st.integers(1, 40), min_size=1, max_size=6), world=worlds)
-def test_gathered_lanes_are_the_whole_low_rank_vector(ranks: list[int], world: int) -> None:
-    """Adapters of several ranks in one batch: cut, padded to the widest, gathered, picked out again."""
-    widest = max(shard(rank, world, 0).padded for rank in ranks)
-    for rank in ranks:
-        rows = torch.full((world, widest), -1.0)
-        for part, row in zip(shards(rank, world), rows, strict=True):
-            row[: part.size] = torch.arange(part.start, part.stop)
-        local = shard(rank, world, 0).padded
-        lanes = list(gathered_lanes(rank, local, widest, world))
-        assert rows.flatten()[lanes].tolist() == list(range(rank))
-
-
-def test_too_few_lanes_are_an_error() -> None:
-    with pytest.raises(ValueError, match="2 ranks of 1 lanes cannot hold 3"):
-        list(gathered_lanes(3, 1, 1, 2))
 
 
 def test_whole() -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from support.expert_parallel import ParallelCase, RankResult
-from test_expert_parallel import ADAPTERS, PACKINGS, case_of, check_cases, proof_cases
+from support.expert_parallel import ParallelCase, RankResult, run_cases, whole_layer
+from support.layers import DELTA_TOL
+from test_expert_parallel import PACKINGS, case_of, check_cases, proof_cases
 
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import NoBackendError
@@ -16,7 +17,8 @@ from moegraft.moe.experts import TorchExperts, TritonExperts
 from moegraft.oracle import select_experts
 from moegraft.parallel import ParallelConfig
 from moegraft.parallel.expert_map import ExpertMap
-from moegraft.testing import LoRASpec, MoECase
+from moegraft.parallel.slices import shards
+from moegraft.testing import LoRASpec, MoECase, assert_close, assert_close_delta
 from moegraft.testing.cases import MOE_CASES
 
 if TYPE_CHECKING:
@@ -83,17 +85,58 @@ def test_every_kind_of_layer(world2: WorldPool, world4: WorldPool, tp: int, full
     check_cases(in_world(tp, world2, world4), cases)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
-def test_fully_sharded_inside_expert_parallel(world4: WorldPool, dispatch: str) -> None:
+def test_fully_sharded_inside_expert_parallel(world4: WorldPool, dispatch: str, packing: str) -> None:
     config = ParallelConfig(tp=2, ep=2, fully_sharded=True)
     rows = None
     if dispatch != "replicated":
         config, rows = replace(config, data_parallel=True, dispatch=dispatch), (5, 21)
     expert_map = ExpertMap.round_robin(case_of("all").config.num_experts, 2)
-    cases = [
-        ParallelCase(case=case_of(adapters), config=config, expert_map=expert_map, rows=rows) for adapters in ADAPTERS
-    ]
-    check_cases(world4, cases)
+    check_cases(world4, proof_cases((config, expert_map, rows), packing))
+
+
+@pytest.mark.parametrize("fully_sharded", SHARDING)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_static_scales_need_no_granule(world2: WorldPool, world4: WorldPool, tp: int, fully_sharded: bool) -> None:
+    """fp8 with static scales of x and h, which are the same on every rank whatever its columns."""
+    case = case_of("all")
+    case = replace(case, config=replace(case.config, has_bias=True))
+    check_cases(
+        in_world(tp, world2, world4), [tensor_parallel(case, tp, fully_sharded=fully_sharded, packing="fp8 static")]
+    )
+
+
+@pytest.mark.parametrize("fully_sharded", SHARDING)
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("packing", ["fp8 channel", "fp8 tensor"])
+def test_a_scale_of_a_row_of_h_is_of_the_columns_of_a_rank(
+    world2: WorldPool, world4: WorldPool, packing: str, tp: int, fully_sharded: bool
+) -> None:
+    """Not what one process computes: each rank quantises its columns of h by themselves, and so does this oracle."""
+    parallel = tensor_parallel(case_of("all"), tp, fully_sharded=fully_sharded, packing=packing)
+    found, *others = (results for (results,) in in_world(tp, world2, world4).run(run_cases, [parallel]))
+    assert all(torch.equal(found.found, other.found) for other in others)
+    layer = whole_layer(parallel)
+    whole = layer.inputs.weights.quantise_input
+    assert whole is not None
+
+    def by_rank(x_MI: torch.Tensor, *, of_w2: bool = False) -> torch.Tensor:
+        if not of_w2:
+            return whole(x_MI)
+        cuts = [part.size for part in shards(x_MI.shape[1], tp)]
+        return torch.cat([whole(mine, of_w2=True) for mine in x_MI.split(cuts, dim=1)], dim=1)
+
+    layer = replace(layer, inputs=replace(layer.inputs, weights=replace(layer.inputs.weights, quantise_input=by_rank)))
+    expected, expected_base = layer.reference(), layer.reference(with_adapters=False)
+    tol = DELTA_TOL[torch.float32]
+    assert_close(found.without, expected_base, tol)
+    changed_T = ((expected - expected_base).abs() > 1e-12).any(dim=1)
+    assert changed_T.any() and not changed_T.all()
+    assert torch.equal(found.found[~changed_T], found.without[~changed_T])
+    # A delta is a difference of outputs, and its error relative to theirs.
+    weight = max(1.0, float(expected.norm() / (expected - expected_base).norm()))
+    assert_close_delta(found.found, found.without, expected, expected_base, tol * weight)
 
 
 @pytest.mark.parametrize("fully_sharded", SHARDING)
@@ -138,9 +181,9 @@ def test_what_adapters_add_to_the_traffic(world2: WorldPool, dtype: torch.dtype)
     assert sent(plain[0]) == (all_reduce, all_reduce)
     base, lora = sent(sharded[0])
     # 8 of 16 lanes of A of w13 gathered, in the dtype of the rows; 8 lanes of A2 summed.
-    rows, rest = divmod(lora - base, 8 * dtype.itemsize + 8 * 4)
-    assert (base, rest) == (all_reduce, 0)
-    assert rows % 2 == 0 and 0 < rows < 20  # some of the 10 tokens, to 2 experts each
+    with_adapter = int((whole_layer(tensor_parallel(case, 2, fully_sharded=True)).inputs.token_slots_T >= 0).sum())
+    assert 0 < with_adapter < 10
+    assert (base, lora - base) == (all_reduce, 2 * with_adapter * (8 * dtype.itemsize + 8 * 4))  # to 2 experts each
 
 
 def test_backends_that_add_deltas_inside_their_gemms_are_refused_when_fully_sharded() -> None:

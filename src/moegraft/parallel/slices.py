@@ -10,7 +10,7 @@ With a granule of 4 (scale groups): shares of 8: [0, 8), [8, 16), [16, 19) with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -78,19 +78,6 @@ def contiguous_experts(num_experts: int, world: int, rank: int) -> tuple[int, ..
 def round_robin_experts(num_experts: int, world: int, rank: int) -> tuple[int, ...]:
     """Global ids of the experts of a rank, dealt out one by one."""
     return tuple(range(rank, num_experts, world))
-
-
-def gathered_lanes(rank_of_adapter: int, local_rank: int, widest_local: int, world: int) -> Iterator[int]:
-    """Where lane j of an adapter stands in the low-rank rows of all ranks, laid side by side.
-
-    A rank's row is ``widest_local`` lanes wide (the widest of any adapter in the batch), of which ``local_rank`` are
-    this adapter's: lane j is lane j % local_rank of rank j // local_rank. Worked example: rank 3 on 2 ranks beside an
-    adapter of rank 8: local ranks 2 and 4, rows [a0 a1 . . | a2 0 . .], lanes at 0, 1, 4.
-    """
-    if local_rank * world < rank_of_adapter:
-        raise ValueError(f"{world} ranks of {local_rank} lanes cannot hold {rank_of_adapter}")
-    for lane in range(rank_of_adapter):
-        yield lane // local_rank * widest_local + lane % local_rank
 
 
 def count(pieces: Sequence[tuple[int, int]]) -> int:

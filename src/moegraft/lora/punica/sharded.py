@@ -7,7 +7,7 @@ fully sharded experts (S-LoRA, arXiv 2311.03285) and maps whose low-rank rows ar
 All ranks of the group bring the same rows and the same adapters, and call together.
 
 Shape letters: N routed rows · L rows with an adapter · M rows · R rank lanes · D hidden size · F local columns of F ·
-I, O local input and output features · V vocabulary · W ranks of the group
+I, O local input and output features · W ranks of the group
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moegraft.lora.punica.cpu import (
 from moegraft.lora.punica.paged import FactorIndex
 from moegraft.lora.slicing import cut_tensor, pad_axis
 from moegraft.parallel.collectives import Communicator
-from moegraft.parallel.rank_slice import LinearSlice, Share
+from moegraft.parallel.rank_slice import LinearSlice
 from moegraft.parallel.slices import Shard, shard
 
 
@@ -139,7 +139,9 @@ class ShardedLinearPunica(PunicaWrapperCPU):
 def gather_lanes(v_LR: torch.Tensor, index: FactorIndex, segments: LoRASegments, tp: Communicator) -> torch.Tensor:
     """Low-rank rows of all ranks side by side, in the order of each adapter's lanes: [L, W * R].
 
-    ``index`` is of A, whose rank here is the share of a rank; see ``parallel.slices.gathered_lanes``.
+    ``index`` is of A, whose rank here is the share of a rank. A rank's row is as wide as the widest share of any
+    adapter in the batch: lane j of an adapter with shares of r lanes is lane j % r of rank j // r. Worked example: rank
+    3 beside rank 8 on 2 ranks, shares of 2 and 4: rows [a0 a1 . . | a2 0 . .], lanes at 0, 1, 4.
     """
     rows, widest = v_LR.shape
     gathered_WLR = tp.all_gather(v_LR.contiguous()).view(tp.size, rows, widest)
@@ -158,16 +160,3 @@ def gather_columns(own_LO: torch.Tensor, num_columns: int, tp: Communicator) -> 
     own_LO = pad_axis(own_LO, 1, padded).contiguous()
     gathered_WLO = tp.all_gather(own_LO).view(tp.size, own_LO.shape[0], padded)
     return gathered_WLO.transpose(0, 1).reshape(own_LO.shape[0], tp.size * padded)[:, :num_columns]
-
-
-def vocabulary_rows(
-    a_RV: torch.Tensor, ids_L: torch.Tensor, share: Share, num_embeddings: int, tp: Communicator
-) -> torch.Tensor:
-    """Low-rank rows [L, R] of tokens, from an A [R, V of this rank] that is cut along the vocabulary.
-
-    A token is looked up on the one rank that has it; the others add zeros.
-    """
-    mine = share.of(num_embeddings)
-    is_mine_L = (ids_L >= mine.start) & (ids_L < mine.stop)
-    v_LR = a_RV[:, torch.where(is_mine_L, ids_L - mine.start, 0)].t()
-    return tp.all_reduce(v_LR.masked_fill(~is_mine_L[:, None], 0).contiguous())
