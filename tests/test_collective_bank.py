@@ -268,14 +268,17 @@ def test_wrong_calls_end_in_one_error_on_all_ranks(world2: WorldPool, tmp_path: 
 
 
 def _pin(path: Path) -> dict[str, Any]:
-    """Rank 1 finds no room for an adapter that is to stay."""
-    rank = Rank(DATA_PARALLEL)
+    """Rank 1 finds no room for an adapter that is to stay, and names another one."""
+    rank = Rank(DATA_PARALLEL, pages=80)
     rank.load(path, "a")
+    rank.load(path, "other")
 
     def no_room(name: str) -> None:
         raise AdapterMemoryError(f"no room for {name!r}")
 
     found: dict[str, Any] = {"unknown": rank.refused(lambda: rank.bank.pin("b"))}
+    mine = "other" if rank.groups.rank else "a"
+    found["names differ"] = rank.refused(lambda: rank.bank.pin(mine))
     with pytest.MonkeyPatch.context() as patch:
         if rank.groups.rank == 1:
             patch.setattr(rank.local, "pin", no_room)
@@ -290,6 +293,7 @@ def test_an_adapter_is_pinned_on_all_ranks_or_on_none(world2: WorldPool, tmp_pat
     first, second = world2.run(_pin, save_adapter(tmp_path / "a"))
     assert same_error([first["no room"], second["no room"]]) == (AdapterMemoryError, "rank 1: no room for 'a'")
     assert same_error([first["unknown"], second["unknown"]])[0] is UnknownAdapterError
+    assert same_error([first["names differ"], second["names differ"]])[0] is AdapterNameError
     assert [(found["before"], found["after"]) for found in (first, second)] == [(False, True)] * 2
 
 

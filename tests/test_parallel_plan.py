@@ -69,6 +69,20 @@ def test_tensor_parallel_plan(
         assert result.adapter_bytes["everything"] < 0.9 * alone.adapter_bytes["everything"]
 
 
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_tensor_parallel_plan_on_four_ranks(
+    family: str, cases: dict[str, ModelCase], tmp_path_factory: pytest.TempPathFactory, world4: WorldPool
+) -> None:
+    """Families whose heads and columns four ranks can share."""
+    case = replace(_case(cases, family, tmp_path_factory), plan={"tp_plan": "auto", "tp_size": 4})
+    case = replace(case, names=(None, "everything", "experts"))
+    case = replace(case, adapters={name: case.adapters[name] for name in ("everything", "experts")})
+    alone, results = run_alone(case), world4.run(run_rank, case)
+    check_ranks(case, results, alone)
+    for result in results:
+        assert result.experts_bytes * 4 == alone.experts_bytes
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "olmoe"])
 def test_expert_parallel_plan(
     family: str, cases: dict[str, ModelCase], tmp_path_factory: pytest.TempPathFactory, world2: WorldPool

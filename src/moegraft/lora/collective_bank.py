@@ -161,7 +161,11 @@ class CollectiveBank:
 
         with self._lock:
             _, told = self._together(pin_it, undo=unpin_it)
-            _check_same_names(told)
+            try:
+                _check_same_names(told)
+            except AdapterNameError:
+                unpin_it()
+                raise
 
     def acquire(self, names: Sequence[str | None]) -> GroupBatch:
         """Holds the adapters of a batch of all ranks; ``names``: one a row of this rank (None = base), maybe no row.
