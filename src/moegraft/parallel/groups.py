@@ -107,6 +107,8 @@ class ParallelGroups:
                 tp=communicator("tensor-parallel", [config.tp_ranks(ep_rank) for ep_rank in range(config.ep)]),
                 ep=communicator("expert-parallel", [config.ep_ranks(tp_rank) for tp_rank in range(config.tp)]),
             )
+            # No rank goes on, and is lost, while others still make their groups.
+            parallel.control.all_gather_object(None)
         except RuntimeError as error:
             for group in made:
                 dist.destroy_process_group(group)
