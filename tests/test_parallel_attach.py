@@ -292,7 +292,7 @@ def test_generate_ends_where_a_rank_has_left_it() -> None:
     assert second[0] == "ZeroDivisionError: between two tokens"
     error, seconds = first
     assert error.startswith("ParallelError: rank 0"), error
-    assert seconds < 7.0
+    assert seconds < 12.0
 
 
 def test_an_adapter_is_unloaded_without_the_lock_that_loading_takes_last(qwen3: ModelCase) -> None:

@@ -252,5 +252,5 @@ def fail_between_tokens(config: ParallelConfig) -> tuple[str, float]:
         error = told(lambda: graft.generate(input_ids=ids, max_new_tokens=4, do_sample=False, **processors))
         seconds = time.monotonic() - began
         if processors:
-            time.sleep(8.0)  # alive and silent: a process that ended would be noticed at once
+            time.sleep(14.0)  # alive and silent: a process that ended would be noticed at once
         return error, seconds
