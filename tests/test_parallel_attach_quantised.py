@@ -1,4 +1,4 @@
-"""attach(parallel=...) to experts in formats whose scales serve groups of columns: cut between groups, sent packed."""
+"""attach(parallel=...) to quantised experts: cut between the groups of columns that share a scale, sent packed."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def run_quantised(case: ModelCase, packing: str) -> Logits:
         )
 
 
-@pytest.mark.parametrize("packing", ["fp8 block", "int4", "mxfp4"])
+@pytest.mark.parametrize("packing", ["int8", "fp8 block", "int4", "mxfp4"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_together_are_one_process(
     qwen3: ModelCase, world2: WorldPool, world4: WorldPool, layout: str, packing: str
 ) -> None:
     """Logits and deltas as in one process; a base row as in the same ranks' run without adapters, to the bit.
 
-    The experts have fewer columns than a group of scales serves: all of them lie on the first rank of a tensor-parallel
-    group, and the others compute zeros.
+    But in int8 the experts have fewer columns than a group of scales serves: all of them lie on the first rank of a
+    tensor-parallel group, and the others compute zeros.
     """
     config = LAYOUTS[layout]
     case = replace(qwen3, config=config)

@@ -15,28 +15,10 @@ import torch
 import transformers
 
 import moegraft
-from moegraft.integrations.transformers.storage import experts_weights, give_up_experts, pack_experts
-from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.parallel import ParallelConfig
 from moegraft.parallel.expert_map import ExpertMap
 from support.families import build
-from support.formats import PACKS
 from support.parallel_models import GENERATE, ModelCase, make_batch
-
-
-def run_packed(case: ModelCase, packing: str) -> torch.Tensor:
-    model = build(case.family)
-    for name, target in discover_targets(model).experts.items():
-        module = model.get_submodule(name)
-        pack = PACKS[packing].pack
-        assert pack is not None
-        packed = pack(experts_weights(module, target))  # type: ignore[arg-type]
-        give_up_experts(module)
-        pack_experts(module, packed, torch.float32)
-    with moegraft.attach(model, adapter_memory="64MiB", parallel=case.config) as graft:
-        for name, path in case.adapters.items():
-            graft.load_adapter(path, name=name)
-        return graft(**make_batch(len(case.names)), adapters=case.names).logits
 
 
 def hold_and_give_up(config: ParallelConfig) -> dict[str, Any]:
