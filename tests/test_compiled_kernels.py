@@ -34,11 +34,14 @@ def compiled(
     *,
     rank: int = 64,
     as_gpt_oss: bool = False,
+    int8: bool = False,
 ) -> list[dict[str, Any]]:
     """The kernels of a call without adapters and one with, for every number of tokens."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    case = json.dumps({**device, "layer": layer, "tokens": tokens, "rank": rank, "as_gpt_oss": as_gpt_oss})
+    case = json.dumps(
+        {**device, "layer": layer, "tokens": tokens, "rank": rank, "as_gpt_oss": as_gpt_oss, "int8": int8}
+    )
     done = subprocess.run(
         [sys.executable, str(SCRIPT), case], env=environment, capture_output=True, text=True, check=False
     )
@@ -109,3 +112,11 @@ def test_the_device_is_asked_for_its_shared_memory(monkeypatch: pytest.MonkeyPat
         assert tuning_device() == TuningDevice(name="NVIDIA L4", capability=(8, 9), shared_memory=99 * KIB)
     finally:
         tuning_device.cache_clear()
+
+
+def test_scales_and_biases_round_alike_with_lanes_and_without(tmp_path: Path) -> None:
+    """A product that is merged with the sum behind it is rounded once: base rows would have other bits."""
+    kernels = compiled(HOPPER, (4, 160, 192, 2), [16], tmp_path, rank=16, int8=True)
+    for name in ("gemm13", "gemm2"):
+        without, with_lanes = (kernel["arithmetic"] for kernel in kernels if kernel["kernel"] == name)
+        assert without == with_lanes and without[0] > 0

@@ -74,19 +74,25 @@ def check(routing: MoERouting, reference: ReferenceRouting, lora: LoRABatch | No
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("with_lora", [True, False])
-@pytest.mark.parametrize("path", ["one_chunk", "collected", "bounds"])
+@pytest.mark.parametrize("path", ["one_chunk", "collected", "bounds", "few", "few_collected"])
 def test_routing_matches_reference(case: MoECase, with_lora: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path != "one_chunk":
+    """``few``: as with many slots; ``few_collected``: that also for more rows in all, some experts having too many."""
+    if path in ("collected", "bounds"):
         monkeypatch.setattr(host, "SORT_CELLS", 1)
     if path == "bounds":
         monkeypatch.setattr(host, "DENSE_ROWS", 0)
+    if path.startswith("few"):
+        monkeypatch.setattr(host, "FEW_SLOTS", 0)
+        monkeypatch.setattr(host, "FEW_ROWS", 0 if path == "few_collected" else 128)
     inputs = make_inputs(case, device=DEVICE)
     lora = make_lora_batch(case, inputs) if with_lora else None
     routing = route(inputs, lora)
     check(routing, route_rows_reference(inputs.topk_ids_TK, lora, num_experts=6, block_m=16, tile_m=16), lora)
 
 
-def test_lanes_point_at_the_rows_of_b() -> None:
+@pytest.mark.parametrize("few_slots", [0, host.FEW_SLOTS])
+def test_lanes_point_at_the_rows_of_b(few_slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "FEW_SLOTS", few_slots)
     case = CASES[1]
     inputs = make_inputs(case, device=DEVICE)
     lora = make_lora_batch(case, inputs)

@@ -14,11 +14,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.tables import NUM_FIELDS, ExpertsFactor, ExpertsTables
 from moegraft.kernels import launch, tma
 from moegraft.kernels.base_product import host as base_product_host
 from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
 from moegraft.tuning import heuristic, table
 from moegraft.tuning.device import TuningDevice
 
@@ -58,6 +59,28 @@ def layer(E: int, D: int, F: int, *, as_gpt_oss: bool) -> MoEWeights:
     return MoEWeights(w13=w13, w2=w2, is_transposed=as_gpt_oss, is_interleaved=as_gpt_oss)
 
 
+def int8_layer(E: int, D: int, F: int) -> MoEWeights:
+    """With biases and GELU, whose sums a compiler could merge with the scales of the columns."""
+
+    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    return MoEWeights(
+        w13=empty(E, 2 * F, D, dtype=torch.int8),
+        w2=empty(E, D, F, dtype=torch.int8),
+        b13=empty(E, 2 * F),
+        b2=empty(E, D),
+        activation=Activation(kind=ActivationKind.GELU),
+        quantisation=Quantisation(
+            format=WeightFormat.INT8,
+            scales13=empty(E, 2 * F, dtype=torch.float32),
+            scales2=empty(E, D, dtype=torch.float32),
+            hidden_size=D,
+            intermediate_size=F,
+        ),
+    )
+
+
 def adapters(E: int, T: int, rank: int, slots: int = 8) -> LoRABatch:
     def ints(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device="meta")
@@ -87,6 +110,7 @@ def describe(name: str, kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
         "waits": first("griddepcontrol.wait"),
         "reads": first("ld.global", "cp.async", "cp.async.bulk"),
         "multiplies": first("mma.sync", "wgmma.mma_async"),
+        "arithmetic": [sum(word in line for line in ptx) for word in ("fma.rn.f32", "mul.f32", "add.f32")],
     }
 
 
@@ -102,7 +126,7 @@ def main() -> None:
 
     JITFunction.run = compile_only
     E, D, F, K = case["layer"]
-    weights = layer(E, D, F, as_gpt_oss=case["as_gpt_oss"])
+    weights = int8_layer(E, D, F) if case["int8"] else layer(E, D, F, as_gpt_oss=case["as_gpt_oss"])
     for T in case["tokens"]:
         x_TD = torch.empty(T, D, dtype=torch.bfloat16, device="meta")
         ids_TK, weights_TK = (torch.empty(T, K, dtype=dtype, device="meta") for dtype in (torch.int32, torch.float32))

@@ -111,6 +111,16 @@ def load_low_rank(u_ptr, pool_ptr, segment, granule, element, positions, row_seg
 
 
 @triton.jit
+def scaled(acc, scale):
+    """acc * scale, rounded before anything is added to it.
+
+    The compiler would make one instruction of a product and the bias behind it, but not where the lanes of LoRA come
+    between the two: rows without adapter would have other bits in a batch with adapters.
+    """
+    return tl.fma(acc, scale, 0.0)
+
+
+@triton.jit
 def activate(gate, up, KIND: tl.constexpr, GATED: tl.constexpr, alpha, limit):
     """h = kind(gate) * up in float32; ungated: kind(gate). The reference: core/activation.py."""
     if KIND == SWIGLU_OAI:

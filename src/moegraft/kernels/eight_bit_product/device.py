@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moegraft.kernels.device_lib import scaled
 from moegraft.kernels.moe_quantise.device import quantise_group
 
 BLOCK = tl.constexpr(128)
@@ -87,7 +88,7 @@ def _fp8_columns(x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, expert, 
         x_scale = x_scale[None, :]
     else:
         x_scale = x_scale[:, None]
-    return acc_gate * x_scale, acc_up * x_scale
+    return scaled(acc_gate, x_scale), scaled(acc_up, x_scale)
 
 
 @triton.jit
@@ -190,4 +191,4 @@ def _scale_columns(acc_gate, acc_up, w_scale_ptr, expert, columns, columns_live,
         up_scale, gate_scale = up_scale[:, None], gate_scale[:, None]
     else:
         up_scale, gate_scale = up_scale[None, :], gate_scale[None, :]
-    return acc_gate * gate_scale, acc_up * up_scale
+    return scaled(acc_gate, gate_scale), scaled(acc_up, up_scale)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
+from moegraft.kernels.device_lib import scaled
+
 GRANULE = tl.constexpr(128)
 RUN = tl.constexpr(32)
 SMALL_BLOCK_M = tl.constexpr(32)
@@ -102,9 +104,9 @@ def _four_bit_product(x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expe
                 if GATED:
                     scales = _load_words(w_scale_ptr, here + row)
     if SCALE_GROUP == 0:
-        acc_up = _scale_columns(acc_up, tl.load(w_scale_ptr + first + up_row), SWAPPED)
+        acc_up = scaled(acc_up, _along_columns(tl.load(w_scale_ptr + first + up_row), SWAPPED))
         if GATED:
-            acc_gate = _scale_columns(acc_gate, tl.load(w_scale_ptr + first + row), SWAPPED)
+            acc_gate = scaled(acc_gate, _along_columns(tl.load(w_scale_ptr + first + row), SWAPPED))
     return acc_gate, acc_up
 
 
@@ -130,7 +132,7 @@ def _add_granule(acc, x_ptrs, live, k, words, scale_ptr, zero_ptr, scales, index
                 total = _dot(x, w, total, SWAPPED, PRECISION)
                 if j % RUNS == RUNS - 1:
                     s = _scale_of(scale_ptr, scales, j, E2M1, SCALE_GROUP, DTYPE)
-                    acc += _scale_columns(total, s, SWAPPED)
+                    acc = tl.fma(total, _along_columns(s, SWAPPED), acc)
             else:
                 acc = _dot(x, w, acc, SWAPPED, PRECISION)
     else:
@@ -254,12 +256,13 @@ def _zero_of(ptr, words, j: tl.constexpr, SCALE_GROUP: tl.constexpr, DTYPE: tl.c
 
 
 @triton.jit
-def _scale_columns(acc, scale, SWAPPED: tl.constexpr):
+def _along_columns(scale, SWAPPED: tl.constexpr):
+    """A column's scale beside its sums, in float32."""
     if SWAPPED:
-        acc *= scale.to(tl.float32)[:, None]
+        scale = scale.to(tl.float32)[:, None]
     else:
-        acc *= scale.to(tl.float32)[None, :]
-    return acc
+        scale = scale.to(tl.float32)[None, :]
+    return scale
 
 
 @triton.jit

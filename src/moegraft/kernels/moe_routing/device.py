@@ -102,6 +102,25 @@ def _place_rows(rows, is_mine, one_hot, next_position, slot_first, order_ptr, se
 
 
 @triton.jit
+def _sort_few(rows, live, first, slots_ptr, order_ptr, segment_ptr, K: tl.constexpr, FEW: tl.constexpr):
+    """Sorts at most FEW ascending rows by comparing each with each; whatever is done after costs FEW, not S.
+
+    Returns slot, rows and first position of segments [FEW], each at the place of its first row; elsewhere 0 rows.
+    """
+    slot = tl.where(live, tl.load(slots_ptr + rows // K, mask=live, other=-1), 2**31 - 1)
+    place = tl.arange(0, FEW)
+    is_earlier = (place[None, :] < place[:, None]) & (slot[None, :] == slot[:, None])
+    sorted_place = tl.sum((is_earlier | (slot[None, :] < slot[:, None])).to(tl.int32), axis=1)
+    tl.store(order_ptr + first + sorted_place, rows, mask=live)
+    slot_at = tl.sum(tl.where(sorted_place[None, :] == place[:, None], slot[None, :], 0), axis=1)
+    num_before = tl.sum((slot[None, :] < slot_at[:, None]).to(tl.int32), axis=1)
+    num_same = tl.sum((slot[None, :] == slot_at[:, None]).to(tl.int32), axis=1)
+    is_row = place < tl.sum(live.to(tl.int32), 0)
+    tl.store(segment_ptr + first + place, first + num_before, mask=is_row)
+    return slot_at, tl.where(is_row & (num_before == place), num_same, 0), first + place
+
+
+@triton.jit
 def _exclusive_sum(x):
     return tl.cumsum(x, 0) - x
 
@@ -133,7 +152,7 @@ def _write_blocks(block_ptr, me, first, end, first_block, end_block, slot_rows, 
 
 
 @triton.jit
-def _write_tiles(tile_ptr, me, first_tile, end_tile, slot_rows, slot_first, has_work, S_BINS: tl.constexpr,
+def _write_tiles(tile_ptr, me, first_tile, end_tile, slot, slot_rows, slot_first, has_work,
                  TILE_M: tl.constexpr):  # fmt: skip
     """Records of the tiles of the expert's segments that have LoRA work; the rest of its share is empty."""
     num_tiles = tl.where(has_work, (slot_rows + TILE_M - 1) // TILE_M, 0)
@@ -141,7 +160,7 @@ def _write_tiles(tile_ptr, me, first_tile, end_tile, slot_rows, slot_first, has_
     for i in range(tl.max(num_tiles, 0)):
         live = i < num_tiles
         tl.store(record + i * 8 + 0, tl.zeros_like(slot_rows) + me, mask=live)
-        tl.store(record + i * 8 + 1, tl.arange(0, S_BINS) - 1, mask=live)
+        tl.store(record + i * 8 + 1, slot, mask=live)
         tl.store(record + i * 8 + 2, slot_first + i * TILE_M, mask=live)
         tl.store(record + i * 8 + 3, tl.minimum(slot_first + (i + 1) * TILE_M, slot_first + slot_rows), mask=live)
         tl.store(record + i * 8 + 4, tl.zeros_like(slot_rows), mask=live)
@@ -153,13 +172,12 @@ def _write_tiles(tile_ptr, me, first_tile, end_tile, slot_rows, slot_first, has_
 
 
 @triton.jit
-def _write_lanes(lane_segment_ptr, granule_ptr, element_ptr, lane_capacity, first_lane, granules, slot_first, index,
-                 page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_FIRST: tl.constexpr,
-                 NUM_B: tl.constexpr, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr, S_BINS: tl.constexpr,
+def _write_lanes(lane_segment_ptr, granule_ptr, element_ptr, lane_capacity, first_lane, granules, slot, slot_first,
+                 index, page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_FIRST: tl.constexpr,
+                 NUM_B: tl.constexpr, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr,
                  LANES: tl.constexpr):  # fmt: skip
     """Every lane that the expert's slots bring to a B factor: its segment, its granule of u, where its row of B is."""
     rows_per_page: tl.constexpr = PAGE_ELEMS // COLUMNS
-    slot = tl.arange(0, S_BINS) - 1
     for start in range(0, tl.max(granules, 0) * GRANULE, LANES):
         j = start + tl.arange(0, LANES)
         in_list = j[None, :] < (granules * GRANULE)[:, None]
@@ -185,30 +203,122 @@ def _write_lanes(lane_segment_ptr, granule_ptr, element_ptr, lane_capacity, firs
 
 
 @triton.jit
+def _load_slots(slot, is_slot, me, tables):
+    """(index of the expert among the slot's or -1, rank of the gate's B, of up's, of down's)."""
+    _, factors_ptr, expert_index_ptr, _, stride_fs, stride_es = tables
+    ranks_ptr = factors_ptr + slot * stride_fs + FIELD_RANK
+    index = tl.load(expert_index_ptr + slot * stride_es + me, mask=is_slot, other=-1)
+    rank_gate = tl.load(ranks_ptr + B_GATE * NUM_FIELDS, mask=is_slot, other=0)
+    rank_up = tl.load(ranks_ptr + B_UP * NUM_FIELDS, mask=is_slot, other=0)
+    rank_down = tl.load(ranks_ptr + B2 * NUM_FIELDS, mask=is_slot, other=0)
+    return index, rank_gate, rank_up, rank_down
+
+
+@triton.jit
+def _write_lists(lists, tables, me, share, slot, slot_rows, slot_first, loaded, S: tl.constexpr, D: tl.constexpr,
+                 F: tl.constexpr, GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr,
+                 GRANULES2: tl.constexpr, BLOCK_M: tl.constexpr, TILE_M: tl.constexpr,
+                 LANES: tl.constexpr):  # fmt: skip
+    """The expert's blocks, tiles and lanes, from its segments in the order of their slots."""
+    (block_ptr, tile_ptr, segment13_ptr, lane13_ptr, element13_ptr, segment2_ptr, lane2_ptr, element2_ptr, capacity13,
+     capacity2) = lists  # fmt: skip
+    page_table_ptr, factors_ptr, _, stride_pages, stride_fs, _ = tables
+    first, end, first_block, end_block, first_segment, first_tile, end_tile = share
+    index, rank_gate, rank_up, rank_down = loaded
+    has_work = (slot_rows > 0) & (index >= 0)
+    granules13 = tl.where(has_work, (tl.maximum(rank_gate, rank_up) + GRANULE - 1) // GRANULE, 0)
+    granules2 = tl.where(has_work, (rank_down + GRANULE - 1) // GRANULE, 0)
+    has_work = granules13 + granules2 > 0
+    first_lane13 = first_segment * (GRANULES13 * GRANULE) + _exclusive_sum(granules13) * GRANULE
+    first_lane2 = first_segment * (GRANULES2 * GRANULE) + _exclusive_sum(granules2) * GRANULE
+    _write_blocks(
+        block_ptr, me, first, end, first_block, end_block, slot_rows, slot_first, first_lane13, granules13, first_lane2,
+        granules2, S, BLOCK_M,
+    )  # fmt: skip
+    _write_tiles(tile_ptr, me, first_tile, end_tile, slot, slot_rows, slot_first, has_work, TILE_M)
+    _write_lanes(
+        segment13_ptr, lane13_ptr, element13_ptr, capacity13, first_lane13, granules13, slot, slot_first, index,
+        page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_UP - GATED, 1 + GATED, F, PAGE_ELEMS, LANES,
+    )  # fmt: skip
+    _write_lanes(
+        segment2_ptr, lane2_ptr, element2_ptr, capacity2, first_lane2, granules2, slot, slot_first, index,
+        page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B2, 1, D, PAGE_ELEMS, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _route_few(lists, tables, me, share, rows, live, slots_ptr, order_ptr, segment_ptr, K: tl.constexpr,
+               FEW: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr,
+               PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr, GRANULES2: tl.constexpr, BLOCK_M: tl.constexpr,
+               TILE_M: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """An expert's share from at most FEW rows, ``rows`` where ``live``."""
+    slot, slot_rows, slot_first = _sort_few(rows, live, share[0], slots_ptr, order_ptr, segment_ptr, K, FEW)
+    loaded = _load_slots(slot, (slot_rows > 0) & (slot >= 0), me, tables)
+    _write_lists(
+        lists, tables, me, share, slot, slot_rows, slot_first, loaded, S, D, F, GATED, PAGE_ELEMS, GRANULES13,
+        GRANULES2, BLOCK_M, TILE_M, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _route_many(lists, tables, me, share, loaded, rows_ptr, ids_ptr, slots_ptr, order_ptr, segment_ptr, num_rows,
+                E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+                GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr, GRANULES2: tl.constexpr,
+                BLOCK_M: tl.constexpr, TILE_M: tl.constexpr, S_BINS: tl.constexpr, ROWS: tl.constexpr,
+                LANES: tl.constexpr, ONE_CHUNK: tl.constexpr):  # fmt: skip
+    """An expert's share by counting its rows in a bin a slot, ROWS at a time; collected at ``rows_ptr`` or all rows."""
+    first, end = share[0], share[1]
+    rows = tl.arange(0, ROWS)
+    if ONE_CHUNK:
+        is_mine = _load_experts(rows, ids_ptr, num_rows, E) == me
+        one_hot = _slot_one_hot(rows, is_mine, slots_ptr, K, S_BINS)
+        slot_rows = tl.sum(one_hot, 0)
+        slot_first = first + _exclusive_sum(slot_rows)
+        _place_rows(rows, is_mine, one_hot, slot_first, slot_first, order_ptr, segment_ptr)
+    else:
+        slot_rows = tl.zeros([S_BINS], tl.int32)
+        for start in range(first, end, ROWS):
+            live = start + rows < end
+            chunk = tl.load(rows_ptr + start + rows, mask=live, other=0)
+            slot_rows += tl.sum(_slot_one_hot(chunk, live, slots_ptr, K, S_BINS), 0)
+        slot_first = first + _exclusive_sum(slot_rows)
+        next_position = slot_first
+        for start in range(first, end, ROWS):
+            live = start + rows < end
+            chunk = tl.load(rows_ptr + start + rows, mask=live, other=0)
+            one_hot = _slot_one_hot(chunk, live, slots_ptr, K, S_BINS)
+            _place_rows(chunk, live, one_hot, next_position, slot_first, order_ptr, segment_ptr)
+            next_position += tl.sum(one_hot, 0)
+    _write_lists(
+        lists, tables, me, share, tl.arange(0, S_BINS) - 1, slot_rows, slot_first, loaded, S, D, F, GATED, PAGE_ELEMS,
+        GRANULES13, GRANULES2, BLOCK_M, TILE_M, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
 def route_kernel(order_ptr, rows_ptr, segment_ptr, block_ptr, tile_ptr, lane_segment13_ptr, lane13_ptr, element13_ptr,
                  lane_segment2_ptr, lane2_ptr, element2_ptr, count_ptr, ids_ptr, slots_ptr, page_table_ptr, factors_ptr,
                  expert_index_ptr, stride_pages, stride_fs, stride_es, num_rows, lane_capacity13, lane_capacity2,
                  E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
                  GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr, GRANULES2: tl.constexpr,
                  BLOCK_M: tl.constexpr, TILE_M: tl.constexpr, E_BINS: tl.constexpr, S_BINS: tl.constexpr,
-                 CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr,
+                 CHUNK: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr,
                  ONE_CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program an expert: finds the expert's rows, sorts them by slot, writes its blocks, tiles and lanes.
 
-    No program reads what another one writes. ``ONE_CHUNK``: all rows of the batch fit in ROWS, so that the expert's
-    need not be collected first.
+    No program reads what another one writes. ``FEW``: up to so many rows of an expert are compared with each other,
+    which costs the same for any number of slots; more, and all where it is 0, are counted in a bin a slot.
+    ``ONE_CHUNK``: all rows of the batch fit in FEW, or in ROWS where that is 0, so that the expert's need not be
+    collected first.
     """
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
     me = tl.program_id(0)
-    if S > 0:  # read for all slots, before it is known which have rows: one round trip to memory less
-        slot = tl.arange(0, S_BINS) - 1
-        is_slot = (slot >= 0) & (slot < S)
-        index = tl.load(expert_index_ptr + slot * stride_es + me, mask=is_slot, other=-1)
-        ranks_ptr = factors_ptr + slot * stride_fs + FIELD_RANK
-        rank_gate = tl.load(ranks_ptr + B_GATE * NUM_FIELDS, mask=is_slot, other=0)
-        rank_up = tl.load(ranks_ptr + B_UP * NUM_FIELDS, mask=is_slot, other=0)
-        rank_down = tl.load(ranks_ptr + B2 * NUM_FIELDS, mask=is_slot, other=0)
+    slot = tl.arange(0, S_BINS) - 1
+    is_slot = (slot >= 0) & (slot < S)
+    tables = (page_table_ptr, factors_ptr, expert_index_ptr, stride_pages, stride_fs, stride_es)
+    if S > 0 and FEW == 0:  # read for all slots, before it is known which have rows: one round trip to memory less
+        loaded = _load_slots(slot, is_slot, me, tables)
     first, num_mine, first_block, end_block, first_segment, first_tile, end_tile = _expert_extent(
         me, ids_ptr, num_rows, E, S, BLOCK_M, TILE_M, E_BINS, CHUNK, DENSE
     )
@@ -223,48 +333,34 @@ def route_kernel(order_ptr, rows_ptr, segment_ptr, block_ptr, tile_ptr, lane_seg
             _collect_rows(me, first, ids_ptr, order_ptr, num_rows, E, CHUNK)
         _write_blocks(block_ptr, me, first, end, first_block, end_block, 0, 0, 0, 0, 0, 0, S, BLOCK_M)
     else:
-        rows = tl.arange(0, ROWS)
-        if ONE_CHUNK:
-            is_mine = _load_experts(rows, ids_ptr, num_rows, E) == me
-            one_hot = _slot_one_hot(rows, is_mine, slots_ptr, K, S_BINS)
-            slot_rows = tl.sum(one_hot, 0)
-            slot_first = first + _exclusive_sum(slot_rows)
-            _place_rows(rows, is_mine, one_hot, slot_first, slot_first, order_ptr, segment_ptr)
+        lists = (block_ptr, tile_ptr, lane_segment13_ptr, lane13_ptr, element13_ptr, lane_segment2_ptr, lane2_ptr,
+                 element2_ptr, lane_capacity13, lane_capacity2)  # fmt: skip
+        share = (first, end, first_block, end_block, first_segment, first_tile, end_tile)
+        if not ONE_CHUNK and num_mine > 0:
+            _collect_rows(me, first, ids_ptr, rows_ptr, num_rows, E, CHUNK)
+            tl.debug_barrier()  # the rows come back through memory
+        if FEW == 0:
+            _route_many(
+                lists, tables, me, share, loaded, rows_ptr, ids_ptr, slots_ptr, order_ptr, segment_ptr, num_rows, E, K,
+                S, D, F, GATED, PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, S_BINS, ROWS, LANES, ONE_CHUNK,
+            )  # fmt: skip
+        elif ONE_CHUNK:
+            few = tl.arange(0, FEW)
+            is_mine = _load_experts(few, ids_ptr, num_rows, E) == me
+            _route_few(
+                lists, tables, me, share, few, is_mine, slots_ptr, order_ptr, segment_ptr, K, FEW, S, D, F, GATED,
+                PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, GRANULE,
+            )  # fmt: skip
+        elif num_mine <= FEW:
+            is_mine = tl.arange(0, FEW) < num_mine
+            few = tl.load(rows_ptr + first + tl.arange(0, FEW), mask=is_mine, other=0)
+            _route_few(
+                lists, tables, me, share, few, is_mine, slots_ptr, order_ptr, segment_ptr, K, FEW, S, D, F, GATED,
+                PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, GRANULE,
+            )  # fmt: skip
         else:
-            slot_rows = tl.zeros([S_BINS], tl.int32)
-            if num_mine > 0:
-                _collect_rows(me, first, ids_ptr, rows_ptr, num_rows, E, CHUNK)
-                tl.debug_barrier()  # the rows come back through memory
-            for start in range(first, end, ROWS):
-                live = start + rows < end
-                chunk = tl.load(rows_ptr + start + rows, mask=live, other=0)
-                slot_rows += tl.sum(_slot_one_hot(chunk, live, slots_ptr, K, S_BINS), 0)
-            slot_first = first + _exclusive_sum(slot_rows)
-            next_position = slot_first
-            for start in range(first, end, ROWS):
-                live = start + rows < end
-                chunk = tl.load(rows_ptr + start + rows, mask=live, other=0)
-                one_hot = _slot_one_hot(chunk, live, slots_ptr, K, S_BINS)
-                _place_rows(chunk, live, one_hot, next_position, slot_first, order_ptr, segment_ptr)
-                next_position += tl.sum(one_hot, 0)
-
-        has_work = (slot_rows > 0) & (index >= 0)
-        granules13 = tl.where(has_work, (tl.maximum(rank_gate, rank_up) + GRANULE - 1) // GRANULE, 0)
-        granules2 = tl.where(has_work, (rank_down + GRANULE - 1) // GRANULE, 0)
-        has_work = granules13 + granules2 > 0
-        lane13 = first_segment * (GRANULES13 * GRANULE) + _exclusive_sum(granules13) * GRANULE
-        lane2 = first_segment * (GRANULES2 * GRANULE) + _exclusive_sum(granules2) * GRANULE
-        _write_blocks(
-            block_ptr, me, first, end, first_block, end_block, slot_rows, slot_first, lane13, granules13, lane2,
-            granules2, S, BLOCK_M,
-        )  # fmt: skip
-        _write_tiles(tile_ptr, me, first_tile, end_tile, slot_rows, slot_first, has_work, S_BINS, TILE_M)
-        _write_lanes(
-            lane_segment13_ptr, lane13_ptr, element13_ptr, lane_capacity13, lane13, granules13, slot_first, index,
-            page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_UP - GATED, 1 + GATED, F, PAGE_ELEMS,
-            S_BINS, LANES,
-        )  # fmt: skip
-        _write_lanes(
-            lane_segment2_ptr, lane2_ptr, element2_ptr, lane_capacity2, lane2, granules2, slot_first, index,
-            page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B2, 1, D, PAGE_ELEMS, S_BINS, LANES,
-        )  # fmt: skip
+            _route_many(
+                lists, tables, me, share, _load_slots(slot, is_slot, me, tables), rows_ptr, ids_ptr, slots_ptr,
+                order_ptr, segment_ptr, num_rows, E, K, S, D, F, GATED, PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M,
+                TILE_M, S_BINS, ROWS, LANES, False,
+            )  # fmt: skip

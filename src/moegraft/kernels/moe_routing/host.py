@@ -18,6 +18,10 @@ SORT_CELLS = 16384
 """Rows times slots that a program sorts at a time."""
 LANE_CELLS = 2048
 """Slots times lanes that a program resolves at a time."""
+FEW_SLOTS = 32
+"""With more slots (and the base), an expert's rows are compared with each other where they are few."""
+FEW_ROWS, FEW_ROWS_COLLECTED = 64, 32
+"""How many they may be: of a whole batch, so that they need not be collected first, and of one expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +83,16 @@ def _launch(
     num_rows, E = routing.num_rows, sizes.num_experts
     bins = 1 if lora is None else next_power_of_2(lora.num_slots + 1)
     sort_rows = max(32, min(1024, SORT_CELLS // bins))
-    one_chunk = num_rows <= sort_rows
+    few = 0
+    if bins > FEW_SLOTS:
+        few = max(32, next_power_of_2(num_rows)) if num_rows <= FEW_ROWS else FEW_ROWS_COLLECTED
+    one_chunk = num_rows <= (few or sort_rows)
     route_kernel[(E,)](
         buffers.order, buffers.rows, buffers.segment, buffers.blocks, buffers.tiles, *_lane_operands(buffers),
         buffers.counts, topk_ids_TK, *_lora_operands(lora, buffers, num_rows), E=E, K=routing.top_k,
         D=sizes.hidden_size, F=sizes.intermediate_size, GATED=sizes.gated, BLOCK_M=routing.block_m,
         TILE_M=routing.tile_m, E_BINS=next_power_of_2(E + 1), CHUNK=max(32, min(4096, next_power_of_2(num_rows))),
-        ROWS=max(32, next_power_of_2(num_rows)) if one_chunk else sort_rows, DENSE=num_rows <= DENSE_ROWS,
+        ROWS=max(32, next_power_of_2(num_rows)) if one_chunk else sort_rows, FEW=few, DENSE=num_rows <= DENSE_ROWS,
         ONE_CHUNK=one_chunk, num_warps=4 if num_rows <= 64 else 8, **_lora_sizes(lora),
         **pdl_options(topk_ids_TK.device),
     )  # fmt: skip
