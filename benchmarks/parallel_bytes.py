@@ -1,6 +1,7 @@
 """What an expert-parallel step sends against what its routing demands, and what it takes: real ranks over gloo.
 
     python benchmarks/parallel_bytes.py [--worlds 2,4] [--shapes qwen3-30b,...] [--tokens 1,32] [--formats bf16]
+                                        [--device cuda]
 
 Bytes are counted by the communicators as they send. What the routing demands is counted apart from the code that
 dispatches, token by token: each rank that holds an expert of a token is sent the token's row once and sends one sum
@@ -9,7 +10,8 @@ choices and the adapter's id of each row sent, and the exchanged counts) are lis
 
 Correctness first: a cell whose output or delta is off from one process's, or whose base rows have other bits than
 without adapters, is not reported, and the run fails. Ranks share this machine's cores: a step's time is that of all
-ranks' work, and F is small, so that it is the exchange that is seen. The last line is one JSON document.
+ranks' work, and F is small, so that it is the exchange that is seen. ``--device cuda``: a GPU a rank, over NCCL; each
+step is waited for, so that its time is what the host spends on it too. The last line is one JSON document.
 
 Shape letters: T tokens of a rank · K experts per token · E experts · D hidden size · F intermediate size · R ranks
 """
@@ -96,6 +98,7 @@ class Request:
     cells: tuple[Cell, ...]
     world: int
     steps: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ class Batch:
         return Batch(x=self.x[rows], ids=self.ids[rows], weights=self.weights[rows], names=self.names[rows])
 
 
-def make_batch(cell: Cell, world: int) -> Batch:
+def make_batch(cell: Cell, world: int, device: str = "cpu") -> Batch:
     generator = torch.Generator().manual_seed(7)
     shape, total = cell.shape, cell.tokens * world
     logits = torch.randn(total, shape.E, generator=generator)
@@ -120,17 +123,17 @@ def make_batch(cell: Cell, world: int) -> Batch:
     has_adapter = torch.rand(total, generator=generator) < cell.adapters
     which = torch.randint(NUM_ADAPTERS, (total,), generator=generator)
     return Batch(
-        x=torch.randn(total, shape.D, generator=generator).to(DTYPE),
-        ids=logits.topk(shape.K, dim=1).indices.int(),
-        weights=torch.rand(total, shape.K, generator=generator) / shape.K,
+        x=torch.randn(total, shape.D, generator=generator).to(device, DTYPE),
+        ids=logits.topk(shape.K, dim=1).indices.int().to(device),
+        weights=(torch.rand(total, shape.K, generator=generator) / shape.K).to(device),
         names=[f"a{i}" if has else None for i, has in zip(which.tolist(), has_adapter.tolist(), strict=True)],
     )
 
 
-def make_weights(shape: Shape, format_name: str) -> ExpertsWeights:
+def make_weights(shape: Shape, format_name: str, device: str = "cpu") -> ExpertsWeights:
     generator = torch.Generator().manual_seed(1)
-    w13 = torch.randn(shape.E, 2 * shape.F, shape.D, generator=generator) / shape.D**0.5
-    w2 = torch.randn(shape.E, shape.D, shape.F, generator=generator) / shape.F**0.5
+    w13 = (torch.randn(shape.E, 2 * shape.F, shape.D, generator=generator) / shape.D**0.5).to(device)
+    w2 = (torch.randn(shape.E, shape.D, shape.F, generator=generator) / shape.F**0.5).to(device)
     return Fp8Experts.pack(w13, w2) if format_name == "fp8" else DenseExperts(w13=w13.to(DTYPE), w2=w2.to(DTYPE))
 
 
@@ -167,7 +170,7 @@ class RankLayer:
         self.base: FusedMoE = build_parallel_moe(shape.config, local, groups, expert_map)[0]
         layout = BankLayout(local_targets(targets, mine), dtype=DTYPE)
         self.bank = CollectiveBank(
-            AdapterBank(layout, capacity_bytes=256 << 20, device="cpu", max_slots=NUM_ADAPTERS), groups
+            AdapterBank(layout, capacity_bytes=256 << 20, device=weights.device, max_slots=NUM_ADAPTERS), groups
         )
         generator = torch.Generator().manual_seed(2)
         spec = LoRASpec(r_gate=RANK_OF_ADAPTER, r_up=RANK_OF_ADAPTER, r2=RANK_OF_ADAPTER)
@@ -191,6 +194,8 @@ class RankLayer:
             for _ in range(count):
                 began = time.perf_counter()
                 out = self.base.apply_experts(batch.x, batch.weights, batch.ids, context)
+                if out.is_cuda:
+                    torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - began)
             sent = (self._sent_bytes() - before) / count
         return Steps(out=out, milliseconds=1e3 * statistics.median(seconds), sent_bytes=sent)
@@ -228,10 +233,10 @@ def work(request: Request, rank: int) -> list[dict[str, object]]:
     rows, layers, groups = [], {}, {}
     for cell in request.cells:
         if cell.layout not in groups:
-            groups[cell.layout] = ParallelGroups.create(LAYOUTS[cell.layout](request.world))
+            groups[cell.layout] = ParallelGroups.create(LAYOUTS[cell.layout](request.world), request.device)
         key = (cell.shape, cell.format, cell.layout)
         if key not in layers:
-            weights = make_weights(cell.shape, cell.format)
+            weights = make_weights(cell.shape, cell.format, request.device)
             one = RankLayer(cell.shape, weights, ParallelGroups.alone()) if rank == 0 else None
             layers = {key: (RankLayer(cell.shape, weights, groups[cell.layout]), one)}
         rows.append(run_cell(cell, request, groups[cell.layout], *layers[key]))
@@ -241,15 +246,17 @@ def work(request: Request, rank: int) -> list[dict[str, object]]:
 def run_cell(
     cell: Cell, request: Request, groups: ParallelGroups, layer: RankLayer, one: RankLayer | None
 ) -> dict[str, object]:
-    whole = make_batch(cell, request.world)
+    whole = make_batch(cell, request.world, request.device)
     is_split = cell.layout != "replicated"
     mine = whole.of(slice(groups.rank * cell.tokens, (groups.rank + 1) * cell.tokens)) if is_split else whole
 
     without, found = (layer.steps(mine, 1, lora=lora) for lora in (False, True))
-    outputs = groups.world.all_gather_object((without.out, found.out))
+    outputs = groups.world.all_gather_object((without.out.cpu(), found.out.cpu()))
     wrong = None
     if one is not None:
-        gathered = [torch.cat(parts) if is_split else parts[0] for parts in zip(*outputs, strict=True)]
+        gathered = [
+            (torch.cat(parts) if is_split else parts[0]).to(whole.x.device) for parts in zip(*outputs, strict=True)
+        ]
         wrong = check(gathered[0], gathered[1], one, whole)
     groups.world.barrier()
     # In turns, so that whatever else the machine does meets both.
@@ -279,7 +286,7 @@ def run_cell(
 def check(without: torch.Tensor, found: torch.Tensor, one: RankLayer, batch: Batch) -> str | None:
     """What is wrong with the outputs of all ranks, against one process."""
     expected_base, expected = (one.steps(batch, 1, lora=lora).out for lora in (False, True))
-    has_adapter = torch.tensor([name is not None for name in batch.names])
+    has_adapter = torch.tensor([name is not None for name in batch.names], device=found.device)
     errors = {"base": relative_error(without, expected_base), "output": relative_error(found, expected)}
     wrong = [f"{what} off by {error:.1e}" for what, error in errors.items() if not error <= MAX_OUTPUT_ERR]
     if has_adapter.any():
@@ -303,6 +310,11 @@ def make_cells(shapes: Sequence[Shape], formats: Sequence[str], tokens: Sequence
         for adapters in (0.0, 0.5, 1.0)
         if not (skewed and adapters != 0.5)
     )
+
+
+def device_name(device: str) -> str:
+    """ "cpu", or the GPU's name."""
+    return device if device == "cpu" else torch.cuda.get_device_name()
 
 
 def print_row(row: dict[str, object]) -> None:
@@ -331,16 +343,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=lambda s: list(map(int, s.split(","))), default=[1, 32])
     parser.add_argument("--formats", type=lambda s: s.split(","), default=["bf16", "fp8"])
     parser.add_argument("--steps", type=int, default=5, help=f"of each of {TURNS} turns")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
     for world in args.worlds:
-        request = Request(cells=make_cells(args.shapes, args.formats, args.tokens), world=world, steps=args.steps)
-        found = run_on_ranks(work, request, size=world, device=torch.device("cpu"))
+        cells = make_cells(args.shapes, args.formats, args.tokens)
+        request = Request(cells=cells, world=world, steps=args.steps, device=args.device)
+        found = run_on_ranks(work, request, size=world, device=torch.device(args.device))
         for row in found:
             print_row(row)
         rows += found
     wrong = sum(row["wrong"] is not None for row in rows)
-    print(json.dumps({"device": "cpu", "steps": args.steps, "cells": [row for row in rows if row["wrong"] is None]}))
+    right = [row for row in rows if row["wrong"] is None]
+    print(json.dumps({"device": device_name(args.device), "steps": args.steps, "cells": right}))
     if wrong:
         sys.exit(f"{wrong} cells are wrong and are not reported")
 

@@ -1,11 +1,13 @@
 """What a tensor-parallel step sends, keeps and takes: adapters cut along F, and fully sharded; real ranks over gloo.
 
     python benchmarks/parallel_tensor.py [--worlds 1,2,4] [--shapes qwen3-30b,...] [--tokens 1,32] [--steps 20]
+                                         [--device cuda]
 
 Every token of a cell with adapters uses one of four, of rank 8. Bytes are counted by the communicators as they send;
 what a rank keeps of the adapters is what its bank says. Correctness first: a cell whose output or delta is off from
 one process's is not reported, and the run fails. The ranks share this machine's cores, so a step's time is that of all
-ranks' work. Experts have the F of the model, of which there are fewer than it has. The last line is one JSON document.
+ranks' work. ``--device cuda``: a GPU a rank, over NCCL; each step is waited for. Experts have the F of the model, of
+which there are fewer than it has. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from parallel_bytes import Cell, RankLayer, Shape, check, make_batch, make_weights
+from parallel_bytes import Cell, RankLayer, Shape, check, device_name, make_batch, make_weights
 
 from moegraft.cli.launch import run_on_ranks
 from moegraft.parallel import ParallelConfig, ParallelGroups
@@ -37,16 +39,17 @@ class Request:
     world: int
     tokens: tuple[int, ...]
     steps: int
+    device: str
 
 
 def work(request: Request, rank: int) -> list[dict[str, object]]:
     """On every rank: one shape, both ways; the rows are rank 0's."""
     torch.set_num_threads(1)
-    weights = make_weights(request.shape, "bf16")
+    weights = make_weights(request.shape, "bf16", request.device)
     one = RankLayer(request.shape, weights, ParallelGroups.alone()) if rank == 0 else None
     rows = []
     for fully_sharded in (False, True) if request.world > 1 else (False,):
-        groups = ParallelGroups.create(ParallelConfig(tp=request.world, fully_sharded=fully_sharded))
+        groups = ParallelGroups.create(ParallelConfig(tp=request.world, fully_sharded=fully_sharded), request.device)
         layer = RankLayer(request.shape, weights, groups)
         rows += [run_cell(request, tokens, groups, layer, one) for tokens in request.tokens]
     return rows
@@ -56,7 +59,7 @@ def run_cell(
     request: Request, tokens: int, groups: ParallelGroups, layer: RankLayer, one: RankLayer | None
 ) -> dict[str, object]:
     cell = Cell(shape=request.shape, layout="tp", format="bf16", tokens=tokens, adapters=1.0, skewed=False)
-    batch = make_batch(cell, 1)
+    batch = make_batch(cell, 1, request.device)
     without, found = (layer.steps(batch, 1, lora=lora) for lora in (False, True))
     wrong = None if one is None else check(without.out, found.out, one, batch)
     groups.world.barrier()
@@ -98,17 +101,19 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=lambda s: tuple(map(int, s.split(","))), default=(1, 32))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
     for shape in args.shapes:
         for world in args.worlds:
-            request = Request(shape=shape, world=world, tokens=args.tokens, steps=args.steps)
-            found = run_on_ranks(work, request, size=world, device=torch.device("cpu"))
+            request = Request(shape=shape, world=world, tokens=args.tokens, steps=args.steps, device=args.device)
+            found = run_on_ranks(work, request, size=world, device=torch.device(args.device))
             for row in found:
                 print_row(row)
             rows += found
     wrong = sum(row["wrong"] is not None for row in rows)
-    print(json.dumps({"device": "cpu", "steps": args.steps, "cells": [row for row in rows if row["wrong"] is None]}))
+    right = [row for row in rows if row["wrong"] is None]
+    print(json.dumps({"device": device_name(args.device), "steps": args.steps, "cells": right}))
     if wrong:
         sys.exit(f"{wrong} cells are wrong and are not reported")
 

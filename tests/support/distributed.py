@@ -1,4 +1,4 @@
-"""Real processes over gloo for tests: a pool of N ranks runs one module-level function in all of them at once.
+"""Real processes for tests, over gloo or NCCL: a pool of N ranks runs one module-level function in all of them at once.
 
 Processes come from a fork server that has torch imported already, so that a pool costs tenths of a second, and a test
 that kills ranks can have a pool of its own.
@@ -44,17 +44,23 @@ class RankError(AssertionError):
 
 
 class WorldPool:
-    """``size`` processes in one gloo world, kept for many cases; a context manager.
+    """``size`` processes in one world, kept for many cases; a context manager.
 
     A case is ``function(*args)``, module-level, run by every rank at once; arguments and results travel as pickles.
     After a case that failed on any rank the processes are started anew: their groups may be out of step.
-    ``group_seconds``: timeout of the default group.
+    ``group_seconds``: timeout of the default group. ``device`` "cuda": rank r has GPU r, and NCCL beside gloo.
     """
 
     def __init__(
-        self, size: int, *, timeout_seconds: float = CASE_SECONDS, group_seconds: float = CASE_SECONDS
+        self,
+        size: int,
+        *,
+        timeout_seconds: float = CASE_SECONDS,
+        group_seconds: float = CASE_SECONDS,
+        device: str = "cpu",
     ) -> None:
         self.size = size
+        self.device = device
         self.timeout_seconds = timeout_seconds
         self.group_seconds = group_seconds
         self._ranks: list[tuple[Any, Connection]] = []
@@ -112,7 +118,7 @@ class WorldPool:
         meeting = Path(self._folder.name) / "meeting"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, self.size, str(meeting), self.group_seconds)
+            arguments = (theirs, rank, self.size, str(meeting), self.group_seconds, self.device)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -133,12 +139,16 @@ class WorldPool:
         return Outcome(died=True)
 
 
-def _serve(connection: Connection, rank: int, size: int, meeting: str, group_seconds: float) -> None:
+def _serve(connection: Connection, rank: int, size: int, meeting: str, group_seconds: float, device: str) -> None:
     torch.set_num_threads(1)
+    backend = "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl"
     # Mostly long: a case that fails is over at the pool's own deadline, and groups have timeouts of their own.
     timeout = timedelta(seconds=group_seconds)
     with suppress(KeyboardInterrupt, EOFError, ConnectionError):
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timeout)
         connection.send_bytes(_dump(Outcome()))
         while True:
             function, args = _load(connection.recv_bytes())

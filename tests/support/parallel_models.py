@@ -35,6 +35,7 @@ class ModelCase:
     checkpoint: Path | None = None
     plan: Mapping[str, Any] | None = None
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def rows(self, ep_rank: int) -> list[int]:
         """The rows of a rank: all, or where each brings its own, every ep-th."""
@@ -45,13 +46,13 @@ class ModelCase:
 
     def model(self) -> PreTrainedModel:
         if self.checkpoint is None:
-            return build(self.family).to(self.dtype)
+            return build(self.family).to(self.device, self.dtype)
         return AutoModelForCausalLM.from_pretrained(self.checkpoint, **dict(self.plan or {})).eval()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """Of a rank's rows: logits without and with adapters, generated tokens; what the rank holds."""
+    """Of a rank's rows: logits without and with adapters, generated tokens; what the rank holds, what serves it."""
 
     plain: torch.Tensor
     mixed: torch.Tensor
@@ -59,6 +60,7 @@ class ModelResult:
     experts_bytes: int
     adapter_bytes: dict[str, int]
     pages: dict[str, int]
+    backends: set[str]
 
 
 def make_batch(num_rows: int) -> dict[str, torch.Tensor]:
@@ -74,7 +76,7 @@ def make_batch(num_rows: int) -> dict[str, torch.Tensor]:
 
 def run_alone(case: ModelCase) -> ModelResult:
     """In one process, whatever the case's configuration."""
-    with moegraft.attach(build(case.family).to(case.dtype), adapter_memory="64MiB") as graft:
+    with moegraft.attach(build(case.family).to(case.device, case.dtype), adapter_memory="64MiB") as graft:
         return _run(graft, case, list(range(len(case.names))))
 
 
@@ -89,16 +91,17 @@ def run_rank(case: ModelCase) -> ModelResult:
 def _run(graft: GraftedModel, case: ModelCase, rows: list[int]) -> ModelResult:
     for name, path in case.adapters.items():
         graft.load_adapter(path, name=name)
-    batch = {key: tensor[rows] for key, tensor in make_batch(len(case.names)).items()}
+    batch = {key: tensor[rows].to(case.device) for key, tensor in make_batch(len(case.names)).items()}
     names = [case.names[row] for row in rows]
     prompts = {key: tensor for key, tensor in batch.items() if key != "position_ids"}
     result = ModelResult(
-        plain=graft(**batch, adapters=[None] * len(rows)).logits,
-        mixed=graft(**batch, adapters=names).logits,
-        tokens=graft.generate(**prompts, **GENERATE, adapters=names),
+        plain=graft(**batch, adapters=[None] * len(rows)).logits.cpu(),
+        mixed=graft(**batch, adapters=names).logits.cpu(),
+        tokens=graft.generate(**prompts, **GENERATE, adapters=names).cpu(),
         experts_bytes=sum(site.base.method.experts.weights.num_bytes for site in graft._sites.values()),
         adapter_bytes={name: graft.adapters[name].num_bytes for name in graft.adapters},
         pages={name: graft.adapters[name].num_pages for name in graft.adapters},
+        backends={choice.backend for choice in graft.explain()},
     )
     graft.bank.check_integrity()
     return result
