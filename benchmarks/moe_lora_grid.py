@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from grid_problem import (
     CELLS,
+    DTYPE,
     FORMATS,
     SHAPES,
     TOKENS,
@@ -181,7 +182,11 @@ def graph_us(call: Callable[[], object], *, batches: int = 7) -> float:
 
 def _compile(args: argparse.Namespace) -> None:
     """Fills Triton's cache: processes on the same GPU run their share of the cells once."""
-    parts = max(1, min(15, (os.cpu_count() or 2) - 1))
+    # Each holds a layer; one that is packed is for a while there in float32 too.
+    copies = 5 if args.format in ("fp8", "int8") else 2
+    largest = max(3 * shape.E * shape.F * shape.D for shape in args.shapes) * DTYPE.itemsize
+    room = torch.cuda.mem_get_info()[0] // (copies * largest)
+    parts = max(1, min(15, (os.cpu_count() or 2) - 1, room))
     command = [sys.executable, __file__, *sys.argv[1:], "--compile-part"]
     processes = [subprocess.Popen([*command, f"{part}/{parts}"]) for part in range(parts)]
     if sum(process.wait() for process in processes):

@@ -48,7 +48,8 @@ class WorldPool:
 
     A case is ``function(*args)``, module-level, run by every rank at once; arguments and results travel as pickles.
     After a case that failed on any rank the processes are started anew: their groups may be out of step.
-    ``group_seconds``: timeout of the default group. ``device`` "cuda": rank r has GPU r, and NCCL beside gloo.
+    ``group_seconds``: timeout of the default group. ``device`` "cuda": rank r has GPU r, and NCCL beside gloo;
+    where there are fewer GPUs, all ranks share the first, over gloo, which exchanges no rows of CUDA tensors.
     """
 
     def __init__(
@@ -142,9 +143,12 @@ class WorldPool:
 def _serve(connection: Connection, rank: int, size: int, meeting: str, group_seconds: float, device: str) -> None:
     torch.set_num_threads(1)
     backend = "gloo"
-    if device == "cuda":
+    if device == "cuda" and torch.cuda.device_count() >= size:
         torch.cuda.set_device(rank)
         backend = "cpu:gloo,cuda:nccl"
+    elif device == "cuda":
+        make_group = dist.new_group
+        dist.new_group = lambda *args, **options: make_group(*args, **{**options, "backend": "gloo"})
     # Mostly long: a case that fails is over at the pool's own deadline, and groups have timeouts of their own.
     timeout = timedelta(seconds=group_seconds)
     with suppress(KeyboardInterrupt, EOFError, ConnectionError):
