@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 
@@ -22,7 +23,7 @@ from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
 from moegraft.formats.scaled import Granularity
 from moegraft.kernels.four_bit_product.weights import four_bit_weights
-from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation
 from moegraft.lora.bank.layout import ALIGN_BYTES, DEFAULT_PAGE_BYTES, choose_page_elems
 
 BYTES_PER_S = 4.3e12
@@ -31,6 +32,7 @@ DTYPE = torch.bfloat16
 MAX_REL_ERR = 1e-2
 MAX_TOKEN_ERR = 5e-2
 """A wrong tile of 128 columns in one expert of 8 is 0.14 of a token; rounding is 0.005 in bf16 and 0.02 in fp8."""
+Weights = TypeVar("Weights", MoEWeights, Quantisation)
 Read = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -135,6 +137,18 @@ def kernel_weights(experts: ExpertsWeights) -> MoEWeights:
     from moegraft.moe.experts.triton_experts import kernel_weights as eight_bit_weights
 
     return eight_bit_weights(experts, Activation())
+
+
+def empty_like(weights: Weights, device: torch.device | str) -> Weights:
+    """The same tensors on this device, holding nothing: what is packed takes no more memory than it stores."""
+    changes: dict[str, object] = {}
+    for item in fields(weights):
+        value = getattr(weights, item.name)
+        if isinstance(value, torch.Tensor):
+            changes[item.name] = torch.empty_like(value, device=device)
+        elif isinstance(value, Quantisation):
+            changes[item.name] = empty_like(value, device)
+    return replace(weights, **changes)
 
 
 def _int4(E: int, rows: int, length: int, *, device: torch.device | str) -> Int4Matrix:

@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from grid_problem import (
     CELLS,
-    DTYPE,
     FORMATS,
     SHAPES,
     TOKENS,
@@ -36,6 +35,7 @@ from grid_problem import (
     LayerShape,
     check_layer,
     empty_adapters,
+    empty_like,
     floor_us,
     kernel_weights,
     lora_batch,
@@ -182,11 +182,7 @@ def graph_us(call: Callable[[], object], *, batches: int = 7) -> float:
 
 def _compile(args: argparse.Namespace) -> None:
     """Fills Triton's cache: processes on the same GPU run their share of the cells once."""
-    # Each holds a layer; one that is packed is for a while there in float32 too.
-    copies = 5 if args.format in ("fp8", "int8") else 2
-    largest = max(3 * shape.E * shape.F * shape.D for shape in args.shapes) * DTYPE.itemsize
-    room = torch.cuda.mem_get_info()[0] // (copies * largest)
-    parts = max(1, min(15, (os.cpu_count() or 2) - 1, room))
+    parts = max(1, min(15, (os.cpu_count() or 2) - 1))
     command = [sys.executable, __file__, *sys.argv[1:], "--compile-part"]
     processes = [subprocess.Popen([*command, f"{part}/{parts}"]) for part in range(parts)]
     if sum(process.wait() for process in processes):
@@ -194,10 +190,10 @@ def _compile(args: argparse.Namespace) -> None:
 
 
 def _compile_part(args: argparse.Namespace) -> None:
-    """The adapters hold nothing: which kernels there are does not depend on it."""
+    """Weights and adapters hold nothing: which kernels there are does not depend on it."""
     part, parts = args.compile_part
     for shape in args.shapes:
-        weights = kernel_weights(make_experts(shape, args.format, "cuda"))
+        weights = empty_like(kernel_weights(make_experts(shape, args.format, "meta")), "cuda")
         cases = [(num_tokens, cell) for num_tokens in args.tokens for cell in args.cells]
         for num_tokens, cell in cases[part::parts]:
             batch = make_batch(shape, num_tokens, cell.active, "cuda")

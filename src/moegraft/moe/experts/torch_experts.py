@@ -184,8 +184,9 @@ def _seed(
 
 def _grouped_gemm(c_PO: torch.Tensor | None, x_PI: torch.Tensor, w: _Matrix, plan: _RowPlan) -> torch.Tensor:
     """c[p] + x[p] @ w[expert of p]; may change c."""
-    if c_PO is None and not plan.is_small and w.dense_EIO is not None and fits_torch_grouped_mm(x_PI, w.dense_EIO):
-        # The same GEMMs without a Python loop; onto a zero, addmm gives their very bits.
+    may_group = c_PO is None and not (plan.is_small or x_PI.is_cuda)
+    if may_group and w.dense_EIO is not None and fits_torch_grouped_mm(x_PI, w.dense_EIO):
+        # The same GEMMs without a Python loop; onto a zero, addmm gives their very bits. On CUDA it does not.
         return torch.nn.functional.grouped_mm(x_PI, w.dense_EIO, offs=plan.ends_E)
     if c_PO is None:
         c_PO = x_PI.new_zeros(x_PI.shape[0], w.width)
