@@ -23,13 +23,16 @@ from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
 from moegraft.formats.scaled import Granularity
 from moegraft.kernels.four_bit_product.weights import four_bit_weights
-from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation
+from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
 from moegraft.lora.bank.layout import ALIGN_BYTES, DEFAULT_PAGE_BYTES, choose_page_elems
 
 BYTES_PER_S = 4.3e12
 FLOPS_PER_S = 790e12
 DTYPE = torch.bfloat16
 MAX_REL_ERR = 1e-2
+MAX_REL_ERR_FP8 = 2e-2
+"""An adapter moves h, and what of h lies near the edge of two codes goes over it in the kernel or the oracle alone:
+0.009 of the delta of many tokens, up to 0.011 of one token's."""
 MAX_TOKEN_ERR = 5e-2
 """A wrong tile of 128 columns in one expert of 8 is 0.14 of a token; rounding is 0.005 in bf16 and 0.02 in fp8."""
 Weights = TypeVar("Weights", MoEWeights, Quantisation)
@@ -290,11 +293,12 @@ class Errors:
     base: float
     delta: float
     worst_token: float
+    limit: float = MAX_REL_ERR
 
     @property
     def small(self) -> bool:
         """False for NaN too."""
-        return max(self.base, self.delta) <= MAX_REL_ERR and self.worst_token <= MAX_TOKEN_ERR
+        return max(self.base, self.delta) <= self.limit and self.worst_token <= MAX_TOKEN_ERR
 
 
 def check_layer(
@@ -313,7 +317,12 @@ def check_layer(
         base=((base_TD.float() - base_reference).norm() / base_reference.norm()).item(),
         delta=(wrong_T.norm() / scale).item(),
         worst_token=(wrong_T.max() / scale * len(wrong_T) ** 0.5).item(),
+        limit=MAX_REL_ERR_FP8 if _reads_fp8(weights) else MAX_REL_ERR,
     )
+
+
+def _reads_fp8(weights: MoEWeights | ExpertsWeights) -> bool:
+    return isinstance(weights, Fp8Experts) or getattr(weights, "format", None) is WeightFormat.FP8
 
 
 def oracle(weights: MoEWeights | ExpertsWeights, adapters: Adapters | None, batch: Batch) -> torch.Tensor:

@@ -72,27 +72,30 @@ def check(routing: MoERouting, reference: ReferenceRouting, lora: LoRABatch | No
     assert list(zip(lanes13, lanes2, strict=True)) == reference.block_lanes
 
 
+PATHS = {
+    "few of a batch": {"FEW_ROWS": 128},
+    "few of an expert": {},
+    "many": {"FEW_ROWS": 1, "SORT_ROWS": 8},
+    "bounds": {"DENSE_ROWS": 0},
+}
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("with_lora", [True, False])
-@pytest.mark.parametrize("path", ["one_chunk", "collected", "bounds", "few", "few_collected"])
+@pytest.mark.parametrize("path", PATHS)
 def test_routing_matches_reference(case: MoECase, with_lora: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``few``: as with many slots; ``few_collected``: that also for more rows in all, some experts having too many."""
-    if path in ("collected", "bounds"):
-        monkeypatch.setattr(host, "SORT_CELLS", 1)
-    if path == "bounds":
-        monkeypatch.setattr(host, "DENSE_ROWS", 0)
-    if path.startswith("few"):
-        monkeypatch.setattr(host, "FEW_SLOTS", 0)
-        monkeypatch.setattr(host, "FEW_ROWS", 0 if path == "few_collected" else 128)
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(host, name, value)
     inputs = make_inputs(case, device=DEVICE)
     lora = make_lora_batch(case, inputs) if with_lora else None
     routing = route(inputs, lora)
     check(routing, route_rows_reference(inputs.topk_ids_TK, lora, num_experts=6, block_m=16, tile_m=16), lora)
 
 
-@pytest.mark.parametrize("few_slots", [0, host.FEW_SLOTS])
-def test_lanes_point_at_the_rows_of_b(few_slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "FEW_SLOTS", few_slots)
+@pytest.mark.parametrize("path", ["few of a batch", "few of an expert", "many"])
+def test_lanes_point_at_the_rows_of_b(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(host, name, value)
     case = CASES[1]
     inputs = make_inputs(case, device=DEVICE)
     lora = make_lora_batch(case, inputs)

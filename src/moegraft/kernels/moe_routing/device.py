@@ -75,13 +75,6 @@ def _expert_extent(me, ids_ptr, num_rows, E: tl.constexpr, S: tl.constexpr, BLOC
 
 
 @triton.jit
-def _slot_one_hot(rows, is_mine, slots_ptr, K: tl.constexpr, S_BINS: tl.constexpr):
-    """[rows, S_BINS] int32: 1 in the bin of the row's slot, bin 0 for base rows; nothing for rows of other experts."""
-    bin = tl.load(slots_ptr + rows // K, mask=is_mine, other=-1) + 1
-    return ((bin[:, None] == tl.arange(0, S_BINS)[None, :]) & is_mine[:, None]).to(tl.int32)
-
-
-@triton.jit
 def _collect_rows(me, first, ids_ptr, rows_ptr, num_rows, E: tl.constexpr, CHUNK: tl.constexpr):
     """Writes the expert's rows, ascending, from position ``first`` on."""
     for start in range(0, num_rows, CHUNK):
@@ -90,15 +83,6 @@ def _collect_rows(me, first, ids_ptr, rows_ptr, num_rows, E: tl.constexpr, CHUNK
         position = first + tl.cumsum(is_mine.to(tl.int32), 0) - 1
         tl.store(rows_ptr + position, rows, mask=is_mine)
         first += tl.sum(is_mine.to(tl.int32), 0)
-
-
-@triton.jit
-def _place_rows(rows, is_mine, one_hot, next_position, slot_first, order_ptr, segment_ptr):
-    """Writes rows at their positions; ``next_position``, ``slot_first`` [S_BINS]: where a slot goes on, and starts."""
-    earlier = tl.cumsum(one_hot, 0) - one_hot
-    position = tl.sum(one_hot * (next_position[None, :] + earlier), axis=1)
-    tl.store(order_ptr + position, rows, mask=is_mine)
-    tl.store(segment_ptr + position, tl.sum(one_hot * slot_first[None, :], axis=1), mask=is_mine)
 
 
 @triton.jit
@@ -261,37 +245,40 @@ def _route_few(lists, tables, me, share, rows, live, slots_ptr, order_ptr, segme
 
 
 @triton.jit
-def _route_many(lists, tables, me, share, loaded, rows_ptr, ids_ptr, slots_ptr, order_ptr, segment_ptr, num_rows,
-                E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-                GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr, GRANULES2: tl.constexpr,
-                BLOCK_M: tl.constexpr, TILE_M: tl.constexpr, S_BINS: tl.constexpr, ROWS: tl.constexpr,
-                LANES: tl.constexpr, ONE_CHUNK: tl.constexpr):  # fmt: skip
-    """An expert's share by counting its rows in a bin a slot, ROWS at a time; collected at ``rows_ptr`` or all rows."""
+def _load_bins(row_ptrs, live, slots_ptr, K: tl.constexpr):
+    """(row, bin of its slot): bin 0 for base rows."""
+    row = tl.load(row_ptrs, mask=live, other=0)
+    return row, tl.load(slots_ptr + row // K, mask=live, other=-1) + 1
+
+
+@triton.jit
+def _route_many(lists, tables, me, share, rows_ptr, slots_ptr, order_ptr, segment_ptr, K: tl.constexpr,
+                S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr,
+                GRANULES13: tl.constexpr, GRANULES2: tl.constexpr, BLOCK_M: tl.constexpr, TILE_M: tl.constexpr,
+                S_BINS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """An expert's share from its rows at ``rows_ptr``: counted in a bin a slot, then placed ROWS at a time."""
     first, end = share[0], share[1]
-    rows = tl.arange(0, ROWS)
-    if ONE_CHUNK:
-        is_mine = _load_experts(rows, ids_ptr, num_rows, E) == me
-        one_hot = _slot_one_hot(rows, is_mine, slots_ptr, K, S_BINS)
-        slot_rows = tl.sum(one_hot, 0)
-        slot_first = first + _exclusive_sum(slot_rows)
-        _place_rows(rows, is_mine, one_hot, slot_first, slot_first, order_ptr, segment_ptr)
-    else:
-        slot_rows = tl.zeros([S_BINS], tl.int32)
-        for start in range(first, end, ROWS):
-            live = start + rows < end
-            chunk = tl.load(rows_ptr + start + rows, mask=live, other=0)
-            slot_rows += tl.sum(_slot_one_hot(chunk, live, slots_ptr, K, S_BINS), 0)
-        slot_first = first + _exclusive_sum(slot_rows)
-        next_position = slot_first
-        for start in range(first, end, ROWS):
-            live = start + rows < end
-            chunk = tl.load(rows_ptr + start + rows, mask=live, other=0)
-            one_hot = _slot_one_hot(chunk, live, slots_ptr, K, S_BINS)
-            _place_rows(chunk, live, one_hot, next_position, slot_first, order_ptr, segment_ptr)
-            next_position += tl.sum(one_hot, 0)
+    place = tl.arange(0, ROWS)
+    slot_rows = tl.zeros([S_BINS], tl.int32)
+    for start in range(first, end, ROWS):
+        live = start + place < end
+        _, bin = _load_bins(rows_ptr + start + place, live, slots_ptr, K)
+        slot_rows += tl.histogram(bin, S_BINS, mask=live)
+    slot_first = first + _exclusive_sum(slot_rows)
+    next_position = slot_first
+    for start in range(first, end, ROWS):
+        live = start + place < end
+        row, bin = _load_bins(rows_ptr + start + place, live, slots_ptr, K)
+        is_earlier = (place[None, :] < place[:, None]) & (bin[None, :] == bin[:, None])
+        position = tl.gather(next_position, bin, 0) + tl.sum(is_earlier.to(tl.int32), axis=1)
+        tl.store(order_ptr + position, row, mask=live)
+        tl.store(segment_ptr + position, tl.gather(slot_first, bin, 0), mask=live)
+        next_position += tl.histogram(bin, S_BINS, mask=live)
+    slot = tl.arange(0, S_BINS) - 1
+    loaded = _load_slots(slot, (slot >= 0) & (slot < S), me, tables)
     _write_lists(
-        lists, tables, me, share, tl.arange(0, S_BINS) - 1, slot_rows, slot_first, loaded, S, D, F, GATED, PAGE_ELEMS,
-        GRANULES13, GRANULES2, BLOCK_M, TILE_M, LANES,
+        lists, tables, me, share, slot, slot_rows, slot_first, loaded, S, D, F, GATED, PAGE_ELEMS, GRANULES13,
+        GRANULES2, BLOCK_M, TILE_M, LANES,
     )  # fmt: skip
 
 
@@ -302,23 +289,17 @@ def route_kernel(order_ptr, rows_ptr, segment_ptr, block_ptr, tile_ptr, lane_seg
                  E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
                  GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr, GRANULES2: tl.constexpr,
                  BLOCK_M: tl.constexpr, TILE_M: tl.constexpr, E_BINS: tl.constexpr, S_BINS: tl.constexpr,
-                 CHUNK: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr,
-                 ONE_CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 CHUNK: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr, FEW_LANES: tl.constexpr,
+                 LANES: tl.constexpr, DENSE: tl.constexpr, ALL_FEW: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program an expert: finds the expert's rows, sorts them by slot, writes its blocks, tiles and lanes.
 
-    No program reads what another one writes. ``FEW``: up to so many rows of an expert are compared with each other,
-    which costs the same for any number of slots; more, and all where it is 0, are counted in a bin a slot.
-    ``ONE_CHUNK``: all rows of the batch fit in FEW, or in ROWS where that is 0, so that the expert's need not be
-    collected first.
+    No program reads what another one writes. Up to FEW rows of an expert are compared with each other, which costs the
+    same for any number of slots; more are counted in a bin a slot. ``ALL_FEW``: the whole batch has no more than FEW,
+    so that an expert's are not collected first.
     """
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
     me = tl.program_id(0)
-    slot = tl.arange(0, S_BINS) - 1
-    is_slot = (slot >= 0) & (slot < S)
-    tables = (page_table_ptr, factors_ptr, expert_index_ptr, stride_pages, stride_fs, stride_es)
-    if S > 0 and FEW == 0:  # read for all slots, before it is known which have rows: one round trip to memory less
-        loaded = _load_slots(slot, is_slot, me, tables)
     first, num_mine, first_block, end_block, first_segment, first_tile, end_tile = _expert_extent(
         me, ids_ptr, num_rows, E, S, BLOCK_M, TILE_M, E_BINS, CHUNK, DENSE
     )
@@ -335,32 +316,27 @@ def route_kernel(order_ptr, rows_ptr, segment_ptr, block_ptr, tile_ptr, lane_seg
     else:
         lists = (block_ptr, tile_ptr, lane_segment13_ptr, lane13_ptr, element13_ptr, lane_segment2_ptr, lane2_ptr,
                  element2_ptr, lane_capacity13, lane_capacity2)  # fmt: skip
+        tables = (page_table_ptr, factors_ptr, expert_index_ptr, stride_pages, stride_fs, stride_es)
         share = (first, end, first_block, end_block, first_segment, first_tile, end_tile)
-        if not ONE_CHUNK and num_mine > 0:
-            _collect_rows(me, first, ids_ptr, rows_ptr, num_rows, E, CHUNK)
-            tl.debug_barrier()  # the rows come back through memory
-        if FEW == 0:
-            _route_many(
-                lists, tables, me, share, loaded, rows_ptr, ids_ptr, slots_ptr, order_ptr, segment_ptr, num_rows, E, K,
-                S, D, F, GATED, PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, S_BINS, ROWS, LANES, ONE_CHUNK,
-            )  # fmt: skip
-        elif ONE_CHUNK:
-            few = tl.arange(0, FEW)
+        few = tl.arange(0, FEW)
+        if ALL_FEW:
             is_mine = _load_experts(few, ids_ptr, num_rows, E) == me
             _route_few(
                 lists, tables, me, share, few, is_mine, slots_ptr, order_ptr, segment_ptr, K, FEW, S, D, F, GATED,
-                PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, GRANULE,
-            )  # fmt: skip
-        elif num_mine <= FEW:
-            is_mine = tl.arange(0, FEW) < num_mine
-            few = tl.load(rows_ptr + first + tl.arange(0, FEW), mask=is_mine, other=0)
-            _route_few(
-                lists, tables, me, share, few, is_mine, slots_ptr, order_ptr, segment_ptr, K, FEW, S, D, F, GATED,
-                PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, GRANULE,
+                PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, FEW_LANES,
             )  # fmt: skip
         else:
-            _route_many(
-                lists, tables, me, share, _load_slots(slot, is_slot, me, tables), rows_ptr, ids_ptr, slots_ptr,
-                order_ptr, segment_ptr, num_rows, E, K, S, D, F, GATED, PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M,
-                TILE_M, S_BINS, ROWS, LANES, False,
-            )  # fmt: skip
+            if num_mine > 0:
+                _collect_rows(me, first, ids_ptr, rows_ptr, num_rows, E, CHUNK)
+                tl.debug_barrier()  # the rows come back through memory
+            if num_mine <= FEW:
+                rows = tl.load(rows_ptr + first + few, mask=few < num_mine, other=0)
+                _route_few(
+                    lists, tables, me, share, rows, few < num_mine, slots_ptr, order_ptr, segment_ptr, K, FEW, S, D, F,
+                    GATED, PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, FEW_LANES,
+                )  # fmt: skip
+            else:
+                _route_many(
+                    lists, tables, me, share, rows_ptr, slots_ptr, order_ptr, segment_ptr, K, S, D, F, GATED,
+                    PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, S_BINS, ROWS, LANES,
+                )  # fmt: skip

@@ -14,14 +14,11 @@ from moegraft.kernels.records import LayerSizes, LoRABatch
 
 DENSE_ROWS = 4096
 """Up to here the lists have no holes for experts without rows; a histogram of all rows is cheap."""
-SORT_CELLS = 16384
-"""Rows times slots that a program sorts at a time."""
+FEW_ROWS = 32
+"""Up to so many rows of an expert are compared with each other; of more, so many at a time are placed:"""
+SORT_ROWS = 64
 LANE_CELLS = 2048
-"""Slots times lanes that a program resolves at a time."""
-FEW_SLOTS = 32
-"""With more slots (and the base), an expert's rows are compared with each other where they are few."""
-FEW_ROWS, FEW_ROWS_COLLECTED = 64, 32
-"""How many they may be: of a whole batch, so that they need not be collected first, and of one expert."""
+"""Segments (or slots) times lanes that a program resolves at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +78,13 @@ def _launch(
     routing: MoERouting,
 ) -> None:
     num_rows, E = routing.num_rows, sizes.num_experts
-    bins = 1 if lora is None else next_power_of_2(lora.num_slots + 1)
-    sort_rows = max(32, min(1024, SORT_CELLS // bins))
-    few = 0
-    if bins > FEW_SLOTS:
-        few = max(32, next_power_of_2(num_rows)) if num_rows <= FEW_ROWS else FEW_ROWS_COLLECTED
-    one_chunk = num_rows <= (few or sort_rows)
     route_kernel[(E,)](
         buffers.order, buffers.rows, buffers.segment, buffers.blocks, buffers.tiles, *_lane_operands(buffers),
         buffers.counts, topk_ids_TK, *_lora_operands(lora, buffers, num_rows), E=E, K=routing.top_k,
         D=sizes.hidden_size, F=sizes.intermediate_size, GATED=sizes.gated, BLOCK_M=routing.block_m,
         TILE_M=routing.tile_m, E_BINS=next_power_of_2(E + 1), CHUNK=max(32, min(4096, next_power_of_2(num_rows))),
-        ROWS=max(32, next_power_of_2(num_rows)) if one_chunk else sort_rows, FEW=few, DENSE=num_rows <= DENSE_ROWS,
-        ONE_CHUNK=one_chunk, num_warps=4 if num_rows <= 64 else 8, **_lora_sizes(lora),
+        FEW=FEW_ROWS, ROWS=SORT_ROWS, DENSE=num_rows <= DENSE_ROWS, ALL_FEW=num_rows <= FEW_ROWS,
+        num_warps=4 if num_rows <= 64 else 8, **_lora_sizes(lora),
         **pdl_options(topk_ids_TK.device),
     )  # fmt: skip
 
@@ -118,7 +109,7 @@ def _lora_operands(lora: LoRABatch | None, buffers: RoutingBuffers, num_rows: in
 
 def _lora_sizes(lora: LoRABatch | None) -> dict[str, int]:
     if lora is None:
-        return {"S": 0, "S_BINS": 1, "PAGE_ELEMS": 1, "GRANULES13": 0, "GRANULES2": 0, "LANES": LANE_GRANULE}
+        return {"S": 0, "S_BINS": 1, "PAGE_ELEMS": 1, "GRANULES13": 0, "GRANULES2": 0, "FEW_LANES": 0, "LANES": 0}
     granules13, granules2 = cdiv(lora.rank13, LANE_GRANULE), cdiv(lora.rank2, LANE_GRANULE)
     bins = next_power_of_2(lora.num_slots + 1)
     widest = next_power_of_2(max(1, granules13, granules2)) * LANE_GRANULE
@@ -128,5 +119,6 @@ def _lora_sizes(lora: LoRABatch | None) -> dict[str, int]:
         "PAGE_ELEMS": lora.tables.page_elems,
         "GRANULES13": granules13,
         "GRANULES2": granules2,
+        "FEW_LANES": max(LANE_GRANULE, min(widest, LANE_CELLS // FEW_ROWS)),
         "LANES": max(LANE_GRANULE, min(widest, LANE_CELLS // bins)),
     }
