@@ -26,6 +26,8 @@ from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows
 ROW_GRANULE = {torch.float32: 4}
 ROW_GRANULE_LOW_PRECISION = 2
 SMALL_BLOCK = 8
+# cuBLAS has no such sizes but one: on CUDA every block has as many rows.
+CUDA_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,9 @@ def _plan_rows(
         rows_of[expert].append(row)
     # The choice looks at the size of the batch only: with the routing it would change the bits of a base row.
     num_choices = len(expert_N) if expected_choices is None else expected_choices
-    is_small = dtype == torch.float32 and num_choices < SMALL_BLOCK * num_experts
-    granule = ROW_GRANULE.get(dtype, ROW_GRANULE_LOW_PRECISION)
+    is_cuda = device.type == "cuda"
+    is_small = dtype == torch.float32 and num_choices < SMALL_BLOCK * num_experts and not is_cuda
+    granule = CUDA_BLOCK if is_cuda else ROW_GRANULE.get(dtype, ROW_GRANULE_LOW_PRECISION)
     sources: list[int] = []
     padding: list[int] = []
     ends_E: list[int] = []
@@ -151,7 +154,7 @@ def _plan_rows(
         sources += rows
         padding += range(len(sources), len(sources) + -len(rows) % granule)
         sources += [rows[0]] * (-len(rows) % granule) if rows else []
-        step = SMALL_BLOCK if is_small else max(len(sources) - start, 1)
+        step = CUDA_BLOCK if is_cuda else SMALL_BLOCK if is_small else max(len(sources) - start, 1)
         blocks += [(expert, s, min(s + step, len(sources))) for s in range(start, len(sources), step)]
         ends_E.append(len(sources))
     position_N = [len(sources)] * len(expert_N)
@@ -186,7 +189,7 @@ def _grouped_gemm(c_PO: torch.Tensor | None, x_PI: torch.Tensor, w: _Matrix, pla
     """c[p] + x[p] @ w[expert of p]; may change c."""
     may_group = c_PO is None and not (plan.is_small or x_PI.is_cuda)
     if may_group and w.dense_EIO is not None and fits_torch_grouped_mm(x_PI, w.dense_EIO):
-        # The same GEMMs without a Python loop; onto a zero, addmm gives their very bits. On CUDA it does not.
+        # The same GEMMs without a Python loop; onto a zero, addmm gives their very bits. On CUDA, blocks have a size.
         return torch.nn.functional.grouped_mm(x_PI, w.dense_EIO, offs=plan.ends_E)
     if c_PO is None:
         c_PO = x_PI.new_zeros(x_PI.shape[0], w.width)
