@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.families import build
-from support.family_adapters import save_everything, save_experts, save_part, save_replacements
+from support.family_adapters import save_everything, save_experts, save_part, save_replacements, save_vocabulary
 from support.parallel_acts import attach_to_plan
 from support.parallel_models import ModelCase, check_ranks, run_alone, run_rank
 from transformers.distributed import DistributedConfig
@@ -110,6 +110,33 @@ def test_experts_that_a_plan_leaves_whole(
     check_ranks(case, results, alone)
     for result in results:
         assert (result.experts_bytes == alone.experts_bytes) == (config is None)
+
+
+VOCABULARY = {
+    "head": (TP_PLAN, False),
+    "head, DoRA": (TP_PLAN, True),
+    "embedding": (_tp_plan_with("model.embed_tokens", "embedding_rowwise"), False),
+}
+
+
+@pytest.mark.parametrize("what", VOCABULARY)
+def test_the_vocabulary_is_shared_out(
+    what: str, cases: dict[str, ModelCase], tmp_path_factory: pytest.TempPathFactory, world2: WorldPool
+) -> None:
+    """Each rank keeps LoRA of its part of the vocabulary where the plan cuts the base's, behind whole rows."""
+    plan, use_dora = VOCABULARY[what]
+    folder = tmp_path_factory.mktemp("vocabulary")
+    adapters = {
+        f"rank {rank}": save_vocabulary("qwen3_moe", folder / str(rank), rank=rank, use_dora=use_dora).path
+        for rank in (3, 8)
+    }
+    case = _case(cases, "qwen3_moe", tmp_path_factory)
+    case = replace(case, plan=plan, adapters=adapters, names=["rank 8", None, "rank 3", "rank 8", None])
+    alone, results = run_alone(case), world2.run(run_rank, case)
+    check_ranks(case, results, alone)
+    for result in results:
+        for name in adapters:
+            assert result.adapter_bytes[name] < 0.9 * alone.adapter_bytes[name]
 
 
 REFUSED = {

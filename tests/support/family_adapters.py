@@ -42,6 +42,14 @@ def save_everything(family: str, path: Path) -> FamilyAdapter:
     return _save_with_peft(get_peft_model(model, config), path, seed=11)
 
 
+def save_vocabulary(family: str, path: Path, *, rank: int = 4, use_dora: bool = False) -> FamilyAdapter:
+    """The head and the embedding, saved by PEFT; with DoRA the head alone."""
+    model = build(family)
+    modules = ["lm_head"] if use_dora else ["lm_head", *discover_targets(model).embeddings]
+    config = LoraConfig(r=rank, lora_alpha=6, target_modules=modules, use_dora=use_dora)
+    return _save_with_peft(get_peft_model(model, config), path, seed=15 + rank)
+
+
 def save_experts(family: str, path: Path) -> FamilyAdapter:
     """All experts and nothing else, saved by PEFT: rank 3 with rank-stabilised scale."""
     model = build(family)

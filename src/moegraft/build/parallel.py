@@ -60,11 +60,13 @@ def build_parallel_moe(
     )
 
 
-def linear_punica_for(device: torch.device, mine: LinearSlice | None, ranks: Communicator) -> PunicaWrapperBase:
-    """The punica wrapper of a linear map whose host puts its output together before the delta is added.
+def linear_punica_for(
+    device: torch.device, mine: LinearSlice | None, ranks: Communicator, *, gathers: bool
+) -> PunicaWrapperBase:
+    """The punica wrapper of a linear map whose host sums its output up before the delta is added.
 
-    A rank that has all inputs adds its own columns of the delta by itself.
+    A rank that has all inputs adds its own columns of the delta by itself, unless the host ``gathers`` them first.
     """
-    if mine is None or mine.inputs is None:
+    if mine is None or (mine.inputs is None and not gathers):
         return punica_for(device)
     return ShardedLinearPunica(ranks, mine, is_reduced=True)

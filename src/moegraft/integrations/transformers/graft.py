@@ -351,10 +351,14 @@ class GraftedModel:
 
     def _make_seam(self, name: str, kind: type[Seam]) -> Seam:
         module = self.model.get_submodule(name)
+        mine, ranks = self.layout.mine.linears.get(name), self.layout.groups.world
         if kind is LinearSeam:
-            device, mine = self.bank.pool.data.device, self.layout.mine.linears.get(name)
-            punica = linear_punica_for(device, mine, self.layout.groups.world)
-            return LinearSeam(self._local_targets.linears[name], module, self.bank, self._state, punica)
+            gathers = self.layout.sees_whole_rows(name)
+            target = (self._targets if gathers else self._local_targets).linears[name]
+            punica = linear_punica_for(self.bank.pool.data.device, mine, ranks, gathers=gathers)
+            return LinearSeam(target, module, self.bank, self._state, punica)
+        if kind is EmbeddingSeam:
+            return EmbeddingSeam(name, module, self.bank, self._state, mine, ranks)
         if kind is RouterSeam:
             return RouterSeam(self._local_targets.linears[name], module, self.bank, self._state)
         if kind is SavedSeam:

@@ -54,6 +54,10 @@ class RankLayout:
         """Whether experts see rows of other ranks."""
         return self.groups.config.data_parallel and bool(self.expert_maps)
 
+    def sees_whole_rows(self, module: str) -> bool:
+        """Whether a seam at a module that is shared out sees whole rows."""
+        return self.plan is not None and module in self.plan.whole_rows
+
     def local_targets(self, targets: ModelTargets) -> ModelTargets:
         """The sizes that this rank's adapters have."""
         return local_targets(targets, self.mine) if self.is_parallel else targets
@@ -211,7 +215,7 @@ def _check_plan(model: PreTrainedModel, plan: ModelPlan, config: ParallelConfig 
     found = f"{type(model).__name__} was loaded with a plan for {plan.size} ranks"
     if config.world_size != plan.size or config.data_parallel:
         raise UnsupportedModelError(f"{found} that bring the same rows; it cannot be attached with {config}")
-    if not plan.slice.experts and plan.slice.linears and config.ep > 1:
+    if not plan.slice.experts and plan.slice.linears.keys() - plan.whole_rows and config.ep > 1:
         raise UnsupportedModelError(
             f"{found} that shares linear maps out and leaves experts whole: attach with tp={plan.size}, "
             f"not with {config}"

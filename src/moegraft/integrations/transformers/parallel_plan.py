@@ -47,6 +47,9 @@ _WHOLE = frozenset(
         "local_params",
     }
 )
+# Of them, those whose LoRA is shared out all the same where it is as large as the vocabulary.
+_GATHERED = frozenset({"colwise_gather_output", "colwise_rep"})
+_EMBEDDING_BY_ROWS = "embedding_rowwise"
 # Styles that sum the partial outputs of an experts module over the ranks, and bring every rank every row.
 _SUMMED = frozenset({"moe_tp_experts", "ep_dispatch_experts"})
 # Styles that change what the modules inside of them see.
@@ -63,13 +66,15 @@ class ModelPlan:
     """A rank's view of a model that transformers has shared out.
 
     ``slice``: what this rank holds; modules that are not named there take and give whole rows, and LoRA on them is
-    whole. ``refused``: modules on which LoRA cannot follow the plan, and why; ``refused_saved``: modules whose
-    parameters an adapter may not replace.
+    whole. ``whole_rows``: modules named there that take and give whole rows all the same (heads, embeddings), whose
+    delta the ranks put together. ``refused``: modules on which LoRA cannot follow the plan, and why; ``refused_saved``:
+    modules whose parameters an adapter may not replace.
     """
 
     rank: int
     size: int
     slice: RankSlice
+    whole_rows: frozenset[str]
     refused: Mapping[str, str]
     refused_saved: Mapping[str, str]
 
@@ -99,17 +104,20 @@ def read_plan(model: PreTrainedModel, targets: ModelTargets) -> ModelPlan:
         for name in {*targets.embeddings, *targets.saveable} - targets.linears.keys()
         if (style := styles.of_module(name)) not in {None, *_WHOLE}
     }
+    vocabulary = _vocabulary_slices(model, targets, styles, share)
+    linears |= vocabulary
     slices = {name: _experts_slice(model, name, target, styles, share) for name, target in targets.experts.items()}
     return ModelPlan(
         rank=share.rank,
         size=share.world,
         slice=RankSlice(experts={name: mine for name, mine in slices.items() if mine is not None}, linears=linears),
+        whole_rows=frozenset(vocabulary),
         refused=refused,
         refused_saved=refused
         | {
             name: f"style {styles.of_module(name)!r}"
             for name in targets.saveable
-            if name in linears or styles.of_module(name) == "ep_router"
+            if name in linears.keys() - vocabulary.keys() or styles.of_module(name) == "ep_router"
         },
     )
 
@@ -196,6 +204,27 @@ def _linear_slice(
     if weight is not None and weight.dim() == 2 and tuple(local(weight).shape) != expected:
         return f"style {style!r}, which left this rank {tuple(local(weight).shape)} of its weight, not {expected}"
     return found
+
+
+def _vocabulary_slices(
+    model: PreTrainedModel, targets: ModelTargets, styles: _Styles, share: Share
+) -> dict[str, LinearSlice]:
+    """Heads and embeddings that the plan has cut along the vocabulary: B of the one and A of the other are cut too.
+
+    A seam sees whole rows there, so that this cut need not be the plan's own.
+    """
+    head = model.get_output_embeddings()
+    heads = {
+        name: column_parallel(target.out_features, share)
+        for name, target in targets.linears.items()
+        if styles.of_module(name) in _GATHERED and model.get_submodule(name) is head
+    }
+    embeddings = {
+        name: LinearSlice(inputs=share.of(target.num_embeddings).pieces)
+        for name, target in targets.embeddings.items()
+        if styles.of_module(name) == _EMBEDDING_BY_ROWS
+    }
+    return heads | embeddings
 
 
 def _parents(name: str) -> list[str]:

@@ -23,8 +23,11 @@ from moegraft.core.tables import LinearFactor
 from moegraft.integrations.transformers.call import ActiveCall, CallState
 from moegraft.integrations.transformers.dtensors import local, whole
 from moegraft.lora.bank import AdapterBank
+from moegraft.lora.mapping import AdapterMapping
 from moegraft.lora.punica import PunicaWrapperBase
 from moegraft.lora.targets import LinearTarget
+from moegraft.parallel import LinearSlice
+from moegraft.parallel.collectives import Communicator
 
 
 class Seam(ABC):
@@ -125,7 +128,23 @@ class LinearSeam(_HookSeam):
 
 
 class EmbeddingSeam(_HookSeam):
-    """An nn.Embedding: y[m] += B^T @ A[:, token m]."""
+    """An nn.Embedding: y[m] += B^T @ A[:, token m].
+
+    ``mine``: the tokens whose columns of A this rank holds, None for all; ``ranks`` then hold the others.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        bank: AdapterBank,
+        state: CallState,
+        mine: LinearSlice | None,
+        ranks: Communicator,
+    ) -> None:
+        super().__init__(name, module, bank, state)
+        self.ranks = ranks
+        self.pieces = None if mine is None else mine.inputs
 
     def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not call.touches(self.name):
@@ -133,13 +152,36 @@ class EmbeddingSeam(_HookSeam):
         ids_M = (args[0] if args else kwargs["input"]).reshape(-1)
         y_MD = output.view(-1, output.shape[-1])
         mapping = call.mapping(ids_M.shape[0])
+        factors = {}
         for slot in mapping.active_slots:
             a_RV = self.bank.factor(slot, self.name, LinearFactor.A)
             b_RD = self.bank.factor(slot, self.name, LinearFactor.B)
             if a_RV is not None and b_RD is not None:
-                rows_L = mapping.rows_of(slot)
-                low_rank_LR = a_RV[:, ids_M[rows_L]].transpose(0, 1)
-                y_MD.index_add_(0, rows_L, (low_rank_LR @ b_RD).to(y_MD.dtype))
+                factors[slot] = a_RV, b_RD
+        low_rank = {slot: self._low_rank(a_RV, ids_M[mapping.rows_of(slot)]) for slot, (a_RV, _) in factors.items()}
+        if self.pieces is not None and factors:
+            low_rank = self._sum(low_rank, mapping)
+        for slot, (_, b_RD) in factors.items():
+            y_MD.index_add_(0, mapping.rows_of(slot), (low_rank[slot] @ b_RD).to(y_MD.dtype))
+
+    def _low_rank(self, a_RV: torch.Tensor, ids_L: torch.Tensor) -> torch.Tensor:
+        """[L, R]; zero for the tokens of other ranks."""
+        if self.pieces is None:
+            return a_RV[:, ids_L].transpose(0, 1)
+        ((start, stop),) = self.pieces
+        is_mine_L = (ids_L >= start) & (ids_L < stop)
+        own_LR = a_RV[:, (ids_L - start).clamp(0, stop - start - 1)].transpose(0, 1)
+        return own_LR.masked_fill(~is_mine_L[:, None], 0)
+
+    def _sum(self, low_rank: dict[int, torch.Tensor], mapping: AdapterMapping) -> dict[int, torch.Tensor]:
+        """Over the ranks, in one buffer of all rows: ranks may keep an adapter in different slots."""
+        widest = max(v_LR.shape[1] for v_LR in low_rank.values())
+        some = next(iter(low_rank.values()))
+        all_MR = some.new_zeros(mapping.token_slots.shape[0], widest)
+        for slot, v_LR in low_rank.items():
+            all_MR[mapping.rows_of(slot), : v_LR.shape[1]] = v_LR
+        self.ranks.all_reduce(all_MR)
+        return {slot: all_MR[mapping.rows_of(slot), : v_LR.shape[1]] for slot, v_LR in low_rank.items()}
 
 
 class SavedSeam(_HookSeam):
