@@ -313,7 +313,7 @@ def make_cells(shapes: Sequence[Shape], formats: Sequence[str], tokens: Sequence
 
 
 def device_name(device: str) -> str:
-    """ "cpu", or the GPU's name."""
+    """The GPU's name, or cpu."""
     return device if device == "cpu" else torch.cuda.get_device_name()
 
 
