@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.kernels import DEVICE, make_lora_batch
@@ -21,7 +23,6 @@ from moegraft.testing.workloads import Popularity
 from moegraft.tuning.tiles import MoETiles, TuningShape
 
 CONFIG = MoEConfig(num_experts=6, top_k=2, hidden_size=32, intermediate_size=16)
-SIZES = LayerSizes(num_experts=6, hidden_size=32, intermediate_size=16)
 ADAPTERS = (LoRASpec(), LoRASpec(r_gate=20, r_up=3, r2=17), LoRASpec(expert_ids=(1, 4)), LoRASpec(r_gate=0, r_up=0))
 CASES = (
     MoECase(name="one_token", config=CONFIG, adapters=ADAPTERS, num_tokens=1, base_share=0.0),
@@ -33,11 +34,14 @@ CASES = (
 )
 
 
-def route(inputs: MoEInputs, lora: LoRABatch | None, *, block_m: int = 16, tile_m: int = 16) -> MoERouting:
+def route(
+    inputs: MoEInputs, lora: LoRABatch | None, *, num_experts: int = 6, block_m: int = 16, tile_m: int = 16
+) -> MoERouting:
     T, K = inputs.topk_ids_TK.shape
+    sizes = LayerSizes(num_experts=num_experts, hidden_size=32, intermediate_size=16)
     shape = TuningShape(
         num_tokens=T,
-        num_experts=6,
+        num_experts=num_experts,
         top_k=K,
         hidden_size=32,
         intermediate_size=16,
@@ -49,7 +53,7 @@ def route(inputs: MoEInputs, lora: LoRABatch | None, *, block_m: int = 16, tile_
     with poison_allocations():
         workspace = Workspace.for_layer(shape, tiles, torch.float32, DEVICE)
         buffers = workspace.carve(shape, tiles, torch.float32, num_halves=2)
-        return route_rows(inputs.topk_ids_TK, SIZES, lora, buffers.routing, block_m=block_m, tile_m=tile_m)
+        return route_rows(inputs.topk_ids_TK, sizes, lora, buffers.routing, block_m=block_m, tile_m=tile_m)
 
 
 def blocks_of(routing: MoERouting) -> list[list[int]]:
@@ -119,3 +123,19 @@ def test_lanes_point_at_the_rows_of_b(path: str, monkeypatch: pytest.MonkeyPatch
                 assert all(torch.equal(a, b) for a, b in zip(found, rows, strict=True))
                 checked += len(found)
     assert checked > 0
+
+
+@pytest.mark.parametrize(("num_experts", "num_slots"), [(1, 1), (1, 70), (1024, 70)])
+def test_numbers_of_experts_and_slots(num_experts: int, num_slots: int) -> None:
+    """All adapters touch the first expert, one the last too."""
+    config = replace(CONFIG, num_experts=num_experts, top_k=1)
+    adapters = (
+        LoRASpec(expert_ids=(0, num_experts - 1) if num_experts > 1 else (0,)),
+        *(LoRASpec(r_gate=1, r_up=1, r2=1, expert_ids=(0,)) for _ in range(num_slots - 1)),
+    )
+    case = MoECase(name="sizes", config=config, adapters=adapters, num_tokens=40, base_share=0.2)
+    inputs = make_inputs(case, device=DEVICE)
+    lora = make_lora_batch(case, inputs, pages=4000)
+    routing = route(inputs, lora, num_experts=num_experts)
+    reference = route_rows_reference(inputs.topk_ids_TK, lora, num_experts=num_experts, block_m=16, tile_m=16)
+    check(routing, reference, lora)
