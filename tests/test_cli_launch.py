@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +74,24 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(CommandError, match="2 ranks need 2 GPUs, found 1"):
         run_on_ranks(_sum_of_ranks, 0, size=2, device=torch.device("cuda"))
+
+
+SCRIPT = """
+import multiprocessing, torch
+from moegraft.cli.launch import run_on_ranks
+
+def work(request, rank):
+    work.lock = multiprocessing.RLock()  # as progress bars have one
+    return rank
+
+if __name__ == "__main__":
+    run_on_ranks(work, None, size=2, device=torch.device("cpu"))
+"""
+
+
+def test_ranks_leave_nothing_behind(tmp_path: Path) -> None:
+    """A semaphore that a rank left would be reported to the user when the command ends."""
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

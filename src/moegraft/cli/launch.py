@@ -147,6 +147,9 @@ def _run_rank(
     connection.close()
     sys.stdout.flush()
     sys.stderr.flush()
+    if report.error is None:
+        dist.destroy_process_group()
+        return
     # Not sys.exit: after a failed collective the destructors of groups may wait for peers.
     os._exit(report.exit_code)
 
