@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.kernels import DEVICE, make_lora_batch
 
 from moegraft.core.config import MoEConfig
@@ -139,3 +141,34 @@ def test_numbers_of_experts_and_slots(num_experts: int, num_slots: int) -> None:
     routing = route(inputs, lora, num_experts=num_experts)
     reference = route_rows_reference(inputs.topk_ids_TK, lora, num_experts=num_experts, block_m=16, tile_m=16)
     check(routing, reference, lora)
+
+
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> MoECase:
+    num_experts = draw(st.sampled_from([1, 2, 5, 17]))
+    rank = st.sampled_from([0, 1, 8, 17, 40])
+    adapters = []
+    for _ in range(draw(st.integers(1, 6))):
+        held = draw(st.none() | st.sets(st.integers(0, num_experts - 1), min_size=1))
+        r_w13, r_w2 = draw(rank), draw(rank)
+        if r_w13 or r_w2:
+            expert_ids = None if held is None else tuple(sorted(held))
+            adapters.append(LoRASpec(r_gate=r_w13, r_up=r_w13, r2=r_w2, expert_ids=expert_ids))
+    return MoECase(
+        name="drawn",
+        config=replace(CONFIG, num_experts=num_experts, top_k=draw(st.integers(1, min(3, num_experts)))),
+        adapters=tuple(adapters) or (LoRASpec(),),
+        num_tokens=draw(st.integers(1, 70)),
+        base_share=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        routing=draw(st.sampled_from(list(Routing))),
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=drawn_cases(), few=st.sampled_from([1, 4, 32]), block_m=st.sampled_from([16, 32]), seed=st.integers(0, 99))
+def test_drawn_batches(case: MoECase, few: int, block_m: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "FEW_ROWS", few)
+    inputs = make_inputs(case, seed=seed, device=DEVICE)
+    lora = make_lora_batch(case, inputs, pages=3000)
+    sizes = {"num_experts": case.config.num_experts, "block_m": block_m, "tile_m": 16}
+    check(route(inputs, lora, **sizes), route_rows_reference(inputs.topk_ids_TK, lora, **sizes), lora)
