@@ -12,27 +12,23 @@ pytest.importorskip("triton", reason="needs triton")
 
 from support.formats import PACKS
 from support.fp8_interpreter import round_fp8_exactly
-from support.kernels import DEVICE, make_lora_batch
+from support.kernels import DEVICE, make_lora_batch, reference, run_poisoned
 from support.layers import dense_weights, dequantised
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
 from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.moe_forward.op import call_op
+from moegraft.kernels.moe_forward.op import op_args
 from moegraft.kernels.moe_quantise.host import moe_quantise
 from moegraft.kernels.moe_quantise.reference import moe_quantise_reference
-from moegraft.kernels.records import LoRABatch
 from moegraft.moe.experts.triton_experts import kernel_weights
 from moegraft.testing import (
     LoRASpec,
     MoECase,
-    MoEInputs,
     assert_close,
     assert_close_delta,
     make_inputs,
-    moe_reference,
-    poison_allocations,
 )
 from moegraft.testing.cases import Routing
 from moegraft.tuning import eight_bit
@@ -86,32 +82,14 @@ def check(case: MoECase, name: str, call_tiles: MoETiles | None = None) -> None:
     records = kernel_weights(weights, case.config.activation)
     lora = make_lora_batch(case, inputs)
     inputs = replace(inputs, weights=dequantised(weights))
-
-    def run(lora: LoRABatch | None) -> torch.Tensor:
-        with poison_allocations():
-            return fused_moe_lora(
-                inputs.x_TD, records, inputs.topk_ids_TK, inputs.topk_weights_TK, lora=lora, tiles=call_tiles
-            )
-
-    base, out, tol = run(None), run(lora), TOL[weights.format_name]
-    base_ref = reference(case, inputs, with_lora=False)
+    base, out = (run_poisoned(inputs, records, which, call_tiles) for which in (None, lora))
+    tol = TOL[weights.format_name]
+    base_ref = reference(case, inputs, None)
     assert_close(base, base_ref, tol, what="base")
-    assert_close_delta(out, base, reference(case, inputs, with_lora=True), base_ref, tol)
+    assert_close_delta(out, base, reference(case, inputs, inputs.token_slots_T), base_ref, tol)
     if DEVICE == "cuda":  # the interpreter's matrix product gives a row other bits at another place of a tile
         is_base = inputs.token_slots_T < 0
         assert torch.equal(out[is_base], base[is_base])
-
-
-def reference(case: MoECase, inputs: MoEInputs, *, with_lora: bool) -> torch.Tensor:
-    return moe_reference(
-        inputs.x_TD,
-        inputs.topk_ids_TK,
-        inputs.topk_weights_TK,
-        inputs.weights,
-        case.config,
-        adapters=inputs.adapters if with_lora else (),
-        token_slots_T=inputs.token_slots_T if with_lora else None,
-    )
 
 
 # Scaled by row, fp8 runs what int8 runs with other numbers, and rows that block-scaled fp8 quantises too.
@@ -172,7 +150,8 @@ def test_the_custom_op_takes_all_of_it() -> None:
     records = kernel_weights(weights, CASE.config.activation)
     lora = replace(make_lora_batch(CASE, inputs), x_TD=inputs.x_TD * 2)
     args = (inputs.x_TD, records, inputs.topk_ids_TK, inputs.topk_weights_TK)
-    assert torch.equal(call_op(*args, lora, weight_on_input=False), fused_moe_lora(*args, lora=lora))
+    through_op = torch.ops.moegraft.fused_moe_lora(*op_args(*args, lora, weight_on_input=False))
+    assert torch.equal(through_op, fused_moe_lora(*args, lora=lora))
 
 
 QUANTISED_ROWS: list[tuple[int, int, int, Callable[[], torch.Tensor | None]]] = [

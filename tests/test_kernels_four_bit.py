@@ -7,15 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from support.four_bit import FORMATS, quantised_case
-from support.kernels import DEVICE, make_lora_batch
+from support.kernels import DEVICE, make_lora_batch, reference, run_poisoned
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
-from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.testing.cases import LoRASpec, MoECase, MoEInputs, Routing
 from moegraft.testing.errors import assert_close, assert_close_delta
-from moegraft.testing.moe_reference import moe_reference
-from moegraft.testing.poison import poison_allocations
 from moegraft.tuning.heuristic import heuristic_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
 
@@ -56,37 +53,17 @@ TILES = {
 def run(
     case: MoECase, inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch | None, tiles: MoETiles | None = None
 ) -> torch.Tensor:
-    with poison_allocations():
-        return fused_moe_lora(
-            inputs.x_TD,
-            weights,
-            inputs.topk_ids_TK,
-            inputs.topk_weights_TK,
-            lora=lora,
-            apply_router_weight_on_input=case.config.apply_router_weight_on_input,
-            tiles=tiles,
-        )
-
-
-def reference(case: MoECase, inputs: MoEInputs, *, with_lora: bool) -> torch.Tensor:
-    return moe_reference(
-        inputs.x_TD,
-        inputs.topk_ids_TK,
-        inputs.topk_weights_TK,
-        inputs.weights,
-        case.config,
-        adapters=inputs.adapters if with_lora else (),
-        token_slots_T=inputs.token_slots_T if with_lora else None,
-    )
+    on_input = case.config.apply_router_weight_on_input
+    return run_poisoned(inputs, weights, lora, tiles, weight_on_input=on_input)
 
 
 def check(name: str, format: str, tiles: MoETiles | None = None) -> None:
     case, inputs, weights = quantised_case(CASES[name], format, device=DEVICE)
     lora = make_lora_batch(case, inputs, pages=1600)
     base, out = run(case, inputs, weights, None, tiles), run(case, inputs, weights, lora, tiles)
-    base_ref = reference(case, inputs, with_lora=False)
+    base_ref = reference(case, inputs, None)
     assert_close(base, base_ref, 1e-5, what="base")
-    assert_close_delta(out, base, reference(case, inputs, with_lora=True), base_ref, 2e-5)
+    assert_close_delta(out, base, reference(case, inputs, inputs.token_slots_T), base_ref, 2e-5)
     if DEVICE == "cuda":  # the interpreter's matrix product gives a row other bits at another place of a tile
         is_base = inputs.token_slots_T < 0
         assert torch.equal(out[is_base], base[is_base])

@@ -7,41 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.kernels import DEVICE, make_lora_batch, make_weights
+from support.kernels import DEVICE, make_lora_batch, make_weights, reference, run_poisoned
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.kernels.lora_shrink.device import shrink_kernel
-from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.kernels.moe_forward.reference import fused_moe_lora_reference
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.testing.cases import MOE_CASES, LoRASpec, MoECase, MoEInputs, make_inputs
 from moegraft.testing.errors import assert_close, assert_close_delta
-from moegraft.testing.moe_reference import moe_reference
-from moegraft.testing.poison import poison_allocations
 
 
 def run(case: MoECase, inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch | None) -> torch.Tensor:
-    with poison_allocations():
-        return fused_moe_lora(
-            inputs.x_TD,
-            weights,
-            inputs.topk_ids_TK,
-            inputs.topk_weights_TK,
-            lora=lora,
-            apply_router_weight_on_input=case.config.apply_router_weight_on_input,
-        )
-
-
-def reference(case: MoECase, inputs: MoEInputs, *, with_lora: bool) -> torch.Tensor:
-    return moe_reference(
-        inputs.x_TD,
-        inputs.topk_ids_TK,
-        inputs.topk_weights_TK,
-        inputs.weights,
-        case.config,
-        adapters=inputs.adapters if with_lora else (),
-        token_slots_T=inputs.token_slots_T if with_lora else None,
-    )
+    on_input = case.config.apply_router_weight_on_input
+    return run_poisoned(inputs, weights, lora, weight_on_input=on_input)
 
 
 @pytest.mark.parametrize("case", MOE_CASES, ids=str)
@@ -59,9 +37,9 @@ def test_torch_reference_matches_merged_weights(case: MoECase) -> None:
         )
         for lora in (None, batch)
     )
-    base_ref = reference(case, inputs, with_lora=False)
+    base_ref = reference(case, inputs, None)
     assert_close(base, base_ref, 1e-5, what="base")
-    assert_close_delta(out, base, reference(case, inputs, with_lora=True), base_ref, 2e-5)
+    assert_close_delta(out, base, reference(case, inputs, inputs.token_slots_T), base_ref, 2e-5)
 
 
 @pytest.mark.parametrize("case", MOE_CASES, ids=str)
@@ -69,9 +47,9 @@ def test_layer_matches_merged_weights(case: MoECase) -> None:
     inputs = make_inputs(case, device=DEVICE)
     weights, lora = make_weights(case, inputs), make_lora_batch(case, inputs)
     base, out = run(case, inputs, weights, None), run(case, inputs, weights, lora)
-    base_ref = reference(case, inputs, with_lora=False)
+    base_ref = reference(case, inputs, None)
     assert_close(base, base_ref, 1e-5, what="base")
-    assert_close_delta(out, base, reference(case, inputs, with_lora=True), base_ref, 2e-5)
+    assert_close_delta(out, base, reference(case, inputs, inputs.token_slots_T), base_ref, 2e-5)
     if DEVICE == "cuda":  # the interpreter's matrix product gives a row other bits at another place of a tile
         is_base = inputs.token_slots_T < 0
         assert torch.equal(out[is_base], base[is_base])
@@ -90,8 +68,8 @@ def test_ranks_from_1_to_256_in_one_batch() -> None:
     assert set(range(len(EVERY_RANK.adapters))) <= set(inputs.token_slots_T.tolist())
     weights, lora = make_weights(EVERY_RANK, inputs), make_lora_batch(EVERY_RANK, inputs, pages=4000)
     base, out = run(EVERY_RANK, inputs, weights, None), run(EVERY_RANK, inputs, weights, lora)
-    base_ref = reference(EVERY_RANK, inputs, with_lora=False)
-    assert_close_delta(out, base, reference(EVERY_RANK, inputs, with_lora=True), base_ref, 2e-5)
+    base_ref = reference(EVERY_RANK, inputs, None)
+    assert_close_delta(out, base, reference(EVERY_RANK, inputs, inputs.token_slots_T), base_ref, 2e-5)
 
 
 @pytest.fixture
@@ -149,8 +127,8 @@ def test_which_kernels_run(touched: str, num_tokens: int, gated: bool, launched:
     out = run(case, inputs, weights, lora)
     assert launched == (ONE_TOKEN if num_tokens == 1 else {}).get(touched, GEMMS[touched])
     if touched != "none":
-        base_ref = reference(case, inputs, with_lora=False)
-        assert_close_delta(out, base, reference(case, inputs, with_lora=True), base_ref, 2e-5)
+        base_ref = reference(case, inputs, None)
+        assert_close_delta(out, base, reference(case, inputs, inputs.token_slots_T), base_ref, 2e-5)
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

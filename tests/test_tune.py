@@ -395,7 +395,7 @@ def test_kernels_are_compiled_side_by_side() -> None:
     with TileCompiler(2) as compiler:
         compiler.compile(layer, trials)
     compiled: list[str] = []
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", reason="needs triton")
     with patch.object(
         triton.knobs.compilation,
         "listener",

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.formats import PACKS
-from support.kernels import make_lora_batch
+from support.kernels import make_lora_batch, reference, run_invariant, run_poisoned
 from support.layers import dense_weights, dequantised
 
 from moegraft.core.config import MoEConfig
@@ -17,10 +17,7 @@ from moegraft.kernels.records import LoRABatch, MoEWeights, WeightFormat
 from moegraft.moe.experts.triton_experts import kernel_weights
 from moegraft.testing.cases import LoRASpec, MoECase, MoEInputs, Routing, make_inputs
 from moegraft.testing.errors import assert_close, assert_close_delta
-from moegraft.testing.moe_reference import moe_reference
-from moegraft.testing.poison import poison_allocations
 from moegraft.tuning.heuristic import batch_invariant_tiles
-from moegraft.tuning.tiles import MoETiles
 
 pytestmark = pytest.mark.gpu
 
@@ -53,42 +50,25 @@ def make(name: str, num_tokens: int) -> tuple[MoECase, MoEInputs, MoEWeights, Lo
     return case, replace(inputs, weights=dequantised(weights)), records, lora
 
 
-def run(inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch | None, tiles: MoETiles | None = None) -> torch.Tensor:
-    with poison_allocations():
-        return fused_moe_lora(inputs.x_TD, weights, inputs.topk_ids_TK, inputs.topk_weights_TK, lora=lora, tiles=tiles)
-
-
-def reference(case: MoECase, inputs: MoEInputs, slots_T: torch.Tensor | None) -> torch.Tensor:
-    return moe_reference(
-        inputs.x_TD,
-        inputs.topk_ids_TK,
-        inputs.topk_weights_TK,
-        inputs.weights,
-        case.config,
-        adapters=inputs.adapters,
-        token_slots_T=slots_T,
-        dtype=torch.float32,
-    )
-
-
 @pytest.mark.parametrize("num_tokens", [1, 7, 70, 200, 900])
 @pytest.mark.parametrize("name", NAMES)
 def test_layer_matches_merged_weights(name: str, num_tokens: int) -> None:
     case, inputs, weights, lora = make(name, num_tokens)
-    base, out, base_ref = run(inputs, weights, None), run(inputs, weights, lora), reference(case, inputs, None)
+    base, out = run_poisoned(inputs, weights, None), run_poisoned(inputs, weights, lora)
+    base_ref = reference(case, inputs, None)
     tol = TOL[weights.format.value]
     assert_close(base, base_ref, tol)
     is_base = inputs.token_slots_T < 0
     if not bool(is_base.all()):
         assert_close_delta(out, base, reference(case, inputs, inputs.token_slots_T), base_ref, tol)
     assert torch.equal(out[is_base], base[is_base])
-    assert torch.equal(out, run(inputs, weights, lora))
+    assert torch.equal(out, run_poisoned(inputs, weights, lora))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_graph_opcheck_and_compile(name: str) -> None:
     _, inputs, weights, lora = make(name, 40)
-    expected = run(inputs, weights, lora)
+    expected = run_poisoned(inputs, weights, lora)
     args = (weights, inputs.topk_ids_TK, inputs.topk_weights_TK)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -98,7 +78,7 @@ def test_graph_opcheck_and_compile(name: str) -> None:
     slots_T = lora.token_slots_T.clone()
     lora.token_slots_T.fill_(-1)
     graph.replay()
-    assert torch.equal(out_TD, run(inputs, weights, None)) and not torch.equal(out_TD, expected)
+    assert torch.equal(out_TD, run_poisoned(inputs, weights, None)) and not torch.equal(out_TD, expected)
     lora.token_slots_T.copy_(slots_T)
     check_op(inputs, weights, lora)
 
@@ -120,21 +100,7 @@ def check_op(inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_invariant_tiles_give_a_row_the_same_bits_in_any_company(name: str) -> None:
     case, inputs, weights, lora = make(name, 300)
-
-    def rows(start: int, end: int) -> torch.Tensor:
-        part = slice(start, end)
-        return fused_moe_lora(
-            inputs.x_TD[part],
-            weights,
-            inputs.topk_ids_TK[part],
-            inputs.topk_weights_TK[part],
-            lora=replace(lora, token_slots_T=lora.token_slots_T[part]),
-            tiles=batch_invariant_tiles(),
-        )
-
-    together = rows(0, 300)
+    together = run_invariant(inputs, weights, lora)
     expected, base_ref = reference(case, inputs, inputs.token_slots_T), reference(case, inputs, None)
-    base = run(inputs, weights, None, batch_invariant_tiles())
+    base = run_poisoned(inputs, weights, None, batch_invariant_tiles())
     assert_close_delta(together, base, expected, base_ref, TOL[weights.format.value])
-    for start, end in ((0, 1), (5, 12), (100, 131), (17, 290)):
-        assert torch.equal(rows(start, end), together[start:end])

@@ -7,18 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from support.four_bit import FORMATS, quantised_case
-from support.kernels import make_lora_batch
+from support.kernels import make_lora_batch, reference, run_poisoned
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.kernels.moe_forward.op import op_args
-from moegraft.kernels.records import LoRABatch, MoEWeights
-from moegraft.testing.cases import LoRASpec, MoECase, MoEInputs, Routing
+from moegraft.testing.cases import LoRASpec, MoECase, Routing
 from moegraft.testing.errors import assert_close, assert_close_delta
-from moegraft.testing.moe_reference import moe_reference
-from moegraft.testing.poison import poison_allocations
 from moegraft.tuning.heuristic import heuristic_tiles
-from moegraft.tuning.tiles import MoETiles, TuningShape
+from moegraft.tuning.tiles import TuningShape
 
 pytestmark = pytest.mark.gpu
 
@@ -36,24 +33,6 @@ def make_case(format: str, num_tokens: int, dtype: torch.dtype = torch.bfloat16)
     )
 
 
-def run(inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch | None, tiles: MoETiles | None = None) -> torch.Tensor:
-    with poison_allocations():
-        return fused_moe_lora(inputs.x_TD, weights, inputs.topk_ids_TK, inputs.topk_weights_TK, lora=lora, tiles=tiles)
-
-
-def reference(case: MoECase, inputs: MoEInputs, slots_T: torch.Tensor | None) -> torch.Tensor:
-    return moe_reference(
-        inputs.x_TD,
-        inputs.topk_ids_TK,
-        inputs.topk_weights_TK,
-        inputs.weights,
-        case.config,
-        adapters=inputs.adapters,
-        token_slots_T=slots_T,
-        dtype=torch.float32,
-    )
-
-
 def check(case: MoECase, format: str, *, is_swapped: bool | None = None) -> None:
     case, inputs, weights = quantised_case(case, format, device="cuda")
     lora = make_lora_batch(case, inputs, **BANK)
@@ -68,13 +47,13 @@ def check(case: MoECase, format: str, *, is_swapped: bool | None = None) -> None
         tiles = heuristic_tiles(shape)
         gemm13, gemm2 = (replace(tile, swapped=is_swapped) for tile in (tiles.gemm13, tiles.gemm2))
         tiles = replace(tiles, gemm13=gemm13, gemm2=gemm2)
-    base, out = run(inputs, weights, None, tiles), run(inputs, weights, lora, tiles)
+    base, out = run_poisoned(inputs, weights, None, tiles), run_poisoned(inputs, weights, lora, tiles)
     base_ref = reference(case, inputs, None)
     assert_close(base, base_ref, TOL)
     assert_close_delta(out, base, reference(case, inputs, inputs.token_slots_T), base_ref, TOL)
     is_base = inputs.token_slots_T < 0
     assert torch.equal(out[is_base], base[is_base])
-    assert torch.equal(out, run(inputs, weights, lora, tiles))
+    assert torch.equal(out, run_poisoned(inputs, weights, lora, tiles))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 70, 200, 900])
@@ -108,13 +87,13 @@ def test_no_gate_and_odd_sizes(format: str) -> None:
 def test_graph_opcheck_and_compile(format: str) -> None:
     case, inputs, weights = quantised_case(make_case(format, 40), format, device="cuda")
     lora = make_lora_batch(case, inputs, **BANK)
-    expected = run(inputs, weights, lora)
+    expected = run_poisoned(inputs, weights, lora)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out_TD = fused_moe_lora(inputs.x_TD, weights, inputs.topk_ids_TK, inputs.topk_weights_TK, lora=lora)
     lora.token_slots_T.fill_(-1)
     graph.replay()
-    assert torch.equal(out_TD, run(inputs, weights, None)) and not torch.equal(out_TD, expected)
+    assert torch.equal(out_TD, run_poisoned(inputs, weights, None)) and not torch.equal(out_TD, expected)
 
     def layer(x_TD: torch.Tensor) -> torch.Tensor:
         return fused_moe_lora(x_TD * 2, weights, inputs.topk_ids_TK, inputs.topk_weights_TK, lora=lora) + 1

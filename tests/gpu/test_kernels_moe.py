@@ -6,17 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.kernels import MODULE, load, make_bank, make_lora_batch, make_weights
+from support.kernels import (
+    MODULE,
+    load,
+    make_bank,
+    make_lora_batch,
+    make_weights,
+    reference,
+    run_invariant,
+    run_poisoned,
+)
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.records import LoRABatch, MoEWeights
-from moegraft.testing.cases import LoRASpec, MoECase, MoEInputs, Routing, make_inputs, make_lora
+from moegraft.kernels.records import LoRABatch
+from moegraft.testing.cases import LoRASpec, MoECase, Routing, make_inputs, make_lora
 from moegraft.testing.errors import assert_close, assert_close_delta
-from moegraft.testing.moe_reference import moe_reference
-from moegraft.testing.poison import poison_allocations
 from moegraft.testing.workloads import Popularity
-from moegraft.tuning.heuristic import batch_invariant_tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -32,24 +38,6 @@ def case(config: MoEConfig, num_tokens: int, **options: object) -> MoECase:
     return MoECase(name="gpu", config=config, adapters=RANKS, num_tokens=num_tokens, **options)  # type: ignore[arg-type]
 
 
-def run(inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch | None) -> torch.Tensor:
-    with poison_allocations():
-        return fused_moe_lora(inputs.x_TD, weights, inputs.topk_ids_TK, inputs.topk_weights_TK, lora=lora)
-
-
-def reference(case: MoECase, inputs: MoEInputs, slots_T: torch.Tensor | None) -> torch.Tensor:
-    return moe_reference(
-        inputs.x_TD,
-        inputs.topk_ids_TK,
-        inputs.topk_weights_TK,
-        inputs.weights,
-        case.config,
-        adapters=inputs.adapters,
-        token_slots_T=slots_T,
-        dtype=torch.float32,
-    )
-
-
 @pytest.mark.parametrize("num_tokens", [1, 7, 70, 150, 470, 700, 1500])
 @pytest.mark.parametrize("layout", ["qwen", "gpt_oss", "nemotron"])
 def test_layer_matches_merged_weights(layout: str, num_tokens: int) -> None:
@@ -58,14 +46,14 @@ def test_layer_matches_merged_weights(layout: str, num_tokens: int) -> None:
     problem = case(config, num_tokens, is_transposed=transposed, is_interleaved=transposed, routing=Routing.SENTINELS)
     inputs = make_inputs(problem, device="cuda")
     weights, lora = make_weights(problem, inputs), make_lora_batch(problem, inputs, **BANK)
-    base, out = run(inputs, weights, None), run(inputs, weights, lora)
+    base, out = run_poisoned(inputs, weights, None), run_poisoned(inputs, weights, lora)
     base_ref = reference(problem, inputs, None)
     assert_close(base, base_ref, TOL)
     if (inputs.token_slots_T >= 0).any():
         assert_close_delta(out, base, reference(problem, inputs, inputs.token_slots_T), base_ref, TOL)
     is_base = inputs.token_slots_T < 0
     assert torch.equal(out[is_base], base[is_base])
-    assert torch.equal(out, run(inputs, weights, lora))
+    assert torch.equal(out, run_poisoned(inputs, weights, lora))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 700])
@@ -90,7 +78,7 @@ def test_adapters_on_one_projection_only(touched: str, layout: str, num_tokens: 
     weights, lora = make_weights(problem, inputs), make_lora_batch(problem, inputs, **BANK)
     base_ref, ref = reference(problem, inputs, None), reference(problem, inputs, inputs.token_slots_T)
     for _ in range(20):  # a race shows now and then
-        base, out = run(inputs, weights, None), run(inputs, weights, lora)
+        base, out = run_poisoned(inputs, weights, None), run_poisoned(inputs, weights, lora)
         assert_close_delta(out, base, ref, base_ref, TOL)
 
 
@@ -104,7 +92,7 @@ def test_one_graph_serves_a_changing_bank() -> None:
         rank13=512,
         rank2=256,
     )
-    run(inputs, weights, lora)
+    run_poisoned(inputs, weights, lora)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out_TD = fused_moe_lora(inputs.x_TD, weights, inputs.topk_ids_TK, inputs.topk_weights_TK, lora=lora)
@@ -126,7 +114,7 @@ def test_one_graph_serves_a_changing_bank() -> None:
         inputs.topk_ids_TK.copy_(torch.rand(40, 16, generator=generator).topk(4).indices)
         graph.replay()
         base_ref = reference(problem, inputs, None)
-        base = run(inputs, weights, None)
+        base = run_poisoned(inputs, weights, None)
         assert_close_delta(out_TD, base, reference(problem, inputs, token_slots), base_ref, TOL)
         assert torch.equal(out_TD[token_slots < 0], base[token_slots < 0])
 
@@ -153,18 +141,4 @@ def test_batch_invariant_tiles_give_a_row_the_same_bits_in_any_company() -> None
     problem = case(QWEN, 300)
     inputs = make_inputs(problem, device="cuda")
     weights, lora = make_weights(problem, inputs), make_lora_batch(problem, inputs, **BANK)
-
-    def rows(start: int, end: int) -> torch.Tensor:
-        part = slice(start, end)
-        return fused_moe_lora(
-            inputs.x_TD[part],
-            weights,
-            inputs.topk_ids_TK[part],
-            inputs.topk_weights_TK[part],
-            lora=replace(lora, token_slots_T=lora.token_slots_T[part]),
-            tiles=batch_invariant_tiles(),
-        )
-
-    together = rows(0, 300)
-    for start, end in ((0, 1), (5, 12), (100, 131), (17, 290)):
-        assert torch.equal(rows(start, end), together[start:end])
+    run_invariant(inputs, weights, lora)

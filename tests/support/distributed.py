@@ -24,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moegraft.parallel import backend_of
+
 START_SECONDS = 60.0
 CASE_SECONDS = 60.0
 
@@ -142,13 +144,13 @@ class WorldPool:
 
 def _serve(connection: Connection, rank: int, size: int, meeting: str, group_seconds: float, device: str) -> None:
     torch.set_num_threads(1)
-    backend = "gloo"
-    if device == "cuda" and torch.cuda.device_count() >= size:
+    has_own_gpu = device == "cuda" and torch.cuda.device_count() >= size
+    if has_own_gpu:
         torch.cuda.set_device(rank)
-        backend = "cpu:gloo,cuda:nccl"
     elif device == "cuda":
         make_group = dist.new_group
         dist.new_group = lambda *args, **options: make_group(*args, **{**options, "backend": "gloo"})
+    backend = backend_of("cuda" if has_own_gpu else "cpu")
     # Mostly long: a case that fails is over at the pool's own deadline, and groups have timeouts of their own.
     timeout = timedelta(seconds=group_seconds)
     with suppress(KeyboardInterrupt, EOFError, ConnectionError):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moegraft.core.config import MoEConfig
+from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
 from moegraft.testing.cases import MoECase, MoEInputs
-from moegraft.testing.moe_reference import ExpertsFactors
+from moegraft.testing.moe_reference import ExpertsFactors, moe_reference
+from moegraft.testing.poison import poison_allocations
+from moegraft.tuning.heuristic import batch_invariant_tiles
+from moegraft.tuning.tiles import MoETiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULE = "experts"
@@ -26,6 +32,60 @@ def make_weights(case: MoECase, inputs: MoEInputs) -> MoEWeights:
         is_transposed=w.is_transposed,
         is_interleaved=w.is_interleaved,
     )
+
+
+def run_poisoned(
+    inputs: MoEInputs,
+    weights: MoEWeights,
+    lora: LoRABatch | None,
+    tiles: MoETiles | None = None,
+    *,
+    weight_on_input: bool = False,
+) -> torch.Tensor:
+    """A call of the layer whose memory is NaN before it is written."""
+    with poison_allocations():
+        return fused_moe_lora(
+            inputs.x_TD,
+            weights,
+            inputs.topk_ids_TK,
+            inputs.topk_weights_TK,
+            lora=lora,
+            apply_router_weight_on_input=weight_on_input,
+            tiles=tiles,
+        )
+
+
+def reference(case: MoECase, inputs: MoEInputs, slots_T: torch.Tensor | None) -> torch.Tensor:
+    """The merged-weights oracle in float64; without adapters where ``slots_T`` is None."""
+    return moe_reference(
+        inputs.x_TD,
+        inputs.topk_ids_TK,
+        inputs.topk_weights_TK,
+        inputs.weights,
+        case.config,
+        adapters=inputs.adapters,
+        token_slots_T=slots_T,
+    )
+
+
+def run_invariant(inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch) -> torch.Tensor:
+    """Output under batch-invariant tiles; fails where a row has other bits in other company. Of 290 rows or more."""
+
+    def rows(start: int, end: int) -> torch.Tensor:
+        part = slice(start, end)
+        return fused_moe_lora(
+            inputs.x_TD[part],
+            weights,
+            inputs.topk_ids_TK[part],
+            inputs.topk_weights_TK[part],
+            lora=replace(lora, token_slots_T=lora.token_slots_T[part]),
+            tiles=batch_invariant_tiles(),
+        )
+
+    together = rows(0, len(inputs.x_TD))
+    for start, end in ((0, 1), (5, 12), (100, 131), (17, 290)):
+        assert torch.equal(rows(start, end), together[start:end])
+    return together
 
 
 def make_bank(

@@ -21,6 +21,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moegraft.cli.console import CommandError, stderr
 from moegraft.core.errors import MoegraftError, ParallelError
+from moegraft.parallel import backend_of
 
 _Request = TypeVar("_Request")
 _Result = TypeVar("_Result")
@@ -127,9 +128,7 @@ def _run_rank(
         store = TCPStore("127.0.0.1", port, is_master=False)
         if kind == "cuda":
             torch.cuda.set_device(rank)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size
-        )
+        dist.init_process_group(backend_of(kind), store=store, rank=rank, world_size=size)
         result = work(request, rank)
         report = Report(result=result if rank == 0 else None)
     except MoegraftError as error:

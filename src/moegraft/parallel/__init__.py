@@ -2,7 +2,7 @@
 
 from moegraft.parallel.collectives import Communicator, Traffic
 from moegraft.parallel.config import ParallelConfig
-from moegraft.parallel.groups import ParallelGroups
+from moegraft.parallel.groups import ParallelGroups, backend_of
 from moegraft.parallel.rank_slice import (
     ExpertsSlice,
     LinearSlice,
@@ -26,6 +26,7 @@ __all__ = [
     "Shard",
     "Share",
     "Traffic",
+    "backend_of",
     "column_parallel",
     "experts_slice",
     "half_columns",

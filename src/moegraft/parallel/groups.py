@@ -12,6 +12,11 @@ from moegraft.parallel.collectives import Communicator, GroupHealth
 from moegraft.parallel.config import ParallelConfig
 
 
+def backend_of(device: torch.device | str) -> str:
+    """What torch.distributed is initialised with: tensors on the CPU travel over gloo, those on CUDA over NCCL."""
+    return "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+
+
 class ParallelGroups:
     """This rank's place in the world and the groups that it talks to: ``world``, ``control``, ``tp`` and ``ep``.
 
@@ -62,8 +67,8 @@ class ParallelGroups:
     def create(cls, config: ParallelConfig, device: torch.device | str = "cpu") -> ParallelGroups:
         """Collective: every rank of the initialised world calls it with the same config.
 
-        Tensors on the CPU travel over gloo; with a CUDA ``device``, those on it over NCCL. Raises ParallelError where
-        torch.distributed is not initialised, its world has another size, or the ranks' configs differ.
+        ``device``: see ``backend_of``. Raises ParallelError where torch.distributed is not initialised, its world has
+        another size, or the ranks' configs differ.
         """
         if not (dist.is_available() and dist.is_initialized()):
             if config.world_size == 1:
@@ -72,8 +77,7 @@ class ParallelGroups:
                 f"{_needs(config)}, but torch.distributed is not initialised; start them with torchrun "
                 f"--nproc-per-node {config.world_size} and call torch.distributed.init_process_group()"
             )
-        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
-        rank, health = dist.get_rank(), GroupHealth()
+        backend, rank, health = backend_of(device), dist.get_rank(), GroupHealth()
         made: list[dist.ProcessGroup] = []
 
         def communicator(name: str, groups: list[tuple[int, ...]]) -> Communicator:

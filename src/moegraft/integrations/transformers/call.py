@@ -115,3 +115,17 @@ class CallState:
 
 
 _CURRENT: ContextVar[tuple[CallState, ActiveCall] | None] = ContextVar("moegraft_call", default=None)
+
+
+class BatchScratch:
+    """Scratch of a batch, kept while the next one has the same adapters in the same places (a decode loop)."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def of(self, held: AdapterBatch) -> dict[str, Any]:
+        key = tuple(handle.residency for handle in held.handles)
+        last = self._last  # read once: another thread may put its own batch there
+        if last[0] != key:
+            last = self._last = (key, {})
+        return last[1]

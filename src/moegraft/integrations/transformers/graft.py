@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moegraft.build import linear_punica_for
 from moegraft.core.errors import BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
-from moegraft.integrations.transformers.call import ActiveCall, CallState
+from moegraft.integrations.transformers.call import ActiveCall, BatchScratch, CallState
 from moegraft.integrations.transformers.experts import (
     IMPLEMENTATION,
     ExpertsSite,
@@ -364,20 +364,6 @@ class GraftedModel:
         if kind is SavedSeam:
             return SavedSeam(name, module, self.bank, self._state, is_planned=self.layout.plan is not None)
         return kind(name, module, self.bank, self._state)
-
-
-class BatchScratch:
-    """Scratch of a batch, kept while the next one has the same adapters in the same places (a decode loop)."""
-
-    def __init__(self) -> None:
-        self._last: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-
-    def of(self, held: AdapterBatch) -> dict[str, Any]:
-        key = tuple(handle.residency for handle in held.handles)
-        last = self._last  # read once: another thread may put its own batch there
-        if last[0] != key:
-            last = self._last = (key, {})
-        return last[1]
 
 
 def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:

@@ -22,7 +22,7 @@ from moegraft.lora.collective_bank import CollectiveBank, GroupBatch
 from moegraft.lora.peft import LoadReport, load_peft_adapter
 from moegraft.lora.peft.digest import adapter_digest
 from moegraft.lora.targets import AdapterWeights, ModelTargets
-from moegraft.parallel import ParallelConfig
+from moegraft.parallel import ParallelConfig, backend_of
 
 INPUTS = ("inputs", "input_ids", "inputs_embeds")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -44,7 +44,7 @@ def init_parallel(
     if not dist.is_initialized():
         try:
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                backend_of(kind),
                 init_method="env://",
                 timeout=timedelta(seconds=timeout_seconds),
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.kernels.moe_forward.op import call_op
+from moegraft.kernels.moe_forward.op import op_args
 from moegraft.kernels.moe_forward.run import run_layer
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.kernels.workspace import Workspace
@@ -41,7 +41,8 @@ def fused_moe_lora(
     """
     # Outside a compiled graph the implementation itself: packing and unpacking 30 operands costs as much as a launch.
     if torch.compiler.is_compiling() and workspace is None and tiles is None:
-        return call_op(x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input=apply_router_weight_on_input)
+        args = op_args(x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input=apply_router_weight_on_input)
+        return torch.ops.moegraft.fused_moe_lora(*args)
     return run_layer(
         x_TD,
         weights,

@@ -12,20 +12,6 @@ from moegraft.kernels.moe_forward.run import run_layer
 from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
 
 
-def call_op(
-    x_TD: torch.Tensor,
-    weights: MoEWeights,
-    topk_ids_TK: torch.Tensor,
-    topk_weights_TK: torch.Tensor,
-    lora: LoRABatch | None,
-    *,
-    weight_on_input: bool,
-) -> torch.Tensor:
-    """The op on records."""
-    args = op_args(x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input=weight_on_input)
-    return torch.ops.moegraft.fused_moe_lora(*args)
-
-
 def op_args(
     x_TD: torch.Tensor,
     weights: MoEWeights,
