@@ -45,8 +45,7 @@ from grid_problem import (
 )
 
 from moegraft.formats.base import ExpertsWeights
-from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.moe_forward.run import tuning_shape
+from moegraft.kernels.moe_forward.host import fused_moe_lora, tuning_shape
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.tuning.heuristic import heuristic_tiles
 

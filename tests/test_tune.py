@@ -25,8 +25,7 @@ from moegraft.cli.tune import make_request, parse_layer, run_tune, state_path
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.kernels.moe_forward import host
 from moegraft.tuning import table
-from moegraft.tuning.device import H200, tuning_device
-from moegraft.tuning.heuristic import heuristic_tiles
+from moegraft.tuning.heuristic import H200, heuristic_tiles, tuning_device
 from moegraft.tuning.search import (
     BLOCK_MS,
     MAX_DEFAULT_RATIO,

@@ -10,11 +10,10 @@ from functools import lru_cache
 import torch
 
 from moegraft.core.routing import LANE_GRANULE, RECORD_INTS, Count, Lanes, max_groups
-from moegraft.kernels.launch import cdiv
 from moegraft.kernels.moe_routing.host import RoutingBuffers
-from moegraft.kernels.records import LowRank, QuantisedRows, low_rank_width
-from moegraft.tuning.eight_bit import stores_h, stores_x
+from moegraft.kernels.records import LowRank, QuantisedRows, cdiv, low_rank_width
 from moegraft.tuning.tiles import MoETiles, TuningShape
+from moegraft.tuning.weight_formats import stores_h, stores_x
 
 _ALIGNMENT_BYTES = 256
 
@@ -93,13 +92,13 @@ def _plan(shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, num_halves: i
     """Cached by shape: a decode step asks for the same few again and again, and pays for a dictionary lookup."""
     views: dict[torch.dtype, list[tuple[str, tuple[int, ...], tuple[int, ...], int]]] = {}
     offset = 0
-    for name, (size, view_dtype) in layer_buffers(
-        shape, tiles, dtype, num_halves=num_halves, with_base=with_base
-    ).items():
-        strides = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
+    buffers = layer_buffers(shape, tiles, dtype, num_halves=num_halves, with_base=with_base)
+    for name, (size, view_dtype) in buffers.items():
+        strides = tuple([math.prod(size[i + 1 :]) for i in range(len(size))])
         views.setdefault(view_dtype, []).append((name, size, strides, offset // view_dtype.itemsize))
-        offset += cdiv(math.prod(size) * view_dtype.itemsize, _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return _Plan(tuple((view_dtype, tuple(of_dtype)) for view_dtype, of_dtype in views.items()), offset)
+        num_bytes = math.prod(size) * view_dtype.itemsize
+        offset += num_bytes + -num_bytes % _ALIGNMENT_BYTES
+    return _Plan(tuple([(view_dtype, tuple(of_dtype)) for view_dtype, of_dtype in views.items()]), offset)
 
 
 class Workspace:

@@ -15,14 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moegraft.kernels.device_lib import (
-    FIELD_RANK,
-    NUM_FIELDS,
-    Constant,
-    await_prior_kernel,
-    rank_row_elements,
-    release_next_kernel,
-)
+from moegraft.kernels.device.common import Constant, await_prior_kernel, release_next_kernel
+from moegraft.kernels.device.pages import FIELD_RANK, NUM_FIELDS, factor_row_elements
 
 # Rows of ``LinearTables.factors``, as core/tables.py has them.
 A = Constant(0)
@@ -69,7 +63,7 @@ def shrink_kernel(v_ptr, x_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr
         if rank_block * BLOCK_R < rank:
             mine = slots == slot
             lane_live = j < rank
-            a_elements = rank_row_elements(
+            a_elements = factor_row_elements(
                 page_table_ptr + slot * stride_pages, factor_ptr, j, lane_live, LENGTH, PAGE_ELEMS, ALIGN
             )
             acc = tl.zeros([TILE_M, BLOCK_R], tl.float32)
@@ -129,7 +123,7 @@ def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, f
                 for first_lane in range(0, rank, BLOCK_R):
                     lane = first_lane + tl.arange(0, BLOCK_R)
                     lane_live = lane < rank
-                    b_elements = rank_row_elements(pages_ptr, factor_ptr, lane, lane_live, COLUMNS, PAGE_ELEMS, ALIGN)
+                    b_elements = factor_row_elements(pages_ptr, factor_ptr, lane, lane_live, COLUMNS, PAGE_ELEMS, ALIGN)
                     b_mask = lane_live[:, None] & column_live[None, :]
                     b = tl.load(pool_ptr + b_elements[:, None] + columns[None, :], mask=b_mask, other=0.0)
                     v_mask = mine[None, :, None] & lane_live[None, None, :]
@@ -137,7 +131,7 @@ def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, f
                     acc = tl.dot(v.to(b.dtype), b, acc, input_precision=PRECISION)
                 if gain_rank > 0:
                     row = tl.zeros([1], tl.int32)
-                    element = rank_row_elements(pages_ptr, gain_ptr, row, row == 0, COLUMNS, PAGE_ELEMS, ALIGN)
+                    element = factor_row_elements(pages_ptr, gain_ptr, row, row == 0, COLUMNS, PAGE_ELEMS, ALIGN)
                     gain = tl.load(pool_ptr + element + columns, mask=column_live, other=1.0).to(tl.float32)
                     base = y
                     if HAS_BIAS:

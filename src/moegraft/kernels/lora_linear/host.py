@@ -9,9 +9,8 @@ from functools import lru_cache
 import torch
 
 from moegraft.core.tables import LinearTables
-from moegraft.kernels.launch import cdiv, dot_precision, next_power_of_2, pdl_options
 from moegraft.kernels.lora_linear.device import expand_kernel, shrink_kernel
-from moegraft.kernels.records import check_token_slots
+from moegraft.kernels.records import cdiv, check_token_slots, dot_precision, next_power_of_2, pdl_options
 
 _WAVE = 128
 """Shrink programs that fill a device: the H200 has 132 multiprocessors, which serves as the measure for all."""

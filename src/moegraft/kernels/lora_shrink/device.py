@@ -5,15 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moegraft.kernels.device_lib import (
+from moegraft.kernels.device.common import await_prior_kernel, release_next_kernel
+from moegraft.kernels.device.pages import (
     FIELD_EXPERT_STRIDE,
     FIELD_LANE,
     FIELD_RANK,
     NUM_FIELDS,
-    await_prior_kernel,
+    factor_row_elements,
     pad_to_granule,
-    rank_row_elements,
-    release_next_kernel,
 )
 
 
@@ -59,7 +58,7 @@ def shrink_kernel(u_ptr, partial_ptr, x_ptr, order_ptr, tile_ptr, count_ptr, poo
     j_live = tl.where(column < up_column, column < up_lane, j < rank)
     row = index * tl.load(factor_ptr + FIELD_EXPERT_STRIDE) + j
     pages_ptr = page_table_ptr + slot * stride_pages
-    a_elements = rank_row_elements(pages_ptr, factor_ptr, row, j_live, LENGTH, PAGE_ELEMS, ALIGN)
+    a_elements = factor_row_elements(pages_ptr, factor_ptr, row, j_live, LENGTH, PAGE_ELEMS, ALIGN)
     positions = first + tl.arange(0, TILE_M)
     live = positions < end
     x_rows = positions

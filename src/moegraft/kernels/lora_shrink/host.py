@@ -8,9 +8,8 @@ import torch
 
 from moegraft.core.routing import MoERouting, Tile
 from moegraft.core.tables import ExpertsFactor
-from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
 from moegraft.kernels.lora_shrink.device import shrink_kernel
-from moegraft.kernels.records import LoRABatch, LowRank
+from moegraft.kernels.records import LoRABatch, LowRank, cdiv, dot_precision, pdl_options
 from moegraft.tuning.tiles import ShrinkTile
 
 
@@ -59,7 +58,7 @@ def _launch(
         return
     tables, length = lora.tables, x.shape[1]
     rank_blocks = cdiv(width, tile.block_r)
-    shrink_kernel[(routing.max_tiles * rank_blocks * tile.splits,)](
+    shrink_kernel[(routing.tiles.shape[0] * rank_blocks * tile.splits,)](
         low_rank.u_NW, low_rank.partial_SNW, x, routing.order, routing.tiles, routing.counts, tables.pool,
         tables.page_table, tables.factors, tables.expert_index, x.stride(0), tables.page_table.stride(0),
         tables.factors.stride(0), tables.expert_index.stride(0), routing.num_rows, LENGTH=length, U_WIDTH=width,

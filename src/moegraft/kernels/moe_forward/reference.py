@@ -22,7 +22,7 @@ def fused_moe_lora_reference(
     K = topk_ids_TK.shape[1]
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for n, expert in enumerate(topk_ids_TK.flatten().tolist()):
-        if not 0 <= expert < weights.num_experts:
+        if not 0 <= expert < weights.sizes.num_experts:
             continue
         t, weight = n // K, topk_weights_TK.flatten()[n].float()
         slot = -1 if lora is None else int(lora.token_slots_T[t])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moegraft.kernels.device_lib import (
+from moegraft.kernels.device.common import await_prior_kernel, release_next_kernel
+from moegraft.kernels.device.pages import (
     B2,
     B_GATE,
     B_UP,
@@ -14,10 +15,8 @@ from moegraft.kernels.device_lib import (
     FIELD_RANK,
     GRANULE,
     NUM_FIELDS,
-    await_prior_kernel,
+    factor_row_elements,
     pad_to_granule,
-    rank_row_elements,
-    release_next_kernel,
 )
 
 
@@ -35,7 +34,7 @@ def _write_lanes(lane_segment_ptr, granule_ptr, element_ptr, lane_capacity, firs
         rank = tl.load(factor_ptr + FIELD_RANK)
         live = in_list & (j < rank)
         rows = index * tl.load(factor_ptr + FIELD_EXPERT_STRIDE) + j
-        element = rank_row_elements(pages_ptr, factor_ptr, rows, live, COLUMNS, PAGE_ELEMS, 1)
+        element = factor_row_elements(pages_ptr, factor_ptr, rows, live, COLUMNS, PAGE_ELEMS, 1)
         granule = pad_to_granule(tl.load(factor_ptr + FIELD_LANE)) // GRANULE
         granule = tl.where(j // GRANULE * GRANULE < rank, granule + j // GRANULE, 0)
         tl.store(granule_ptr + b * lane_capacity + lanes, granule, mask=in_list)
@@ -113,7 +112,7 @@ def route_token_kernel(order_ptr, segment_ptr, block_ptr, tile_ptr, count_ptr, l
     column = part * BLOCK_R + tl.arange(0, BLOCK_R)
     j = tl.where(column < up_column, column, column - up_column + up_lane)
     j_live = tl.where(column < up_column, column < up_lane, j < rank13)
-    a_elements = rank_row_elements(pages_ptr, factors_ptr, index * stride13 + j, j_live, D, PAGE_ELEMS, ALIGN)
+    a_elements = factor_row_elements(pages_ptr, factors_ptr, index * stride13 + j, j_live, D, PAGE_ELEMS, ALIGN)
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for start in tl.static_range(0, D, BLOCK_K):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from moegraft.core.routing import LANE_GRANULE, MoERouting
-from moegraft.kernels.launch import cdiv, next_power_of_2, pdl_options
 from moegraft.kernels.moe_route_token.device import route_token_kernel
 from moegraft.kernels.moe_routing.host import RoutingBuffers
-from moegraft.kernels.records import LayerSizes, LoRABatch, LowRank
+from moegraft.kernels.records import LayerSizes, LoRABatch, LowRank, cdiv, next_power_of_2, pdl_options
 from moegraft.tuning.tiles import MoETiles
 
 BLOCK_R = 8

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moegraft.kernels.device_lib import (
+from moegraft.kernels.device.common import await_prior_kernel, release_next_kernel
+from moegraft.kernels.device.pages import (
     B2,
     B_GATE,
     B_UP,
@@ -16,9 +17,8 @@ from moegraft.kernels.device_lib import (
     FIELD_RANK,
     GRANULE,
     NUM_FIELDS,
-    await_prior_kernel,
     pad_to_granule,
-    release_next_kernel,
+    rank_row_elements,
 )
 
 
@@ -161,7 +161,6 @@ def _write_lanes(lane_segment_ptr, granule_ptr, element_ptr, lane_capacity, firs
                  NUM_B: tl.constexpr, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr,
                  LANES: tl.constexpr):  # fmt: skip
     """Every lane that the expert's slots bring to a B factor: its segment, its granule of u, where its row of B is."""
-    rows_per_page: tl.constexpr = PAGE_ELEMS // COLUMNS
     for start in range(0, tl.max(granules, 0) * GRANULE, LANES):
         j = start + tl.arange(0, LANES)
         in_list = j[None, :] < (granules * GRANULE)[:, None]
@@ -175,10 +174,10 @@ def _write_lanes(lane_segment_ptr, granule_ptr, element_ptr, lane_capacity, firs
             offset = tl.load(factor + FIELD_OFFSET, mask=has_work, other=0)
             granule = pad_to_granule(tl.load(factor + FIELD_LANE, mask=has_work, other=0)) // GRANULE
             live = in_list & (j[None, :] < rank[:, None])
-            row = (index * stride)[:, None] + j[None, :]
-            page = first_page[:, None] + row // rows_per_page
-            page = tl.load(page_table_ptr + (slot * stride_pages)[:, None] + page, mask=live, other=0)
-            element = page.to(tl.int64) * PAGE_ELEMS + offset[:, None] + row % rows_per_page * COLUMNS
+            element = rank_row_elements(
+                page_table_ptr + (slot * stride_pages)[:, None], first_page[:, None], offset[:, None],
+                (index * stride)[:, None] + j[None, :], live, COLUMNS, PAGE_ELEMS,
+            )  # fmt: skip
             # A granule that is dead for this factor reads columns that are sure to be written.
             in_rank = (j // GRANULE * GRANULE)[None, :] < rank[:, None]
             granule = tl.where(in_rank, granule[:, None] + (j // GRANULE)[None, :], 0)

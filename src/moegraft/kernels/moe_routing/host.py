@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from moegraft.core.routing import LANE_GRANULE, Lanes, MoERouting
-from moegraft.kernels.launch import cdiv, next_power_of_2, pdl_options
 from moegraft.kernels.moe_routing.device import route_kernel
-from moegraft.kernels.records import LayerSizes, LoRABatch
+from moegraft.kernels.records import LayerSizes, LoRABatch, cdiv, next_power_of_2, pdl_options
 
 DENSE_ROWS = 4096
 """Up to here the lists have no holes for experts without rows; a histogram of all rows is cheap."""
