@@ -6,7 +6,8 @@
 
 ``dump`` calls host functions on tensors without memory, with a driver that only says which GPU to compile for, and
 keeps the PTX of every launch. ``compare`` pairs launches by case and order. PTX is the same where it differs in the
-names of registers, labels and parameters alone. Of other kernels it says what ptxas makes of both: instructions,
+names of registers, labels and parameters, or in the
+order of two terms or factors. Of other kernels it says what ptxas makes of both: instructions,
 registers, spills and shared memory. Exits 1 where any kernel differs.
 """
 
@@ -229,7 +230,7 @@ def pretend(capability: int) -> None:
             module._target_of = lambda device, of=of: of(torch.device("cuda", 0))
 
 
-def dump(source: Path, out: Path, capability: int, only: str) -> None:
+def dump(source: Path, out: Path, capability: int, only: str, kernels: list[str]) -> None:
     sys.path.insert(0, str(source.resolve()))
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="compare_kernels_"))
@@ -245,6 +246,8 @@ def dump(source: Path, out: Path, capability: int, only: str) -> None:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if kernels and self.__name__ not in kernels:
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         launches.append((self.__name__, kernel.metadata.shared, kernel.asm["ptx"]))
         return kernel
@@ -279,6 +282,8 @@ def compare(before: Path, after: Path) -> int:
 
 REGISTER = re.compile(r"%(?:rd|rs|r|f|fd|p|b|h|hh|rq)\d+\b|\$L__\w+|\w+_param_\d+")
 
+COMMUTATIVE = re.compile(r"((?:@\S+ )?(?:add|mul|and|or|xor|min|max)\.\S+\s+[^,]+), ([^,]+), ([^,]+);")
+
 
 @functools.cache
 def canonical(ptx: str) -> str:
@@ -291,7 +296,22 @@ def canonical(ptx: str) -> str:
         if not is_noise and not re.fullmatch(r"\$L__(tmp|func|debug|info)\w*:", text):
             lines.append(text)
     names: dict[str, str] = {}
-    return REGISTER.sub(lambda m: names.setdefault(m[0], f"%{len(names)}"), "\n".join(lines))
+
+    def named(text: str) -> str:
+        return REGISTER.sub(lambda m: names.setdefault(m[0], f"%{len(names)}"), text)
+
+    found = []
+    for text in lines:
+        if product := COMMUTATIVE.fullmatch(text):
+            head, *operands = product.groups()
+            # Of two new operands the first is named first, as they stand; else the order says nothing.
+            first, second = sorted(operands, key=lambda operand: operand not in names)
+            text = f"{head}, {', '.join(sorted((named(first), named(second))))};"
+            text = named(head) + text.removeprefix(head)
+        else:
+            text = named(text)
+        found.append(text)
+    return "\n".join(found)
 
 
 @functools.cache
@@ -335,12 +355,13 @@ def main() -> int:
     dumping.add_argument("--out", type=Path, required=True)
     dumping.add_argument("--sm", type=int, choices=SHARED_MEMORY, required=True)
     dumping.add_argument("--only", default="", help="cases whose names contain this")
+    dumping.add_argument("--kernels", nargs="+", default=[], help="these alone")
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
     options = parser.parse_args()
     if options.command == "dump":
-        dump(options.src, options.out, options.sm, options.only)
+        dump(options.src, options.out, options.sm, options.only, options.kernels)
         return 0
     return compare(options.before, options.after)
 

@@ -104,7 +104,7 @@ def describe(name: str, kernel: Any, args: tuple[Any, ...], options: dict[str, A
         "kernel": name.removesuffix("_kernel"),
         "shared": kernel.metadata.shared,
         "has_lora": any(isinstance(arg, groups.Expand) and arg.u is not None for arg in args),
-        "splits": options.get("SPLITS"),
+        "splits": getattr(options.get("TILE"), "SPLITS", None),
         "async_copies": sum("cp.async.cg" in line for line in ptx),
         "waits": first("griddepcontrol.wait"),
         "reads": first("ld.global", "cp.async", "cp.async.bulk"),

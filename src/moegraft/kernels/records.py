@@ -157,6 +157,17 @@ class QuantisedRows:
     scale_MQ: torch.Tensor
 
 
+def tables_group(lora: LoRABatch | None) -> groups.Tables:
+    """The tables as kernels take them; without adapters, nothing to read."""
+    if lora is None:
+        return groups.Tables(None, None, None, None, 0, 0, 0)
+    tables = lora.tables
+    return groups.Tables(
+        tables.pool, tables.page_table, tables.factors, tables.expert_index, tables.page_table.stride(0),
+        tables.factors.stride(0), tables.expert_index.stride(0),
+    )  # fmt: skip
+
+
 def lora_operands(expand: Expand | None, columns: int) -> tuple[groups.Expand, groups.LowRank]:
     """What the kernels of an expand to ``columns`` columns a half are given; without, nothing to read."""
     if expand is None:

@@ -66,7 +66,7 @@ class Expand(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The bank's tables and elements from a slot to the next."""
+    """The bank's tables, and elements from a slot to the next in each."""
 
     pool: Pointer
     pages: Pointer
@@ -75,6 +75,40 @@ class Tables(NamedTuple):
     stride_pages: int
     stride_factors: int
     stride_experts: int
+
+
+class Lists(NamedTuple):
+    """What a routing build writes (``MoERouting``); ``rows``: the rows of each expert, unsorted, on the way there."""
+
+    order: Pointer
+    rows: Pointer
+    segment: Pointer
+    blocks: Pointer
+    tiles: Pointer
+    counts: Pointer
+
+
+class Lanes(NamedTuple):
+    """The lanes of w13 or of w2, as a routing build writes them; see ``Expand``."""
+
+    segment: Pointer
+    granule: Pointer
+    element: Pointer
+    capacity: int
+
+
+class Layer(NamedTuple):
+    """E experts, K a token, S adapter slots; granules of the largest rank. PAGE_ELEMS: of a page of the pool."""
+
+    E: int
+    K: int
+    S: int
+    D: int
+    F: int
+    GATED: bool
+    PAGE_ELEMS: int
+    GRANULES13: int
+    GRANULES2: int
 
 
 class Shape(NamedTuple):
