@@ -10,7 +10,7 @@ from moegraft.serving.attention import AttentionOptions
 from moegraft.serving.attention.gathered import attend_gathered
 from moegraft.serving.kv_pool import KVPool
 from moegraft.serving.pages import SCRATCH_PAGE
-from moegraft.serving.scheduler import StepPlan
+from moegraft.serving.scheduler import BASE, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,10 @@ class StepBatch:
         return out_THC
 
 
-def pack(plan: StepPlan, pool: KVPool, *, padded_to: int, device: torch.device, row_by_row: bool = False) -> StepBatch:
-    """The rows of a plan, chunk after chunk, and padding up to ``padded_to`` rows.
+def pack(
+    plan: StepPlan, pool: KVPool, *, padded_to: tuple[int, int], device: torch.device, row_by_row: bool = False
+) -> StepBatch:
+    """The rows of a plan, chunk after chunk, and padding up to ``padded_to`` rows and rows for the head.
 
     row_by_row: every row is a segment of its own, so that a prompt's attention has the bits of decode steps.
     """
@@ -84,15 +86,14 @@ def pack(plan: StepPlan, pool: KVPool, *, padded_to: int, device: torch.device, 
         lanes += [sequence.lane] * chunk.count
         if chunk.samples:
             wanted.append(len(ids) - 1)
-    padding = padded_to - len(ids)
-    rows_W = wanted or [0]  # a head without rows is more than some models take
+    padding, wanted_padding = padded_to[0] - len(ids), padded_to[1] - len(wanted)
     return StepBatch(
         ids_T=torch.tensor(ids + [0] * padding, device=device),
         positions_T=torch.tensor(positions + [0] * padding, device=device),
         slots_T=torch.tensor(slots + [SCRATCH_PAGE * size] * padding, device=device),
-        lanes=tuple(lanes) + (0,) * padding,
-        rows_W=torch.tensor(rows_W, device=device),
-        lanes_W=tuple(lanes[row] for row in rows_W),
+        lanes=tuple(lanes) + (BASE,) * padding,
+        rows_W=torch.tensor(wanted + [0] * wanted_padding, device=device),
+        lanes_W=tuple(lanes[row] for row in wanted) + (BASE,) * wanted_padding,
         segments=tuple(segments),
         pool=pool,
     )
