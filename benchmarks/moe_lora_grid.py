@@ -65,6 +65,8 @@ from moegraft.kernels.moe_forward.run import tuning_shape
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.tuning.heuristic import heuristic_tiles
 
+DEVICE = "cuda"
+
 
 def main() -> None:
     args = _parse()
@@ -93,10 +95,10 @@ def _measure_all(args: argparse.Namespace) -> list[Row]:
     facts |= measure_ceilings(args.format).row()
     rows: list[Row] = []
     for shape in args.shapes:
-        experts = make_experts(shape, args.format, "cuda")
+        experts = make_experts(shape, args.format, DEVICE)
         base: dict[int, Row] = {}
         for cell in args.cells:
-            adapters = make_adapters(shape, [cell.rank] * cell.slots, "cuda")
+            adapters = make_adapters(shape, [cell.rank] * cell.slots, DEVICE)
             for num_tokens in args.tokens:
                 rows.append({**facts, **_measure(shape, cell, experts, adapters, num_tokens, base, args)})
                 _print_row(rows[-1])
@@ -154,7 +156,7 @@ def _measure(
     args: argparse.Namespace,
 ) -> Row:
     """One cell; ``base``: times without adapters that other cells of the layer share, by tokens."""
-    batch = make_batch(shape, num_tokens, cell.active, "cuda")
+    batch = make_batch(shape, num_tokens, cell.active, DEVICE)
     weights = kernel_weights(experts)
     with_lora, without = (_call(batch, weights, lora, args.tiles) for lora in (lora_batch(adapters, batch), None))
 
@@ -198,11 +200,11 @@ def _compile_part(args: argparse.Namespace) -> None:
     """Weights and adapters hold nothing: which kernels there are does not depend on it."""
     part, parts = args.compile_part
     for shape in args.shapes:
-        weights = empty_like(kernel_weights(make_experts(shape, args.format, "meta")), "cuda")
+        weights = empty_like(kernel_weights(make_experts(shape, args.format, "meta")), DEVICE)
         cases = [(num_tokens, cell) for num_tokens in args.tokens for cell in args.cells]
         for num_tokens, cell in cases[part::parts]:
-            batch = make_batch(shape, num_tokens, cell.active, "cuda")
-            lora = lora_batch(empty_adapters(shape, cell, "cuda"), batch)
+            batch = make_batch(shape, num_tokens, cell.active, DEVICE)
+            lora = lora_batch(empty_adapters(shape, cell, DEVICE), batch)
             for adapters in (lora, None):
                 _call(batch, weights, adapters, args.tiles)()
         torch.cuda.synchronize()

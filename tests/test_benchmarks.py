@@ -99,6 +99,37 @@ def test_the_command_prints_tables_or_the_reason(
     assert capsys.readouterr().out == ""
 
 
+def test_a_run_measures_checked_cells_and_says_where(
+    grid: ModuleType,
+    problem: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """On the CPU (in float32: Triton's interpreter multiplies bf16 wrongly), with a stopwatch that stands still."""
+    stopwatch = importlib.import_module("stopwatch")
+    monkeypatch.setattr(problem, "DTYPE", torch.float32)
+    monkeypatch.setitem(grid.SHAPES, "tiny", problem.LayerShape(name="tiny", E=4, D=64, F=32, K=2))
+    ceilings = stopwatch.Ceilings(bytes_per_s=1e12, flops_per_s=1e12)
+    for name, value in (("DEVICE", "cpu"), ("_compile", lambda args: None), ("run_facts", lambda: RUN)):
+        monkeypatch.setattr(grid, name, value)
+    monkeypatch.setattr(grid, "measure_ceilings", lambda format_name: ceilings)
+    for name, us in (("graph_us", 5.0), ("cold_us", 7.0)):
+        monkeypatch.setattr(grid, name, lambda call, us=us: call() is None or us)
+    out = tmp_path / "rows.jsonl"
+    argv = ["moe_lora_grid.py", "--shapes", "tiny", "--tokens", "4", "--cells", "2:16:2", "--cold", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", argv)
+    grid.main()
+    *_, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["cells"] == 1
+    for found in map(json.loads, out.read_text().splitlines()):
+        assert (
+            found.items()
+            >= {**RUN, "engine": "moegraft", "base_us": 5.0, "lora_cold_us": 7.0, "copy_tb_s": 1.0}.items()
+        )
+        assert 0 < found["rel_err"] < 0.01
+
+
 def test_the_documents_print_the_rows_beside_them(report: ModuleType) -> None:
     ours = report.read_rows(LAYER / "moegraft-7f6cf18.jsonl")
     peers = report.read_peers([LAYER / f"{name}.jsonl" for name in PEERS], report.facts_of(ours, "ours"))
