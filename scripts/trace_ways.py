@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -107,7 +108,7 @@ class Tracer:
         files = [file for _, file, _ in self.calls]
         return Figures(
             calls=len(files),
-            changes=sum(one != other for one, other in zip(files, files[1:], strict=False)),
+            changes=sum(one != other for one, other in pairwise(files)),
             files=len(set(files)),
             depth=max((depth for depth, _, _ in self.calls), default=0),
         )
@@ -206,6 +207,7 @@ def print_table(figures: dict[str, Figures]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", choices=WAYS, help="print every call of this way")
     options = parser.parse_args(arguments)
