@@ -35,6 +35,7 @@ MAX_EXAMINED_BYTES = 64 * 2**30  # values that inspection looks at
 MAX_BUILT_BYTES = 2**30  # a module that inspection builds, to see whether its values fit
 
 # Sizes in the config of a base checkpoint.
+MAX_CONFIG_DEPTH = 16
 MAX_EXPERTS = 4096
 MAX_LAYERS = 512
 MAX_VOCABULARY = 2**22

@@ -48,6 +48,8 @@ def model_of_fields(fields: Mapping[str, Any], build: Callable[[PreTrainedConfig
 
 def check_sizes(fields: Mapping[str, Any], path: str = "") -> None:
     """Refuses numbers with which a model would take minutes to describe or memory without bound."""
+    if path.count(".") > limits.MAX_CONFIG_DEPTH:
+        raise CheckpointError(f"{CONFIG_FILE}: {shorten(path)} is nested too deeply")
     for name, value in fields.items():
         if isinstance(value, Mapping):
             if name not in QUANTISATION_FIELDS:
@@ -59,11 +61,24 @@ def check_sizes(fields: Mapping[str, Any], path: str = "") -> None:
                 raise CheckpointError(f"{CONFIG_FILE}: {path}{name} is {shorten(number)}, expected at most {cap}")
 
 
+def _special_floats(value: Any) -> Any:
+    """As transformers writes numbers that JSON has no words for: {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_special_floats(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {name: _special_floats(item) for name, item in value.items()}
+
+
 def _config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     model_type = fields["model_type"]
     if model_type == "mistral" and "layer_types" in fields:  # as AutoConfig reads it
         model_type = "ministral"
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict({**fields, "model_type": model_type})
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(
+        {**_special_floats(fields), "model_type": model_type}
+    )
     return config
 
 
