@@ -155,13 +155,13 @@ def test_an_adapter_with_one_request_is_not_behind_another_with_hundreds() -> No
         scheduler.add(SequenceState(tokens=[i, 1, 2, 3], lane=1))
     lonely = SequenceState(tokens=[7, 7, 7], lane=2)
     scheduler.add(lonely)
-    for served in range(100):
+    for _ in range(3):
         run(scheduler)
         (running,) = scheduler.running
         if running is lonely:
-            break
+            return
         scheduler.finish(running)
-    assert served <= 2
+    raise AssertionError("three of the crowd went first")
 
 
 def test_base_takes_no_slot() -> None:
