@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 # Modules of a text stack that see other rows than the tokens', by the end of their names: why adapters may not touch
 # them. tests/test_families.py looks for them in every family that transformers has.
 _OTHER_ROWS: Mapping[str, str] = {
+    ".compressor.kv_norm": "it runs on states pooled over blocks of tokens",  # DeepSeek-V4
+    ".compressor.indexer.kv_norm": "it runs on keys pooled over blocks of tokens",  # DeepSeek-V4
     ".indexer.k_layernorm": "it runs on keys pooled over blocks of tokens",  # Qwen4-Exp
     ".ngram_embedding": "it looks up several n-grams a token",  # Qwen4-Exp
     ".qkv_proj.v_proj_delayed": "it runs once more on the state before the first token",  # Zaya
@@ -41,11 +43,12 @@ class HookedExperts(nn.Module):
 class TextScope:
     """The modules whose rows are tokens of the batch, without what lies inside experts modules.
 
-    ``stack``: the name of the PreTrainedModel that holds the token embedding. ``owners``: every PreTrainedModel by
-    name. ``experts``: those of the stack.
+    ``stack``: the name of the PreTrainedModel that holds the token embedding. ``decoder``: of the one whose rows the
+    heads see. ``owners``: every PreTrainedModel by name. ``experts``: those of the stack.
     """
 
     stack: str
+    decoder: str
     owners: Mapping[str, PreTrainedModel]
     experts: Mapping[str, HookedExperts]
     modules: Mapping[str, nn.Module]
@@ -53,19 +56,38 @@ class TextScope:
     @classmethod
     def of(cls, model: PreTrainedModel, hooked: Mapping[str, HookedExperts]) -> TextScope:
         """What belongs to the text stack itself, and the heads of the models around it. ``hooked``: all experts."""
-        owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-        stack = _text_stack(model, owners)
+        names = {id(module): name for name, module in model.named_modules()}
+        owners = {names[id(part)]: part for part in model.modules() if isinstance(part, PreTrainedModel)}
+        stack = innermost(owners, names.get(id(_token_embedding(model)), "")) or ""
+        decoder = names.get(id(model.get_decoder()), "")
+        scope = cls(
+            stack=stack,
+            decoder=decoder,
+            owners=owners,
+            experts={name: module for name, module in hooked.items() if innermost(owners, name) == stack},
+            modules={},
+        )
         modules = {
             name: module
             for name, module in model.named_modules()
-            if _why_other_rows(owners, stack, name) is None and innermost(hooked, name) is None
+            if scope.why_not(name) is None and innermost(hooked, name) is None
         }
-        experts = {name: module for name, module in hooked.items() if innermost(owners, name) == stack}
-        return cls(stack=stack, owners=owners, experts=experts, modules=modules)
+        return replace(scope, modules=modules)
 
     def why_not(self, name: str) -> str | None:
         """Why the rows of a module are not known to be the tokens'; None where they are."""
-        return _why_other_rows(self.owners, self.stack, name)
+        owner = innermost(self.owners, name) or ""
+        if owner == self.stack:
+            return next((reason for end, reason in _OTHER_ROWS.items() if f".{name}".endswith(end)), None)
+        if owner and not _is_within(self.stack, owner):
+            return f"belongs to '{owner}' ({type(self.owners[owner]).__name__}), whose rows are no tokens of the batch"
+        if name == owner:
+            return None
+        if name.removeprefix(f"{owner}.") not in HEADS:
+            return f"stands outside of the text stack '{self.stack}', where rows are not known to be the tokens'"
+        if not _is_within(self.stack, self.decoder):
+            return f"stands on '{self.decoder}', whose rows are no tokens of the batch"
+        return None
 
     def why_shared(self, name: str) -> str | None:
         """Why the rows of an experts module are not known to be all tokens: others stand in the same layer."""
@@ -79,31 +101,22 @@ class TextScope:
         )
 
 
-def _text_stack(model: PreTrainedModel, owners: Mapping[str, PreTrainedModel]) -> str:
-    """The innermost PreTrainedModel around the token embedding; the model itself where it does not tell."""
+def _token_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """None where the model does not tell."""
     try:
-        embedding = model.get_input_embeddings()
+        embedding: nn.Module = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
-        return ""
-    name = next((name for name, module in model.named_modules() if module is embedding), "")
-    return innermost(owners, name) or ""
+        return None
+    return embedding
+
+
+def _is_within(name: str, ancestor: str) -> bool:
+    return not ancestor or f"{name}.".startswith(f"{ancestor}.")
 
 
 def _layer_of(name: str) -> str:
     """The part of a module's name up to its last number: the layer that it stands in."""
     return name[: max((match.end() for match in re.finditer(r"(^|\.)\d+(?=\.)", name)), default=0)]
-
-
-def _why_other_rows(owners: Mapping[str, PreTrainedModel], stack: str, name: str) -> str | None:
-    owner = innermost(owners, name) or ""
-    if owner == stack:
-        return next((reason for end, reason in _OTHER_ROWS.items() if f".{name}".endswith(end)), None)
-    if owner and not f"{stack}.".startswith(f"{owner}."):
-        return f"belongs to '{owner}' ({type(owners[owner]).__name__}), whose rows are no tokens of the batch"
-    head = name.removeprefix(f"{owner}.") if owner else name
-    if head in HEADS or head == "":
-        return None
-    return f"stands outside of the text stack '{stack}', where rows are not known to be the tokens'"
 
 
 def innermost(prefixes: Container[str], name: str) -> str | None:

@@ -187,9 +187,9 @@ def _why_no_experts(model: PreTrainedModel) -> str:
                 f"{found} does not dispatch through transformers' experts interface (use_experts_implementation), "
                 "so moegraft cannot reach its experts"
             )
-    prefix = os.path.commonprefix((model_class, type(model.config).__name__))  # noqa: RUF071  # letters, no path
     for name, module in model.named_modules():
-        if module is not model and _MIXTURE.search(type(module).__name__.removeprefix(prefix)):
+        family = os.path.commonprefix((type(module).__name__, type(model.config).__name__))  # noqa: RUF071  # no path
+        if module is not model and _MIXTURE.search(type(module).__name__.removeprefix(family)):
             return (
                 f"{model_class}: '{name}' ({type(module).__name__}) keeps its experts in modules of its own, none of "
                 "which dispatches through transformers' experts interface (use_experts_implementation), so moegraft "
