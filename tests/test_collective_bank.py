@@ -27,7 +27,7 @@ from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.local_targets import local_targets
 from moegraft.lora.mapping import GroupAdapters, GroupMapping
 from moegraft.lora.peft import load_peft_adapter
-from moegraft.lora.peft.digest import SAMPLED_TENSORS, adapter_digest
+from moegraft.lora.peft.loader import SAMPLED_TENSORS, adapter_digest
 from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moegraft.core.config import Activation, DeviceTarget
+from moegraft.core.halves import half_strides
 from moegraft.core.routing import LANE_GRANULE, Lanes
 from moegraft.core.tables import ExpertsTables
 from moegraft.kernels.device import groups
@@ -93,10 +94,8 @@ class MoEWeights:
 
     def half_strides(self, stride_gf: int) -> tuple[int, int]:
         """(stride along F, offset of up behind gate) in elements, from the stride along G*F."""
-        if not self.activation.gated:
-            return stride_gf, 0
-        up_offset = self.sizes.intermediate_size * stride_gf
-        return (2 * stride_gf, stride_gf) if self.is_interleaved else (stride_gf, up_offset)
+        num_halves, size = 1 + self.sizes.gated, self.sizes.intermediate_size
+        return half_strides(stride_gf, size, num_halves=num_halves, is_interleaved=self.is_interleaved)
 
 
 @dataclass(frozen=True, kw_only=True)

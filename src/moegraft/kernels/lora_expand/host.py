@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moegraft.core.halves import half_strides
 from moegraft.core.routing import Block, Lanes, MoERouting
 from moegraft.kernels.device import groups
 from moegraft.kernels.lora_expand.device import expand_kernel
@@ -144,8 +145,7 @@ def _expand(
     assert lanes is not None
     routing, lora, tile = rows.routing, rows.lora, rows.expand
     columns, (stride_n, stride_c) = y_NC.shape[1] // num_halves, y_NC.stride()
-    half_offset = stride_c if is_interleaved else columns * stride_c
-    stride_c *= num_halves if is_interleaved else 1
+    stride_c, half_offset = half_strides(stride_c, columns, num_halves=num_halves, is_interleaved=is_interleaved)
     operands, LOW_RANK = lora_operands(Expand(lora=lora, u_NW=low_rank.u_NW, lanes=lanes), columns)
     expand_kernel[(routing.blocks.shape[0] * cdiv(columns, tile.block_n) * num_halves,)](
         y_NC, (stride_n, stride_c, half_offset),
