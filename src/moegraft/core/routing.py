@@ -92,11 +92,3 @@ class MoERouting:
     top_k: int
     block_m: int
     tile_m: int
-
-
-def max_groups(num_rows: int, num_keys: int, group_rows: int) -> int:
-    """A bound of the groups of at most ``group_rows`` rows that ``num_rows`` rows of ``num_keys`` kinds form.
-
-    sum over kinds of ceil(n / g) <= floor(N / g) + kinds hit.
-    """
-    return num_rows // group_rows + min(num_rows, num_keys)

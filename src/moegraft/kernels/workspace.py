@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from moegraft.core.routing import LANE_GRANULE, RECORD_INTS, Count, Lanes, max_groups
+from moegraft.core.routing import LANE_GRANULE, RECORD_INTS, Count, Lanes
 from moegraft.kernels.moe_routing.host import RoutingBuffers
 from moegraft.kernels.records import LowRank, QuantisedRows, cdiv, low_rank_width
 from moegraft.tuning.tiles import MoETiles, TuningShape
@@ -56,8 +56,8 @@ def layer_buffers(
         "order": ((N,), torch.int32),
         "rows": ((N,), torch.int32),
         "segment": ((N,), torch.int32),
-        "blocks": ((max_groups(N, E, tiles.block_m), RECORD_INTS), torch.int32),
-        "tiles": ((max_groups(N, E * S, tiles.tile_m), RECORD_INTS), torch.int32),
+        "blocks": ((_max_groups(N, E, tiles.block_m), RECORD_INTS), torch.int32),
+        "tiles": ((_max_groups(N, E * S, tiles.tile_m), RECORD_INTS), torch.int32),
         "counts": ((len(Count),), torch.int32),
     }
     if with_base:
@@ -85,6 +85,14 @@ def layer_buffers(
             buffers["lane_granule" + name] = ((halves, lanes), torch.int32)
             buffers["lane_element" + name] = ((halves, lanes), torch.int64)
     return buffers
+
+
+def _max_groups(num_rows: int, num_keys: int, group_rows: int) -> int:
+    """A bound of the groups of at most ``group_rows`` rows that ``num_rows`` rows of ``num_keys`` kinds form.
+
+    sum over kinds of ceil(n / g) <= floor(N / g) + kinds hit.
+    """
+    return num_rows // group_rows + min(num_rows, num_keys)
 
 
 @lru_cache(maxsize=4096)
