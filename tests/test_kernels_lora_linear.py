@@ -17,8 +17,8 @@ import moegraft.kernels.lora_linear.host as lora_linear
 from moegraft.build import punica_for
 from moegraft.kernels.lora_linear.host import add_lora_linear, choose_tile, run_lora_linear
 from moegraft.kernels.lora_linear.reference import add_lora_linear_reference
-from moegraft.lora.mapping import AdapterMapping
 from moegraft.lora.punica import PunicaWrapperCPU, PunicaWrapperGPU
+from moegraft.lora.rows import AdapterMapping
 from moegraft.testing.errors import assert_close, assert_close_delta
 from moegraft.testing.poison import poison_allocations
 
