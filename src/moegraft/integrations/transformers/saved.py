@@ -113,8 +113,8 @@ def _rebind(name: str, module: nn.Module, variant: nn.Module) -> None:
             variant.__dict__[key] = _rebound(value, module, variant)
     if variant.__dict__["forward"] is module.__dict__["forward"]:
         raise UnsupportedModelError(
-            f"{name!r} ({type(module).__name__}) has a forward of its own, a {type(module.forward).__name__} that cannot "
-            "run on a copy of the module: parameters that an adapter replaces (modules_to_save) would be lost"
+            f"{name!r} ({type(module).__name__}) has a forward of its own, a {type(module.forward).__name__} that "
+            "cannot run on a copy of the module: parameters that an adapter replaces (modules_to_save) would be lost"
         )
 
 
