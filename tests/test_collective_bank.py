@@ -26,7 +26,7 @@ from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.local_targets import local_targets
 from moegraft.lora.peft import load_peft_adapter
-from moegraft.lora.peft.digest import SAMPLED_TENSORS, adapter_digest
+from moegraft.lora.peft.loader import SAMPLED_TENSORS, adapter_digest
 from moegraft.lora.rows import AdapterRows, GroupAdapters
 from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
 from moegraft.parallel import ParallelConfig, ParallelGroups

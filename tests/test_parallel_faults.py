@@ -19,7 +19,7 @@ from test_expert_parallel import case_of
 
 from moegraft.core.errors import ParallelError
 from moegraft.lora.peft import load_peft_adapter
-from moegraft.lora.peft.digest import adapter_digest
+from moegraft.lora.peft.loader import adapter_digest
 from moegraft.moe.experts import TorchExperts
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.config import Dispatch

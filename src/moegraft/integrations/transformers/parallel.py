@@ -20,7 +20,7 @@ from moegraft.integrations.transformers.parallel_layout import RankLayout, in_wo
 from moegraft.lora.bank import AdapterBank, AdapterBatch
 from moegraft.lora.collective_bank import CollectiveBank, GroupBatch
 from moegraft.lora.peft import LoadReport, load_peft_adapter
-from moegraft.lora.peft.digest import adapter_digest
+from moegraft.lora.peft.loader import adapter_digest
 from moegraft.lora.targets import AdapterWeights, ModelTargets
 from moegraft.parallel import ParallelConfig, backend_of
 
@@ -78,7 +78,12 @@ class RankAdapters:
 
         def read() -> tuple[AdapterWeights, LoadReport]:
             weights, report = load_peft_adapter(
-                path, self.targets, dtype=self.bank.layout.dtype, name=name, rank_slice=self.layout.mine
+                path,
+                self.targets,
+                dtype=self.bank.layout.dtype,
+                name=name,
+                rank_slice=self.layout.mine,
+                max_bytes=self.bank.pool.capacity_bytes,
             )
             self.layout.check_adapter(weights)
             if weights.experts and not self.lora_experts:
