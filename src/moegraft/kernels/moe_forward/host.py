@@ -43,9 +43,9 @@ def fused_moe_lora(
     *,
     lora: LoRABatch | None = None,
     apply_router_weight_on_input: bool = False,
-    out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     tiles: MoETiles | None = None,
+    out_TD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out [T, D] of one experts layer.
 
@@ -60,7 +60,7 @@ def fused_moe_lora(
     batch gives the same bits. No host sync: may be captured in a CUDA graph, which then serves any adapters and ranks
     (up to ``lora``'s bounds) that the tables and ``token_slots_T`` come to hold.
 
-    ``out``: where the result goes, and what is returned; like x, and may be x itself. ``workspace``: memory of the
+    ``out_TD``: where the result goes, and what is returned; like x, and may be x itself. ``workspace``: memory of the
     call. Both come from torch's allocator by default. ``tiles``: by default those of ``tuning.table.choose_tiles``.
     Topk ids int32 or int64; ids, weights and the rows of x contiguous.
     Raises ValueError for shapes, dtypes or strides that do not fit, or a workspace that is too small.
@@ -69,15 +69,15 @@ def fused_moe_lora(
     if torch.compiler.is_compiling() and workspace is None and tiles is None:
         args = op_args(x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input=apply_router_weight_on_input)
         result_TD = torch.ops.moegraft.fused_moe_lora(*args)
-        return result_TD if out is None else out.copy_(result_TD)
-    _check(x_TD, weights, topk_ids_TK, topk_weights_TK, out)
+        return result_TD if out_TD is None else out_TD.copy_(result_TD)
+    _check(x_TD, weights, topk_ids_TK, topk_weights_TK, out_TD)
     _check_lora(x_TD, weights, topk_ids_TK, lora)
     shape = tuning_shape(x_TD, weights, topk_ids_TK, lora)
     tiles = fit_tiles(tiles or choose_tiles(shape), shape)
     num_halves = 1 + weights.sizes.gated
     workspace = workspace or Workspace.for_layer(shape, tiles, x_TD.dtype, x_TD.device, num_halves=num_halves)
     buffers = workspace.carve(shape, tiles, x_TD.dtype, num_halves=num_halves)
-    out_TD = torch.empty_like(x_TD) if out is None else out
+    out_TD = torch.empty_like(x_TD) if out_TD is None else out_TD
     _launch(
         out_TD, x_TD, weights, topk_ids_TK, topk_weights_TK, lora, apply_router_weight_on_input, tiles, buffers
     )  # fmt: skip
@@ -108,7 +108,7 @@ def _check(
     weights: MoEWeights,
     topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
-    out: torch.Tensor | None,
+    out_TD: torch.Tensor | None,
 ) -> None:
     (T, D), sizes = x_TD.shape, weights.sizes
     is_dense = weights.quantisation is None
@@ -128,8 +128,8 @@ def _check(
         raise ValueError("fused_moe_lora: topk ids, topk weights and the rows of x must be contiguous")
     if is_dense and (weights.w13.dtype != x_TD.dtype or weights.w2.dtype != x_TD.dtype):
         raise ValueError(f"fused_moe_lora: x is {x_TD.dtype}, the weights {weights.w13.dtype} and {weights.w2.dtype}")
-    if out is not None:
-        _check_like(out, x_TD, "out is")
+    if out_TD is not None:
+        _check_like(out_TD, x_TD, "out is")
 
 
 def _check_lora(x_TD: torch.Tensor, weights: MoEWeights, topk_ids_TK: torch.Tensor, lora: LoRABatch | None) -> None:
