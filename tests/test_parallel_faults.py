@@ -136,13 +136,14 @@ def _load(path: Path, where: str, fault: str) -> Survivor:
             FAULTS[fault]()
         return load_peft_adapter(path, rank.targets, dtype=torch.float32, rank_slice=rank.slice)
 
-    def install(weights: Any) -> None:
-        rank.local.load("lost", weights)
-        if is_victim and where == "installed":
+    def fit() -> None:
+        if is_victim and where == "installed" and len(rank.local.handles(coming=True)) > 1:
             FAULTS[fault]()
 
+    rank.bank._fit = fit
+
     def load() -> None:
-        rank.bank.load("lost", read, digest=lambda: adapter_digest(path), install=install)
+        rank.bank.load("lost", read, digest=lambda: adapter_digest(path))
 
     survivor = endure(load, lambda: rank.bank.acquire(["kept"]), rank.local)
     assert rank.bank.ids == {"kept": 0}

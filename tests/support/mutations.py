@@ -12,7 +12,7 @@ import torch
 from moegraft.core.activation import split_halves
 from moegraft.core.config import Activation
 from moegraft.core.tables import Field, LinearFactor
-from moegraft.lora.bank.device_tables import DeviceTables
+from moegraft.lora.bank.pool import DeviceTables
 from moegraft.lora.mapping import BASE_SLOT, AdapterMapping
 from moegraft.lora.peft.config import PeftConfig
 from moegraft.lora.punica import PunicaWrapperCPU

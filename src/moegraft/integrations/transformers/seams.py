@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from moegraft.build import punica_for
 from moegraft.core.errors import UnsupportedModelError
@@ -49,14 +48,15 @@ class Seam(ABC):
 class _HookSeam(Seam):
     """A seam behind the module's forward pass."""
 
-    _handle: RemovableHandle | None = None
-
     def install(self) -> None:
-        self._handle = self.module.register_forward_hook(self._hook, with_kwargs=True)
+        self.module.register_forward_hook(self._hook, with_kwargs=True)
 
     def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        """Finds the hook itself: an interrupt may have come between its registration and any note of it."""
+        hooks = self.module._forward_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+            hooks.pop(key, None)
+            self.module._forward_hooks_with_kwargs.pop(key, None)
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self.state.current()
