@@ -27,9 +27,9 @@ from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.local_targets import local_targets
 from moegraft.lora.mapping import GroupAdapters, GroupMapping
 from moegraft.lora.peft import load_peft_adapter
-from moegraft.lora.peft.digest import SAMPLED_TENSORS, adapter_digest
+from moegraft.lora.peft.loader import SAMPLED_TENSORS, adapter_digest
 from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
-from moegraft.parallel import ParallelConfig, ParallelGroups
+from moegraft.parallel import ParallelConfig, ParallelGroups, Step
 from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice
 
 if TYPE_CHECKING:
@@ -82,10 +82,11 @@ class Rank:
         self.bank = CollectiveBank(self.local, self.groups)
 
     def load(self, path: Path, name: str, **options: Any) -> None:
-        def read() -> tuple[AdapterWeights, object]:
+        def read(step: Step) -> tuple[AdapterWeights, object]:
+            step.same(f"the files of adapter {name!r}", lambda: adapter_digest(path), error=AdapterFileError)
             return load_peft_adapter(path, TARGETS, dtype=torch.float32, name=name, rank_slice=self.slice)
 
-        self.bank.load(name, read, digest=lambda: adapter_digest(path), **options)
+        self.bank.load(name, read, **options)
 
     def refused(self, act: Callable[[], object]) -> tuple[type[BaseException], str]:
         """The error of an act that must fail, and leave this rank's bank as it is."""

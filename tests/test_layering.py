@@ -20,6 +20,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "moegraft"
 # A package imports itself and packages of a lower level; packages of one level do not know each other.
 LEVELS = {
     "core": 0,
+    "files": 1,
     "formats": 1,
     "parallel": 1,
     "tuning": 1,

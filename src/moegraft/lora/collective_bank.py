@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, TypeVar
 
-from moegraft.core.errors import AdapterFileError, AdapterNameError, BatchError
+from moegraft.core.errors import AdapterNameError, BatchError
 from moegraft.lora.bank import AdapterBank, AdapterBatch
 from moegraft.lora.dora import finish_dora
 from moegraft.lora.mapping import GroupAdapters, GroupMapping
 from moegraft.lora.targets import AdapterWeights
-from moegraft.parallel.agreement import Agreement
+from moegraft.parallel.agreement import Agreement, Step
 from moegraft.parallel.groups import ParallelGroups
 
 Report = TypeVar("Report")
@@ -86,15 +86,13 @@ class CollectiveBank:
     def load(
         self,
         name: str,
-        read: Callable[[], tuple[AdapterWeights, Report]],
+        read: Callable[[Step], tuple[AdapterWeights, Report]],
         *,
-        digest: Callable[[], str],
         source: str | None = None,
     ) -> Report:
-        """Loads an adapter on all ranks. ``read`` gives this rank's slice, ``digest`` what its files are.
+        """Loads an adapter on all ranks. ``read`` gives this rank's slice, and tells the step what its files are.
 
-        Raises what ``read`` or the bank raised, with the rank, on all ranks; AdapterFileError where the ranks' files
-        differ.
+        Raises what ``read`` or the bank raised, with the rank, on all ranks, and what ``read`` has said to be the same.
         """
         with self._order:
             new, built = None, self._agreement.step()
@@ -102,9 +100,8 @@ class CollectiveBank:
                 with self._agreement.step() as step:
                     step.same("the adapter that they load", lambda: name, error=AdapterNameError)
                     self.bank.check_new_name(name)
-                    weights, report = read()
                     step.same("the adapters that they hold: load on all ranks, in the same order", lambda: self.ids)
-                    step.same(f"the files of adapter {name!r}", digest, error=AdapterFileError)
+                    weights, report = read(step)
                 with built:
                     new = self.bank.build(name, finish_dora(weights, self.groups), source=source)
                     self._fit()

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from transformers import PreTrainedModel
 
-from moegraft.core.errors import AdapterMismatchError, BatchError, UnsupportedModelError
+from moegraft.core.errors import AdapterFileError, AdapterMismatchError, BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
 from moegraft.integrations.transformers.call import ActiveCall, BatchScratch, CallState
 from moegraft.integrations.transformers.experts import (
@@ -39,10 +39,10 @@ from moegraft.integrations.transformers.storage import check_uniform, packed_exp
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
-from moegraft.lora.peft import LoadReport, load_peft_adapter
-from moegraft.lora.peft.digest import adapter_digest
+from moegraft.lora.peft import LoadReport
+from moegraft.lora.peft.loader import PeftAdapter
 from moegraft.lora.targets import AdapterWeights, ModelTargets
-from moegraft.parallel import Agreement, ParallelConfig
+from moegraft.parallel import Agreement, ParallelConfig, Step
 from moegraft.parallel.expert_map import ExpertMap
 
 _MARK = "_moegraft_graft"
@@ -200,18 +200,15 @@ class GraftedModel:
         """
         self._check_attached()
         name = name if name is not None else os.path.basename(os.path.normpath(path))
-        return self._adapters.load(
-            name,
-            read=lambda: self._read(path, name),
-            digest=lambda: adapter_digest(path),
-            source=os.fspath(path),
-        )
+        return self._adapters.load(name, partial(self._read, path, name), source=os.fspath(path))
 
-    def _read(self, path: str | os.PathLike[str], name: str) -> tuple[AdapterWeights, LoadReport]:
+    def _read(self, path: str | os.PathLike[str], name: str, step: Step) -> tuple[AdapterWeights, LoadReport]:
         """This rank's slice of an adapter."""
-        weights, report = load_peft_adapter(
-            path, self._targets, dtype=self.bank.layout.dtype, name=name, rank_slice=self.layout.mine
-        )
+        with PeftAdapter(path, self._targets, name=name) as adapter:
+            step.same(f"the files of adapter {name!r}", adapter.digest, error=AdapterFileError)
+            weights, report = adapter.build(
+                dtype=self.bank.layout.dtype, rank_slice=self.layout.mine, max_bytes=self.bank.pool.capacity_bytes
+            )
         self.layout.check_adapter(weights)
         if weights.experts and not self._lora_experts:
             raise AdapterMismatchError(

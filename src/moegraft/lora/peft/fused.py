@@ -23,10 +23,9 @@ from dataclasses import dataclass
 import torch
 
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
+from moegraft.files import TensorInfo, shorten
 from moegraft.lora.peft.config import PeftConfig
-from moegraft.lora.peft.safetensors_file import TensorInfo
-from moegraft.lora.peft.sites import Projection, first_projection
-from moegraft.lora.peft.strict_json import shorten
+from moegraft.lora.peft.names import Projection, first_projection
 from moegraft.lora.targets import ExpertsTarget
 
 

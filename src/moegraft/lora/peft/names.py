@@ -1,23 +1,87 @@
-"""Where a tensor belongs: from its module's name in the file to a target of the base model."""
+"""What the name of a tensor says: which factor of which module of the file, and which target of the model that is."""
 
 from __future__ import annotations
 
 import difflib
 import enum
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moegraft.core.errors import AdapterMismatchError
-from moegraft.lora.peft.keys import Factor, TensorKey
-from moegraft.lora.peft.renames import DOWN_NAMES, FUSED_MODULES, GATE_NAMES, UP_NAMES, Renamer
-from moegraft.lora.peft.strict_json import shorten
+from moegraft.files import limits, shorten
+from moegraft.files.renames import DOWN_NAMES, FUSED_MODULES, GATE_NAMES, UP_NAMES, Renamer
 from moegraft.lora.targets import ExpertsTarget, ModelTargets
 
+PREFIX = "base_model.model."
 MAX_SUGGESTIONS = 3
 MAX_SUGGESTED = 10  # tensors; comparing names is slow, and the first ones tell what is wrong
+_PROJECTIONS = GATE_NAMES | UP_NAMES | DOWN_NAMES
 _EXPERT = re.compile(r"(?P<experts>.+)\.(?P<index>0|[1-9][0-9]{0,5})\.(?P<proj>\w+)", re.ASCII)
 _PROJECTION = re.compile(r"(?P<parent>.+)\.(?P<proj>\w+)", re.ASCII)
+
+
+class Factor(enum.StrEnum):
+    """What a tensor is to its module. SAVED: no LoRA factor but a whole parameter."""
+
+    A = "lora_A"
+    B = "lora_B"
+    A_BIAS = "lora_A.bias"
+    B_BIAS = "lora_B.bias"
+    EMBEDDING_A = "lora_embedding_A"
+    EMBEDDING_B = "lora_embedding_B"
+    MAGNITUDE = "lora_magnitude_vector"
+    SAVED = "saved"
+
+
+_SUFFIXES = {
+    ".lora_A.weight": Factor.A,
+    ".lora_B.weight": Factor.B,
+    ".lora_A.bias": Factor.A_BIAS,
+    ".lora_B.bias": Factor.B_BIAS,
+    ".lora_embedding_A": Factor.EMBEDDING_A,
+    ".lora_embedding_B": Factor.EMBEDDING_B,
+    ".lora_magnitude_vector": Factor.MAGNITUDE,
+    ".lora_magnitude_vector.weight": Factor.MAGNITUDE,  # PEFT before 0.12
+}
+# ``modules_to_save`` and the adapter's name stand between module and parameter where a state dict was saved raw.
+_SAVED_INFIX = re.compile(r"\.modules_to_save(?:\.default)?\Z")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorKey:
+    """A tensor's name, taken apart.
+
+    ``module``: as in the model that was trained, without PEFT's prefix and without its wrappers.
+    ``depth``: how many ``base_layer`` stood behind it; a fused experts module with LoRA on two parameters is wrapped
+    twice. ``param``: the parameter's name, for SAVED only.
+    """
+
+    name: str
+    module: str
+    factor: Factor
+    depth: int = 0
+    param: str = ""
+
+
+def parse_key(name: str) -> TensorKey:
+    """Takes a tensor's name apart. Whatever is no LoRA factor is a saved parameter, to be looked up by its name."""
+    path = name.removeprefix(PREFIX)
+    for suffix, factor in _SUFFIXES.items():
+        if path.endswith(suffix):
+            module, depth = _unwrap(path.removesuffix(suffix))
+            return TensorKey(name=name, module=module, factor=factor, depth=depth)
+    module, _, param = path.rpartition(".")
+    module, depth = _unwrap(_SAVED_INFIX.sub("", module))
+    return TensorKey(name=name, module=module, factor=Factor.SAVED, depth=depth, param=param)
+
+
+def _unwrap(module: str) -> tuple[str, int]:
+    depth = 0
+    while module.endswith(".base_layer"):
+        module, depth = module.removesuffix(".base_layer"), depth + 1
+    return module, depth
 
 
 class Kind(enum.StrEnum):
@@ -69,33 +133,39 @@ class SiteFinder:
 
     def __init__(self, targets: ModelTargets) -> None:
         self._targets = targets
-        self._renamer = Renamer(targets.model_type)
+        self._renamer: Renamer | None = None
+        self._renamed_experts: dict[str, str] = {}
         self._suggestions_left = MAX_SUGGESTED
+        self._longest = max(map(len, self._all_names()), default=0) + limits.MAX_NAME_EXTRA
 
     def find(self, key: TensorKey) -> Site:
         """The site of one tensor."""
+        if len(key.name) > self._longest:
+            raise AdapterMismatchError(
+                f"tensor {shorten(key.name)}: the base model ({self._targets.model_type}) has no name that long; the "
+                f"longest may have {self._longest} characters"
+            )
         if key.factor is Factor.SAVED:
             return self._find_saved(key)
         site = self._exact(key.module) or self._find_projection(key)
         if site is not None:
             return site
-        names = [name for name in self._renamer.candidates(key.module) if self._exact(name) is not None]
+        names = [name for name in self._candidates(key.module) if self._exact(name) is not None]
         site = self._exact(self._only(key, names))
         assert site is not None  # it is one of those that exist
         return site
 
     def _exact(self, name: str) -> Site | None:
-        targets = self._targets
-        kinds = ((Kind.EXPERTS, targets.experts), (Kind.LINEAR, targets.linears), (Kind.EMBEDDING, targets.embeddings))
-        for kind, names in kinds:
-            if name in names:
-                return Site(kind=kind, module=name, is_fused=kind is Kind.EXPERTS)
-        return None
+        if name in self._targets.experts:
+            return Site(kind=Kind.EXPERTS, module=name, is_fused=True)
+        if name in self._targets.linears:
+            return Site(kind=Kind.LINEAR, module=name)
+        return Site(kind=Kind.EMBEDDING, module=name) if name in self._targets.embeddings else None
 
     def _find_projection(self, key: TensorKey) -> Site | None:
         """``experts.3.w1`` (one expert), ``experts.w1`` (all of them), ``input_linear`` (a fused parameter)."""
         match = _EXPERT.fullmatch(key.module)
-        if match and match["proj"] in GATE_NAMES | UP_NAMES | DOWN_NAMES:
+        if match and match["proj"] in _PROJECTIONS:
             experts = self._experts(key, match["experts"])
             if experts is not None:
                 expert = int(match["index"])
@@ -107,7 +177,7 @@ class SiteFinder:
         match = _PROJECTION.fullmatch(key.module)
         if match is None:
             return None
-        if match["proj"] in GATE_NAMES | UP_NAMES | DOWN_NAMES:
+        if match["proj"] in _PROJECTIONS:
             experts = self._experts(key, match["parent"])
             return None if experts is None else self._projection_site(key, experts, match["proj"], None)
         if match["proj"] in FUSED_MODULES:
@@ -119,10 +189,17 @@ class SiteFinder:
         return None
 
     def _experts(self, key: TensorKey, name: str) -> ExpertsTarget | None:
-        names = [renamed for renamed in self._renamer.candidates(name) if renamed in self._targets.experts]
-        if not names:
-            return None
-        return self._targets.experts[name if name in names else self._only(key, names)]
+        experts = self._targets.experts
+        if name not in experts and name not in self._renamed_experts:
+            names = [renamed for renamed in self._candidates(name) if renamed in experts]
+            if not names:
+                return None
+            self._renamed_experts[name] = self._only(key, names)  # an experts module has many tensors
+        return experts[self._renamed_experts.get(name, name)]
+
+    def _candidates(self, name: str) -> tuple[str, ...]:
+        self._renamer = self._renamer or Renamer(self._targets.model_type)
+        return self._renamer.candidates(name)
 
     def _projection_site(self, key: TensorKey, experts: ExpertsTarget, proj: str, expert: int | None) -> Site:
         if proj in DOWN_NAMES:
@@ -136,11 +213,11 @@ class SiteFinder:
         return Site(kind=Kind.EXPERTS, module=experts.name, projection=projection, expert=expert)
 
     def _find_saved(self, key: TensorKey) -> Site:
-        names = [f"{module}.{key.param}" for module in self._renamer.candidates(key.module)]
-        names += self._renamer.candidates(f"{key.module}.{key.param}")
-        existing = [name for name in dict.fromkeys(names) if self._is_saveable(name)]
         own = f"{key.module}.{key.param}"
-        module, _, param = (own if own in existing else self._only(key, existing)).rpartition(".")
+        if not self._is_saveable(own):
+            names = [f"{module}.{key.param}" for module in self._candidates(key.module)] + [*self._candidates(own)]
+            own = self._only(key, [name for name in dict.fromkeys(names) if self._is_saveable(name)])
+        module, _, param = own.rpartition(".")
         return Site(kind=Kind.SAVED, module=module, param=param)
 
     def _is_saveable(self, name: str) -> bool:
@@ -166,13 +243,14 @@ class SiteFinder:
         if not self._suggestions_left:
             return []
         self._suggestions_left -= 1
-        return difflib.get_close_matches(wanted, list(self._names(key)), n=MAX_SUGGESTIONS, cutoff=0.5)
+        names = self._saved_names() if key.factor is Factor.SAVED else self._module_names()
+        return difflib.get_close_matches(wanted, list(names), n=MAX_SUGGESTIONS, cutoff=0.5)
 
-    def _names(self, key: TensorKey) -> Iterator[str]:
-        if key.factor is Factor.SAVED:
-            for module, params in self._targets.saveable.items():
-                yield from (f"{module}.{param}" for param in params)
-        else:
-            yield from self._targets.experts
-            yield from self._targets.linears
-            yield from self._targets.embeddings
+    def _module_names(self) -> Iterator[str]:
+        return itertools.chain(self._targets.experts, self._targets.linears, self._targets.embeddings)
+
+    def _saved_names(self) -> list[str]:
+        return [f"{module}.{param}" for module, params in self._targets.saveable.items() for param in params]
+
+    def _all_names(self) -> Iterator[str]:
+        return itertools.chain(self._module_names(), self._saved_names())

@@ -8,8 +8,9 @@ it and has no other rewritten form of it, so that a rule cannot send a tensor to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+from moegraft.files import limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ RENAMES = (
     # Multimodal wrappers moved their language model; a text model may also be attached without its head.
     Rename(r"^language_model\.model\.", "model.language_model."),
     Rename(r"^model\.language_model\.model\.", "model.language_model."),
-    Rename(r"^language_model\.lm_head$", "lm_head"),
+    Rename(r"^language_model\.lm_head\Z", "lm_head"),
     Rename(r"^model\.language_model\.", "model."),
     Rename(r"^model\.(?!language_model\.)", "model.language_model."),
     Rename(r"^model\.", ""),
@@ -44,20 +45,20 @@ RENAMES = (
     # The block around router and experts.
     Rename(r"\.block_sparse_moe(?=\.|$)", ".mlp", _MIXTRAL_LIKE),
     # Routers.
-    Rename(r"\.mlp\.gate$", ".mlp.router", _for("phimoe")),
-    Rename(r"\.mlp\.router\.gate$", ".mlp.gate", _for("hy_v3")),
-    Rename(r"\.router\.layer$", ".router", _GRANITE_LIKE),
-    Rename(r"\.mlp\.moe_statics$", ".mlp.gate.moe_statics", _for("ernie4_5_moe")),
-    Rename(r"\.mlp(?:\.experts)?\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias", _SCORE_CORRECTION),
+    Rename(r"\.mlp\.gate\Z", ".mlp.router", _for("phimoe")),
+    Rename(r"\.mlp\.router\.gate\Z", ".mlp.gate", _for("hy_v3")),
+    Rename(r"\.router\.layer\Z", ".router", _GRANITE_LIKE),
+    Rename(r"\.mlp\.moe_statics\Z", ".mlp.gate.moe_statics", _for("ernie4_5_moe")),
+    Rename(r"\.mlp(?:\.experts)?\.e_score_correction_bias\Z", ".mlp.gate.e_score_correction_bias", _SCORE_CORRECTION),
     # Shared experts.
     Rename(r"\.mlp\.shared_mlp(?=\.|$)", ".mlp.shared_experts", _for("hy_v3")),
     Rename(r"\.mlp\.shared_expert(?=\.|$)", ".mlp.shared_experts", _for("laguna")),
     # Attention.
-    Rename(r"\.self_attn\.index_([qk]_(?:proj|norm))$", r".self_attn.indexer.\1", _INDEXED),
+    Rename(r"\.self_attn\.index_([qk]_(?:proj|norm))\Z", r".self_attn.indexer.\1", _INDEXED),
     Rename(r"\.attention(?=\.|$)", ".self_attn", _for("bailing_hybrid")),
-    Rename(r"\.self_attn\.dense$", ".self_attn.o_proj", _for("bailing_hybrid")),
-    Rename(r"\.self_attn\.(f_(?:[ab]_)?proj)$", r".self_attn.forget_gate.\1", _LINEAR_ATTENTION),
-    Rename(r"^model\.word_embeddings$", "model.embed_tokens", _for("bailing_hybrid")),
+    Rename(r"\.self_attn\.dense\Z", ".self_attn.o_proj", _for("bailing_hybrid")),
+    Rename(r"\.self_attn\.(f_(?:[ab]_)?proj)\Z", r".self_attn.forget_gate.\1", _LINEAR_ATTENTION),
+    Rename(r"^model\.word_embeddings\Z", "model.embed_tokens", _for("bailing_hybrid")),
 )
 
 # Projections of an expert, by the name that its module had: ``experts.3.w1``, ``experts.3.gate_proj``.
@@ -84,24 +85,13 @@ class Renamer:
             for rule in RENAMES
             if not rule.model_types or model_type in rule.model_types
         ]
-        self._known: dict[str, tuple[str, ...]] = {}
 
     def candidates(self, module: str) -> tuple[str, ...]:
-        """All names reachable by the rules, without repetition."""
-        if module not in self._known:
-            self._known[module] = tuple(self._closure([module]))
-        return self._known[module]
-
-    def _closure(self, names: Iterable[str]) -> dict[str, None]:
-        found: dict[str, None] = {}
-        pending = list(names)
-        while pending:
-            name = pending.pop(0)
-            if name in found:
-                continue
-            found[name] = None
-            pending += [renamed for renamed in self._apply(name) if renamed not in found]
-        return found
-
-    def _apply(self, name: str) -> list[str]:
-        return [pattern.sub(replacement, name, count=1) for pattern, replacement in self._rules if pattern.search(name)]
+        """All names reachable by the rules, without repetition; at most ``MAX_RENAMED`` of them."""
+        names = [module]
+        for name in names:  # grows meanwhile
+            for pattern, replacement in self._rules:
+                renamed = pattern.sub(replacement, name, count=1)
+                if renamed not in names and len(names) < limits.MAX_RENAMED:
+                    names.append(renamed)
+        return tuple(names)
