@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import torch
 
-from moegraft.core.activation import split_halves
 from moegraft.core.config import Activation
+from moegraft.core.halves import split_halves
 from moegraft.core.tables import Field, LinearFactor
 from moegraft.lora.bank.pool import DeviceTables
 from moegraft.lora.mapping import BASE_SLOT, AdapterMapping

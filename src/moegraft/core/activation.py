@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from moegraft.core.config import Activation, ActivationKind
+from moegraft.core.halves import split_halves
 
 _POINTWISE: dict[ActivationKind, Callable[[torch.Tensor], torch.Tensor]] = {
     ActivationKind.SILU: F.silu,
@@ -15,16 +16,6 @@ _POINTWISE: dict[ActivationKind, Callable[[torch.Tensor], torch.Tensor]] = {
     ActivationKind.GELU_TANH: lambda gate: F.gelu(gate, approximate="tanh"),
     ActivationKind.RELU2: lambda gate: F.relu(gate).square(),
 }
-
-
-def split_halves(u_NGF: torch.Tensor, *, num_halves: int, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views (gate [N, F], up [N, F]) into u [N, G*F]; without a gate both names mean the only half."""
-    if num_halves == 1:
-        return u_NGF, u_NGF
-    if is_interleaved:
-        return u_NGF[:, ::2], u_NGF[:, 1::2]
-    width = u_NGF.shape[1] // 2
-    return u_NGF[:, :width], u_NGF[:, width:]
 
 
 def apply_activation(u_NGF: torch.Tensor, activation: Activation, *, is_interleaved: bool = False) -> torch.Tensor:

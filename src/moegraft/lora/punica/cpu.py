@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from moegraft.core.activation import split_halves
+from moegraft.core.halves import split_halves
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
 from moegraft.kernels.records import LayerSizes
 from moegraft.lora.mapping import AdapterMapping, LoRASegments
