@@ -89,10 +89,12 @@ class CollectiveBank:
         read: Callable[[Step], tuple[AdapterWeights, Report]],
         *,
         source: str | None = None,
+        resident: bool = True,
     ) -> Report:
         """Loads an adapter on all ranks. ``read`` gives this rank's slice, and tells the step what its files are.
 
-        Raises what ``read`` or the bank raised, with the rank, on all ranks, and what ``read`` has said to be the same.
+        ``source``, ``resident``: as of ``AdapterBank.load``. Raises what ``read`` or the bank raised, with the rank, on
+        all ranks, and where what ``read`` has said to be the same is not.
         """
         with self._order:
             new, built = None, self._agreement.step()
@@ -103,7 +105,7 @@ class CollectiveBank:
                     step.same("the adapters that they hold: load on all ranks, in the same order", lambda: self.ids)
                     weights, report = read(step)
                 with built:
-                    new = self.bank.build(name, finish_dora(weights, self.groups), source=source)
+                    new = self.bank.build(name, finish_dora(weights, self.groups), source=source, resident=resident)
                     self._fit()
                 self.bank.install(new)
             except BaseException:

@@ -193,14 +193,19 @@ class GraftedModel:
         """
         return MappingProxyType(self.bank.infos())
 
-    def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> LoadReport:
+    def load_adapter(
+        self, path: str | os.PathLike[str], name: str | None = None, *, resident: bool = True
+    ) -> LoadReport:
         """Read a PEFT adapter folder and make it usable as ``name`` (default: the folder's name).
+
+        resident: whether it takes its place on the device now, and may evict others, or when a batch first names it.
 
         Raises AdapterError of the kind that fits; nothing has changed then, on no rank.
         """
         self._check_attached()
         name = name if name is not None else os.path.basename(os.path.normpath(path))
-        return self._adapters.load(name, partial(self._read, path, name), source=os.fspath(path))
+        read = partial(self._read, path, name)
+        return self._adapters.load(name, read, source=os.fspath(path), resident=resident)
 
     def _read(self, path: str | os.PathLike[str], name: str, step: Step) -> tuple[AdapterWeights, LoadReport]:
         """This rank's slice of an adapter."""

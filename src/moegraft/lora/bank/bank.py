@@ -127,15 +127,21 @@ class AdapterBank:
             raise AdapterMismatchError(f"the base model has no linear map {module!r}")
         return tables
 
-    def load(self, name: str, weights: AdapterWeights, *, source: str | None = None) -> AdapterHandle:
+    def load(
+        self, name: str, weights: AdapterWeights, *, source: str | None = None, resident: bool = True
+    ) -> AdapterHandle:
         """Checks an adapter, copies it into the bank and makes it resident; ``source`` says where it came from.
+
+        ``resident=False`` leaves it in host memory until a batch names it: nothing is evicted for it now.
 
         Raises AdapterNameError for a name that is taken or no name, AdapterTensorError or AdapterMismatchError for
         weights that do not fit the model, AdapterMemoryError where there is no room.
         """
-        return self.install(self.build(name, weights, source=source))
+        return self.install(self.build(name, weights, source=source, resident=resident))
 
-    def build(self, name: str, weights: AdapterWeights, *, source: str | None = None) -> NewAdapter:
+    def build(
+        self, name: str, weights: AdapterWeights, *, source: str | None = None, resident: bool = True
+    ) -> NewAdapter:
         """All of ``load`` that may fail: the adapter lies in the pool, under no name yet. Raises as ``load``."""
         self.check_new_name(name)
         factors = collect_factors(self.layout, weights)
@@ -154,7 +160,8 @@ class AdapterBank:
             self.check_new_name(name)
             self._coming.add(new)
             self._num_coming += 1
-            self._make_resident([handle])
+            if resident:
+                self._make_resident([handle])
         return new
 
     def install(self, new: NewAdapter) -> AdapterHandle:
