@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from moegraft.core.errors import AdapterNameError, BatchError
 from moegraft.lora.bank import AdapterBank, AdapterBatch
 from moegraft.lora.dora import finish_dora
-from moegraft.lora.mapping import GroupAdapters, GroupMapping
+from moegraft.lora.rows import GroupAdapters
 from moegraft.lora.targets import AdapterWeights
 from moegraft.parallel.agreement import Agreement, Step
 from moegraft.parallel.groups import ParallelGroups
@@ -37,10 +37,6 @@ class GroupBatch:
     def has_adapters(self) -> bool:
         """Of any rank's rows: the same on every rank."""
         return bool(self.group.ids)
-
-    def mapping(self, num_rows: int, shared: dict[str, Any] | None = None) -> GroupMapping:
-        """What experts whose rows travel read; ``shared`` must not be the one of a mapping of ``own``."""
-        return GroupMapping.for_group(self.own.row_slots, num_rows, self.group, shared)
 
     def release(self) -> None:
         """Lets the bank of this rank evict and unload the adapters again."""

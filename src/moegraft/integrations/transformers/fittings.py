@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moegraft.build import linear_punica_for
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.call import CallState
+from moegraft.integrations.transformers.call import CallState, ForwardHooks, token_modules
 from moegraft.integrations.transformers.experts import (
     IMPLEMENTATION,
     ExpertsSite,
@@ -26,7 +26,8 @@ from moegraft.integrations.transformers.experts import (
     remove_sites,
 )
 from moegraft.integrations.transformers.parallel_layout import RankLayout
-from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, SavedSeam, Seam
+from moegraft.integrations.transformers.saved import SavedSeam
+from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, Seam
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.targets import ModelTargets
 
@@ -71,6 +72,7 @@ class Fittings:
         self._shapes = {name: _weight_shape(module) for name, module in self._modules.items()}
         vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
         self._vocabulary = [name for name, module in self._modules.items() if module in vocabulary]
+        self._hooks = ForwardHooks(state, model, token_modules(model, targets))
         self._seams: dict[Key, Seam] = {}
         self._watched: dict[object, list[_Spot]] = {}
         self._weights: list[tuple[str, torch.Tensor, torch.dtype, torch.device]] = []
@@ -84,6 +86,7 @@ class Fittings:
         self._previous = self.model.get_experts_implementation()
         self._experts_configs = experts_configs(self.model, sites)
         install_sites(self.model, sites)
+        self._hooks.install()
 
     def watch(self) -> None:
         """From now on the experts must stay what and where they are."""
@@ -98,6 +101,10 @@ class Fittings:
             first = next((param for param in module._parameters.values() if param is not None), None)
             if first is not None:
                 self._weights.append((name, first, first.dtype, first.device))
+
+    def modules(self) -> frozenset[str]:
+        """The modules at which something stands now."""
+        return frozenset({name for name, _ in self._seams.copy()} | self.sites.keys())
 
     def check(self) -> None:
         """Raises UnsupportedModelError where the model is no longer what was attached."""
@@ -143,6 +150,7 @@ class Fittings:
         """Takes everything out again, whatever of it is there."""
         with self._lock:
             self._watched, self._weights = {}, []
+            self._hooks.remove()
             for key in list(self._seams):
                 self._seams[key].remove()
                 del self._seams[key]
