@@ -12,8 +12,6 @@ In a decode step each program looks at one row, and most rows lead; in prefill o
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -26,14 +24,6 @@ B = Constant(1)
 GAIN = Constant(2)
 
 NO_SLOT = Constant(2**31 - 1)
-
-
-class RowTile(NamedTuple):
-    """TILE_M rows, whose slots GROUPS programs work on: LEADERS of its rows each."""
-
-    TILE_M: int
-    GROUPS: int
-    LEADERS: int
 
 
 @triton.jit

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -16,29 +14,6 @@ from moegraft.kernels.device.pages import (
     factor_row_elements,
     pad_to_granule,
 )
-
-
-class Factor(NamedTuple):
-    """Which factor: A is the factor itself, B_LAST the last B that reads its lanes, TICKET a column of the tiles.
-
-    ``K`` > 0: rows lie in the order of tokens, else of positions.
-    """
-
-    A: int
-    B_LAST: int
-    K: int
-    TICKET: int
-
-
-class ShrinkTile(NamedTuple):
-    """``tuning.tiles.ShrinkTile``, and what follows from the operands."""
-
-    TILE_M: int
-    RANK_BLOCKS: int
-    BLOCK_R: int
-    BLOCK_K: int
-    SPLITS: int
-    PRECISION: str
 
 
 @triton.jit

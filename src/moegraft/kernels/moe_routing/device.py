@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -22,22 +20,6 @@ from moegraft.kernels.device.pages import (
     pad_to_granule,
     rank_row_elements,
 )
-
-
-class Build(NamedTuple):
-    """Constants of a build; ``host.py`` says what decides them. ``FEW_LANES``, ``LANES``: resolved at a time."""
-
-    BLOCK_M: int
-    TILE_M: int
-    E_BINS: int
-    S_BINS: int
-    CHUNK: int
-    FEW: int
-    ROWS: int
-    FEW_LANES: int
-    LANES: int
-    DENSE: bool
-    ALL_FEW: bool
 
 
 @triton.jit
