@@ -2,7 +2,9 @@
 
 A group of tensors and numbers reaches a kernel as its fields would, one by one. A group of constants (fields in
 capitals) is one ``tl.constexpr`` that holds plain numbers: wrapped one by one, they would cost a microsecond each at
-every launch. A TMA descriptor stays an argument of its own: Triton up to 3.6 finds none inside a group.
+every launch. Triton 3.6 takes such a field for a plain number: where one shapes a tensor, or is written into a tuple,
+it is made a ``tl.constexpr`` of its own first. A TMA descriptor stays an argument of its own: Triton up to 3.6 finds
+none inside a group.
 """
 
 from __future__ import annotations
