@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moegraft.integrations.transformers import GraftedModel, attach, init_parallel, load_quantised
     from moegraft.parallel import ParallelConfig
+    from moegraft.serving.engine import Engine
+    from moegraft.serving.requests import SamplingParams
 
-__all__ = ["GraftedModel", "ParallelConfig", "attach", "init_parallel", "load_quantised"]
+__all__ = [
+    "Engine",
+    "GraftedModel",
+    "ParallelConfig",
+    "SamplingParams",
+    "attach",
+    "init_parallel",
+    "load_quantised",
+]
 __version__ = "0.1.0"
 
 
@@ -20,6 +30,14 @@ def __getattr__(name: str) -> Any:
         from moegraft.parallel import ParallelConfig
 
         return ParallelConfig
+    if name == "SamplingParams":
+        from moegraft.serving.requests import SamplingParams
+
+        return SamplingParams
+    if name == "Engine":
+        from moegraft.serving.engine import Engine
+
+        return Engine
     if name in __all__:
         from moegraft.integrations import transformers
 
