@@ -65,9 +65,7 @@ def add_admin_routes(app: FastAPI, engine: Engine, options: ServerOptions) -> No
         wanted: LoadAdapterRequest = parse(LoadAdapterRequest, await _json(request))
         check_name(wanted.lora_name)
         source = _allowed(wanted.lora_path, options)
-        status = await run_in_threadpool(
-            engine.load_adapter, wanted.lora_name, source, replace=wanted.load_inplace
-        )
+        status = await run_in_threadpool(engine.load_adapter, wanted.lora_name, source, replace=wanted.load_inplace)
         if wanted.pin:
             await run_in_threadpool(engine.pin_adapter, wanted.lora_name)
         return _loaded(status)
@@ -78,9 +76,7 @@ def add_admin_routes(app: FastAPI, engine: Engine, options: ServerOptions) -> No
         if not 0 < len(lora_name) <= MAX_NAME:
             raise ApiError(400, f"lora_name: found {len(lora_name)} characters, expected 1 to {MAX_NAME}")
         check_name(lora_name)
-        status = await run_in_threadpool(
-            engine.load_adapter, lora_name, await _uploaded(request), replace=load_inplace
-        )
+        status = await run_in_threadpool(engine.load_adapter, lora_name, await _uploaded(request), replace=load_inplace)
         return _loaded(status)
 
     @app.post("/v1/unload_lora_adapter", tags=["adapters"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def create_app(engine: Engine, options: ServerOptions | None = None) -> FastAPI:
             await run_in_threadpool(engine.close)
 
     app = FastAPI(title="moegraft", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, options=options)  # type: ignore[arg-type]
+    app.add_middleware(Guard, options=options)
     metrics = Metrics(engine)
     _add_errors(app)
     _add_state_routes(app, engine, options, metrics)
@@ -224,10 +224,8 @@ class Frontend:
                 break
         if model in self.engine.adapters or model in self.engine.available_adapters:
             return model
-        raise ApiError(
-            404, f"model: found {shortened(model)}, expected the base model, an adapter or base:adapter; see /v1/models",
-            param="model", code="model_not_found",
-        )  # fmt: skip
+        message = f"model: found {shortened(model)}, expected the base model, an adapter or base:adapter"
+        raise ApiError(404, f"{message}; see /v1/models", param="model", code="model_not_found")
 
     async def complete(self, request: Request, asked: CompletionRequest) -> Response:
         adapter, codec = self.adapter_of(asked.model), self.engine.text
@@ -243,7 +241,7 @@ class Frontend:
             echoed = [text for text in texts for _ in range(n)]
         sampling = self._sampling(asked, max_tokens=asked.max_tokens or 16, logprobs=asked.logprobs)
         answer = self._answer(asked, num_prompts=len(prompts), is_chat=False, top_logprobs=asked.logprobs)
-        answer = _with(answer, echoed=tuple(echoed))
+        answer = replace(answer, echoed=tuple(echoed))
         return await self._respond(request, answer, prompts, adapter, sampling, streams=bool(asked.stream))
 
     async def chat(self, request: Request, asked: ChatRequest) -> Response:
@@ -263,7 +261,7 @@ class Frontend:
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = self._sampling(asked, max_tokens=asked.limit, logprobs=logprobs, grammar=grammar)
         answer = self._answer(asked, num_prompts=1, is_chat=True, top_logprobs=logprobs)
-        answer = _with(answer, parse=parser)
+        answer = replace(answer, parse=parser)
         return await self._respond(request, answer, [tuple(ids)], adapter, sampling, streams=bool(asked.stream))
 
     def _prompt_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
@@ -333,7 +331,9 @@ class Frontend:
         events = self._events(queued, sampling.n)
         if streams:
             return StreamingResponse(
-                _closing(stream(answer, events), events), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+                _closing(stream(answer, events), events),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache"},
             )
         return await _unless_gone(request, answer, events)
 
@@ -363,12 +363,6 @@ class Frontend:
     def _cancel(self, queued: Sequence[TokenStream]) -> None:
         for one in queued:
             self.engine.cancel(one.request_id)
-
-
-def _with(answer: Answer, **changed: Any) -> Answer:
-    from dataclasses import replace
-
-    return replace(answer, **changed)
 
 
 def _template_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -423,16 +417,18 @@ def _add_openai_routes(app: FastAPI, frontend: Frontend) -> None:
         return dict(wanted)
 
     body = {
-        kind: {"requestBody": {"required": True, "content": {"application/json": {"schema": record.model_json_schema()}}}}
+        kind: {
+            "requestBody": {"required": True, "content": {"application/json": {"schema": record.model_json_schema()}}}
+        }
         for kind, record in (("completion", CompletionRequest), ("chat", ChatRequest))
     }
 
-    @app.post("/v1/completions", tags=["completions"], openapi_extra=body["completion"])
+    @app.post("/v1/completions", tags=["completions"], openapi_extra=body(CompletionRequest))
     async def completions(request: Request) -> Response:
         """OpenAI's completions; ``model`` names the base model, an adapter, or base:adapter."""
         return await frontend.complete(request, parse(CompletionRequest, read_json(await request.body())))
 
-    @app.post("/v1/chat/completions", tags=["completions"], openapi_extra=body["chat"])
+    @app.post("/v1/chat/completions", tags=["completions"], openapi_extra=body(ChatRequest))
     async def chat(request: Request) -> Response:
         """OpenAI's chat completions, with tools and response_format."""
         return await frontend.chat(request, parse(ChatRequest, read_json(await request.body())))

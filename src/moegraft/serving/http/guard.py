@@ -89,7 +89,7 @@ class Guard:
         given = headers.get("authorization", "").removeprefix("Bearer ").strip()
         if path in ADMIN_PATHS:
             if options.admin_key is None and not options.is_loopback:
-                raise ApiError(403, "this server listens beyond loopback and has no admin key: adapters are not changed")
+                raise ApiError(403, "beyond loopback adapters are changed with an admin key only; this server has none")
             if options.admin_key is not None and not _same(given, options.admin_key):
                 raise ApiError(401, "this route needs the admin key: Authorization: Bearer ...")
             if options.admin_key is not None:

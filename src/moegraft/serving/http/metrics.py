@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -24,9 +24,7 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._registry = CollectorRegistry()
-        self.answers = Counter(
-            "moegraft_http_requests", "Answers given", ["route", "status"], registry=self._registry
-        )
+        self.answers = Counter("moegraft_http_requests", "Answers given", ["route", "status"], registry=self._registry)
         self._registry.register(self)
 
     def text(self) -> bytes:
@@ -66,9 +64,8 @@ class Metrics:
         yield family
 
 
-def _bounded(adapters: Iterable[tuple[str, AdapterCounters]] | object) -> dict[str, list[AdapterCounters]]:
+def _bounded(named: Mapping[str, AdapterCounters]) -> dict[str, list[AdapterCounters]]:
     """Label -> what it stands for: the busiest by name, the others together."""
-    named = dict(adapters)  # type: ignore[call-overload]
     busiest = sorted(named, key=lambda name: (name != "", -named[name].generated_tokens, name))
     found: dict[str, list[AdapterCounters]] = {}
     for number, name in enumerate(busiest):

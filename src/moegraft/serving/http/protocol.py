@@ -5,8 +5,8 @@ an answer and are not served are refused by name, and so are fields that nobody 
 never lost in silence.
 
 Source of the shapes: the OpenAI API reference, chat completions and completions; ``min_p``, ``top_k``,
-``repetition_penalty``, ``stop_token_ids``, ``ignore_eos``, ``min_tokens``, ``guided_*`` and the adapter routes are spelt
-as vLLM spells them.
+``repetition_penalty``, ``stop_token_ids``, ``ignore_eos``, ``min_tokens`` and the adapter routes are spelt as vLLM
+spells them.
 """
 
 from __future__ import annotations
@@ -77,11 +77,15 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
+    """What a stream tells beside its text."""
+
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class JsonSchema(_Strict):
+    """The schema that an answer must keep to."""
+
     name: Name
     description: str | None = None
     schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
@@ -102,6 +106,8 @@ class ResponseFormat(_Strict):
 
 
 class FunctionSpec(_Strict):
+    """A tool's name, purpose and JSON schema of its arguments."""
+
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -109,16 +115,22 @@ class FunctionSpec(_Strict):
 
 
 class Tool(_Strict):
+    """One tool that the model may call."""
+
     type: Literal["function"]
     function: FunctionSpec
 
 
 class CalledFunction(_Strict):
+    """``arguments``: a JSON text."""
+
     name: Name
     arguments: str = ""
 
 
 class ToolCall(_Strict):
+    """A call that an earlier answer made."""
+
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -126,6 +138,8 @@ class ToolCall(_Strict):
 
 
 class TextPart(_Strict):
+    """The only kind of content part that is served."""
+
     type: Literal["text"]
     text: str
 
@@ -155,6 +169,8 @@ class Message(_Strict):
 
 
 class ToolChoice(_Strict):
+    """The one tool that must be called."""
+
     class _Named(_Strict):
         name: Name
 
@@ -247,7 +263,7 @@ class CompletionRequest(_Sampling):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [list(self.prompt)]  # type: ignore[arg-type]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)
 
 
 class ChatRequest(_Sampling):
@@ -314,6 +330,8 @@ class UnloadAdapterRequest(_Strict):
 
 
 class PinAdapterRequest(_Strict):
+    """``POST /v1/pin_lora_adapter`` and ``unpin_lora_adapter``."""
+
     lora_name: Name
 
 
