@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -416,12 +417,10 @@ def _add_openai_routes(app: FastAPI, frontend: Frontend) -> None:
             raise ApiError(404, f"model: {shortened(model)} is not here", param="model", code="model_not_found")
         return dict(wanted)
 
-    body = {
-        kind: {
-            "requestBody": {"required": True, "content": {"application/json": {"schema": record.model_json_schema()}}}
-        }
-        for kind, record in (("completion", CompletionRequest), ("chat", ChatRequest))
-    }
+    def body(record: type[BaseModel]) -> dict[str, Any]:
+        """For the schema: the body is read by hand, so that its errors are OpenAI's."""
+        content = {"application/json": {"schema": record.model_json_schema()}}
+        return {"requestBody": {"required": True, "content": content}}
 
     @app.post("/v1/completions", tags=["completions"], openapi_extra=body(CompletionRequest))
     async def completions(request: Request) -> Response:

@@ -259,11 +259,9 @@ class CompletionRequest(_Sampling):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [list(self.prompt)]  # type: ignore[arg-type]
-        return list(self.prompt)
+        given: Any = self.prompt
+        is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+        return [given] if is_one else list(given)
 
 
 class ChatRequest(_Sampling):
