@@ -1,4 +1,4 @@
-"""The layers, adapters and batches of the MoE-LoRA grid, their byte and FLOP floors, and a float32 oracle.
+"""The layers, adapters and batches of the MoE-LoRA grid, what they must move and compute, and a float32 oracle.
 
 Shape letters: T tokens · K experts per token · N = T*K rows · E experts · D hidden size · F intermediate size ·
 S adapter slots · r rank
@@ -26,8 +26,6 @@ from moegraft.kernels.four_bit_product.weights import four_bit_weights
 from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
 from moegraft.lora.bank.layout import ALIGN_BYTES, DEFAULT_PAGE_BYTES, choose_page_elems
 
-BYTES_PER_S = 4.3e12
-FLOPS_PER_S = 790e12
 DTYPE = torch.bfloat16
 MAX_REL_ERR = 1e-2
 MAX_REL_ERR_FP8 = 2e-2
@@ -273,16 +271,32 @@ def lora_batch(adapters: Adapters, batch: Batch) -> LoRABatch:
     )
 
 
-def floor_us(shape: LayerShape, batch: Batch, rank: int, expert_bytes: float | None = None) -> float:
-    """Decode: bytes of the experts hit and of the (adapter, expert) pairs hit, over the copy bandwidth. Prefill: FLOPs
-    of the base over the matrix rate. ``rank`` 0: without adapters. ``expert_bytes``: of packed weights."""
-    D, F, (T, K) = shape.D, shape.F, batch.topk_ids_TK.shape
-    if T >= PREFILL_TOKENS:
-        return 1e6 * T * K * 6 * D * F / FLOPS_PER_S
-    experts = batch.topk_ids_TK.unique().numel()
-    pairs = (batch.topk_ids_TK + shape.E * batch.token_slots_T[:, None]).unique().numel()
-    base = experts * (3 * D * F * DTYPE.itemsize if expert_bytes is None else expert_bytes)
-    return 1e6 * (base + pairs * rank * (3 * D + 3 * F) * DTYPE.itemsize) / BYTES_PER_S
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a layer must at least move and compute for a batch, however it is done."""
+
+    num_bytes: float
+    flops: float
+
+    def floor_us(self, *, bytes_per_s: float, flops_per_s: float) -> float:
+        """The longer of moving and computing, at the ceilings of a card."""
+        return 1e6 * max(self.num_bytes / bytes_per_s, self.flops / flops_per_s)
+
+
+def count_work(shape: LayerShape, batch: Batch, rank: int, expert_bytes: float | None = None) -> Work:
+    """Bytes: the experts hit, A and B of the (adapter, expert) pairs hit, x and topk in, the sum out; each once.
+
+    ``rank`` 0: without adapters. ``expert_bytes``: of one packed expert. A negative expert id is another rank's.
+    """
+    D, F, ids_TK = shape.D, shape.F, batch.topk_ids_TK.long()
+    is_hit_TK = ids_TK >= 0
+    rows = int(is_hit_TK.sum())
+    experts = ids_TK[is_hit_TK].unique().numel()
+    pairs = (ids_TK + shape.E * batch.token_slots_T[:, None].long())[is_hit_TK].unique().numel()
+    weights = experts * (3 * D * F * DTYPE.itemsize if expert_bytes is None else expert_bytes)
+    factors = pairs * rank * 3 * (D + F) * DTYPE.itemsize
+    activations = 2 * batch.x_TD.nbytes + batch.topk_ids_TK.nbytes + batch.topk_weights_TK.nbytes
+    return Work(num_bytes=weights + factors + activations, flops=6.0 * rows * (D * F + rank * (D + F)))
 
 
 @dataclass(frozen=True, kw_only=True)

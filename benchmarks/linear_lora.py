@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from stopwatch import Ceilings, measure_ceilings, run_facts
 
 from moegraft.kernels.lora_linear.host import add_lora_linear
 from moegraft.kernels.lora_linear.reference import add_lora_linear_reference
@@ -22,7 +23,6 @@ from moegraft.lora.targets import AdapterWeights, LinearLoRA, LinearTarget, Mode
 from moegraft.testing.errors import relative_error
 
 DTYPE = torch.bfloat16
-BYTES_PER_US = 4.3e6
 MAPS = 12
 SHAPES = {"q_proj": (2048, 4096), "k_proj": (2048, 512), "o_proj": (4096, 2048)}
 MIXES = {"1 x 16": [16], "32 x 16": [16] * 32, "8 x 64": [64] * 8, "8 of 4..64": [4, 8, 16, 64] * 2}
@@ -61,7 +61,9 @@ def microseconds(call: Callable[[int], None]) -> float:
     return statistics.median(times)
 
 
-def run_cell(bank: AdapterBank, shape: tuple[int, int], ranks: list[int], num_rows: int) -> dict[str, float]:
+def run_cell(
+    bank: AdapterBank, shape: tuple[int, int], ranks: list[int], num_rows: int, ceilings: Ceilings
+) -> dict[str, float]:
     in_features, out_features = shape
     x = torch.randn(num_rows, in_features, dtype=DTYPE, device="cuda")
     ys = [torch.randn(num_rows, out_features, dtype=DTYPE, device="cuda") for _ in range(MAPS)]
@@ -93,7 +95,7 @@ def run_cell(bank: AdapterBank, shape: tuple[int, int], ranks: list[int], num_ro
     return {
         "lora_us": lora_us,
         "base_us": microseconds(base),
-        "floor_us": floor_bytes / BYTES_PER_US,
+        "floor_us": 1e6 * floor_bytes / ceilings.bytes_per_s,
         "rel_err": error,
     }
 
@@ -103,20 +105,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
-    rows = []
+    ceilings, rows = measure_ceilings(), []
     print(f"{'map':8} {'adapters':12} {'rows':>5} {'base us':>8} {'LoRA us':>8} {'floor us':>8} {'x floor':>8}")
     for shape_name in list(SHAPES)[: 1 if quick else None]:
         for mix_name, ranks in MIXES.items():
             bank = make_bank(*SHAPES[shape_name], ranks)
             for num_rows in (1, 8, 32, 128, 4096):
-                cell = run_cell(bank, SHAPES[shape_name], ranks, num_rows)
+                cell = run_cell(bank, SHAPES[shape_name], ranks, num_rows, ceilings)
                 rows.append({"map": shape_name, "adapters": mix_name, "rows": num_rows, **cell})
                 print(
                     f"{shape_name:8} {mix_name:12} {num_rows:5} {cell['base_us']:8.1f} {cell['lora_us']:8.1f} "
                     f"{cell['floor_us']:8.2f} {cell['lora_us'] / cell['floor_us']:8.1f}",
                     flush=True,
                 )
-    print(json.dumps({"benchmark": "linear_lora", "device": torch.cuda.get_device_name(), "cells": rows}))
+    print(json.dumps({"benchmark": "linear_lora", **run_facts(), "cells": rows}))
 
 
 if __name__ == "__main__":

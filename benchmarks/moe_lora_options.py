@@ -34,7 +34,7 @@ from grid_problem import (
     make_batch,
     make_layer,
 )
-from moe_lora_grid import graph_us
+from stopwatch import graph_us, run_facts
 
 from moegraft.kernels.lora_expand.host import add_lora_w2, add_lora_w13, route_lora_rows
 from moegraft.kernels.moe_forward.host import fused_moe_lora
@@ -109,7 +109,7 @@ def main() -> None:
     questions = parser.parse_args().questions
     weights = make_layer(SHAPE, "cuda")
     rows = [_measure(question, variant, weights) for question in questions for variant in QUESTIONS[question]()]
-    print(json.dumps(rows))
+    print(json.dumps({**run_facts(), "rows": rows}))
     if any(None in row["lora_us"].values() for row in rows):
         sys.exit("some results are wrong and were not timed")
 

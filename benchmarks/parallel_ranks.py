@@ -30,14 +30,14 @@ from grid_problem import (
     Cell,
     LayerShape,
     check_layer,
+    count_work,
     empty_adapters,
-    floor_us,
     lora_batch,
     make_adapters,
     make_batch,
     make_layer,
 )
-from moe_lora_grid import graph_us
+from stopwatch import Ceilings, graph_us, measure_ceilings, run_facts
 
 from moegraft.kernels.records import MoEWeights
 from moegraft.parallel.dispatch import ranks_needed
@@ -77,7 +77,7 @@ def main() -> None:
         _compile()
         rows = _measure_all(args)
     document = {
-        "device": None if args.volumes else torch.cuda.get_device_name(),
+        **({} if args.volumes else run_facts()),
         "ranks": RANKS,
         "bytes_sent": volumes,
         "cells": rows,
@@ -156,6 +156,7 @@ def _volumes(shape: LayerShape, num_tokens: int, cell: Cell) -> dict[str, object
 
 def _measure_all(args: argparse.Namespace) -> list[dict[str, object]]:
     torch.backends.cuda.matmul.allow_tf32 = False
+    ceilings = measure_ceilings()
     rows: list[dict[str, object]] = []
     for shape in args.shapes:
         for layout in LAYOUTS:
@@ -167,7 +168,8 @@ def _measure_all(args: argparse.Namespace) -> list[dict[str, object]]:
                     problem = rank_problem(shape, layout, num_tokens, cell.active, "cuda")
                     row: dict[str, object] = {"shape": shape.name, "layout": layout, "tokens": num_tokens}
                     row |= {"cell": str(cell), "rows": problem.batch.x_TD.shape[0]}
-                    row |= _measure(problem, weights, adapters, cell) if row["rows"] else {"off_us": 0.0, "on_us": 0.0}
+                    empty = {"off_us": 0.0, "on_us": 0.0}
+                    row |= _measure(problem, weights, adapters, cell, ceilings) if row["rows"] else empty
                     rows.append(row)
                     _print_row(row)
                 del adapters
@@ -176,7 +178,9 @@ def _measure_all(args: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
-def _measure(problem: RankProblem, weights: MoEWeights, adapters: Adapters, cell: Cell) -> dict[str, object]:
+def _measure(
+    problem: RankProblem, weights: MoEWeights, adapters: Adapters, cell: Cell, ceilings: Ceilings
+) -> dict[str, object]:
     from moegraft.kernels.moe_forward.host import fused_moe_lora
 
     batch = problem.batch
@@ -196,19 +200,8 @@ def _measure(problem: RankProblem, weights: MoEWeights, adapters: Adapters, cell
         "rel_err": errors.delta,
         "off_us": graph_us(without),
         "on_us": graph_us(with_lora),
-        "floor_us": floor_us(problem.shape, _counted(batch), cell.rank),
+        "floor_us": count_work(problem.shape, batch, cell.rank).floor_us(**vars(ceilings)),
     }
-
-
-def _counted(batch: Batch) -> Batch:
-    """Each choice of this rank as a row of its own, so that a floor counts no others."""
-    rows, columns = (batch.topk_ids_TK != NOWHERE).nonzero(as_tuple=True)
-    return Batch(
-        x_TD=batch.x_TD[rows],
-        topk_ids_TK=batch.topk_ids_TK[rows, columns][:, None],
-        topk_weights_TK=batch.topk_weights_TK[rows, columns][:, None],
-        token_slots_T=batch.token_slots_T[rows],
-    )
 
 
 def _compile() -> None:
