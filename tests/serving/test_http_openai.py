@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from support.serving import ADAPTERS, Running, Served, make_served, running
+from support.http_server import ADAPTERS, Running, Served, make_served, running
 
 from moegraft.serving.engine import Engine
 from moegraft.serving.http.guard import ServerOptions

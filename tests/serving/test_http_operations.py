@@ -13,7 +13,7 @@ import httpx
 import pytest
 import schemathesis
 from prometheus_client.parser import text_string_to_metric_families
-from support.serving import Running, Served, eventually, make_served, running
+from support.http_server import Running, Served, eventually, make_served, running
 
 from moegraft.serving.engine import Engine
 from moegraft.serving.http import metrics as metrics_module

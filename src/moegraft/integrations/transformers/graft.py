@@ -174,8 +174,12 @@ class GraftedModel:
         """What is loaded: name -> ranks by module, modules touched, bytes, loaded from, resident or not. Read-only."""
         return MappingProxyType({name: self.bank.info(name) for name in self.bank.names()})
 
-    def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> LoadReport:
+    def load_adapter(
+        self, path: str | os.PathLike[str], name: str | None = None, *, resident: bool = True
+    ) -> LoadReport:
         """Read a PEFT adapter folder and make it usable as ``name`` (default: the folder's name).
+
+        resident: whether it takes its place on the device now, and may evict others, or when a batch first names it.
 
         Raises AdapterError of the kind that fits; nothing has changed then, on no rank.
         """
@@ -187,7 +191,7 @@ class GraftedModel:
                 # Seams first: another thread may name the adapter as soon as the bank knows it.
                 self._fit_seams(weights)
                 try:
-                    self.bank.load(name, weights, source=os.fspath(path))
+                    self.bank.load(name, weights, source=os.fspath(path), resident=resident)
                 finally:
                     self._fit_seams()
 
