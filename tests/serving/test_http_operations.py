@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 import schemathesis
 from prometheus_client.parser import text_string_to_metric_families
@@ -52,6 +53,10 @@ def text(server: Running, model: str) -> str:
     return str(answer.json()["choices"][0]["text"])
 
 
+def listed(server: Running) -> set[str]:
+    return {card["id"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]}
+
+
 def test_adapters_come_and_go(server: Running, served: Served) -> None:
     load = {"lora_name": "new", "lora_path": str(served.adapters["head"])}
     assert post(server, "completions", {**ASK, "model": "new"}).status_code == 404
@@ -81,7 +86,7 @@ def test_an_adapter_comes_from_tensors(server: Running, served: Served) -> None:
     assert text(server, "sent") == text(server, "read") != text(server, "model")
     pickled = {**files, "adapter_model.safetensors": b"\x80\x04\x95pickle"}
     answer = httpx.post(url, params={"lora_name": "bad"}, files=pickled, timeout=60)
-    assert answer.status_code == 400 and "bad" not in server.engine.adapters
+    assert answer.status_code == 400 and "bad" not in listed(server)
     answer = httpx.post(url, params={"lora_name": "bad"}, files={"adapter_config.json": b"{}"}, timeout=60)
     assert answer.status_code == 400 and "adapter_model.safetensors" in answer.text
 
@@ -105,7 +110,7 @@ def test_what_may_not_be_loaded(server: Running, served: Served, tmp_path: Path)
         assert answer.status_code == status and word in answer.json()["error"]["message"], answer.text
     form = httpx.post(f"{server.url}/v1/load_lora_adapter", data={"lora_name": "x"}, timeout=10)
     assert form.status_code == 415
-    assert set(server.engine.adapters) == {"experts"}
+    assert listed(server) == {"model", "experts"}
 
 
 def test_unloading_waits_for_requests_or_ends_them(server: Running) -> None:
@@ -229,23 +234,23 @@ def test_metrics(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_schema_holds(served: Served) -> None:
-    """Drawn requests over the whole schema: no answer is a server error, and every body is what the schema says."""
-    engine = make_engine(served, adapters={"experts": served.adapters["experts"]})
-    app = create_app(engine)
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-    seen = set()
+    """Drawn requests over the whole schema: each is answered, none with an error of the server's."""
+    engine = make_engine(served, adapters={"experts": served.adapters["experts"]}, max_model_len=64)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(engine))
+    operations = [result.ok() for result in schema.get_all_operations()]
+
+    @hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(data=hypothesis.strategies.data())
+    def ask(data: hypothesis.strategies.DataObject) -> None:
+        case = data.draw(data.draw(hypothesis.strategies.sampled_from(operations)).as_strategy())
+        answer = case.call()
+        assert answer.status_code < 500 or answer.status_code == 507, (case.path, answer.text)
+
     try:
-        for result in schema.get_all_operations():
-            operation = result.ok()
-            seen.add((operation.method, operation.path))
-            strategy = operation.as_strategy()
-            for _ in range(3):
-                case = strategy.example()
-                answer = case.call()
-                assert answer.status_code < 500 or answer.status_code == 503, (operation.path, answer.text)
+        assert {operation.path for operation in operations} >= {"/v1/completions", "/v1/chat/completions", "/metrics"}
+        ask()
     finally:
         engine.close()
-    assert ("post", "/v1/completions") in seen and ("post", "/v1/chat/completions") in seen
 
 
 def test_a_person_sees_the_state(server: Running, served: Served) -> None:
@@ -269,7 +274,7 @@ def test_a_person_sees_the_state(server: Running, served: Served) -> None:
         assert page.inner_text("#state") == "ready"
         assert page.inner_text("#model") == server.engine.model_name
         names = [row.get_attribute("data-adapter") for row in page.query_selector_all("#adapters tbody tr")]
-        assert names == ["experts", hostile]
+        assert sorted(names) == sorted(["experts", hostile])
         assert page.query_selector("#adapters img") is None
         post(server, "completions", {**ASK, "model": "experts", "max_tokens": 4})
         page.wait_for_function(

@@ -206,7 +206,7 @@ class Frontend:
             {"id": name, **common, "root": name, "parent": None, "max_model_len": self.engine.max_model_len}
             for name in dict.fromkeys(self.base_names)
         ]
-        loaded = self.engine.adapters
+        loaded = {name: status for name, status in self.engine.adapters.items() if status.state != "failed"}
         for name, status in loaded.items():
             card = adapter_card(status)
             cards.append({"id": name, **common, "root": status.source, "parent": base, "adapter": card})
@@ -223,7 +223,8 @@ class Frontend:
             if model.startswith(f"{name}:"):
                 model = model.removeprefix(f"{name}:")
                 break
-        if model in self.engine.adapters or model in self.engine.available_adapters:
+        status = self.engine.adapters.get(model)
+        if (status is not None and status.state != "failed") or model in self.engine.available_adapters:
             return model
         message = f"model: found {shortened(model)}, expected the base model, an adapter or base:adapter"
         raise ApiError(404, f"{message}; see /v1/models", param="model", code="model_not_found")
