@@ -61,6 +61,7 @@ def attach(  # noqa: PLR0913  # the one call of users: every option by its name
     backend: str | None = None,
     lora_experts: bool = True,
     batch_invariant: bool = False,
+    compiled: bool = False,
     parallel: ParallelConfig | None = None,
     expert_maps: Mapping[str, ExpertMap] | None = None,
     device: torch.device | str | None = None,
@@ -73,6 +74,9 @@ def attach(  # noqa: PLR0913  # the one call of users: every option by its name
     touch experts: backends that take no LoRA are then considered too, and an adapter with LoRA on experts is refused.
     batch_invariant: only backends whose experts layers give a row the same bits in any batch (docs/numerics.md has the
     price); attention and what else the model computes itself is as batch-invariant as the host's own GEMMs.
+    compiled: the model will be compiled (``torch.compile(model, fullgraph=True)``): the places where adapters take
+    part are put in once, for all modules, so that one graph serves every adapter that comes and goes. A model that is
+    compiled without it is right too, and compiled anew whenever an adapter touches modules that none touched before.
 
     parallel: several processes, each of which has loaded the whole model, keep a slice of the experts each and free the
     rest; ``detach`` cannot give that back (docs/parallel.md). All ranks attach together, and from then on load, unload
@@ -91,6 +95,7 @@ def attach(  # noqa: PLR0913  # the one call of users: every option by its name
         backend=backend,
         lora_experts=lora_experts,
         batch_invariant=batch_invariant,
+        compiled=compiled,
         ranks=ranks,
     )
 
@@ -111,14 +116,16 @@ class GraftedModel:
         backend: str | None,
         lora_experts: bool,
         batch_invariant: bool,
+        compiled: bool,
         ranks: RankOptions,
     ) -> None:
         self.model = model
-        self._state = CallState()
+        self._compiled = compiled
         self._lock = threading.RLock()
         alike = {"lora_experts": lora_experts, "batch_invariant": batch_invariant}
         facts, self.layout = agree_on_layout(model, ranks, lambda: _examine(model, ranks), alike)
         device, dtype = facts.device, facts.dtype
+        self._state = CallState(device)
         self._targets = facts.targets if facts.plan is None else with_whole_parameters(facts.targets)
         self._local_targets = self.layout.local_targets(self._targets)
         self.bank = together(
@@ -154,6 +161,7 @@ class GraftedModel:
         self._hooks = ForwardHooks(self._state, model, token_modules(model, self._targets))
         self._attached = True
         setattr(model, _MARK, self)
+        self._fit_seams()
 
     def _build_sites(self, options: SiteOptions, *, is_moved: bool) -> dict[str, ExpertsSite]:
         """``is_moved``: the model is to lie on ``options.device``.
@@ -246,6 +254,7 @@ class GraftedModel:
         *,
         lengths: Sequence[int] | None = None,
         slots: torch.Tensor | None = None,
+        run_length: int = 1,
         rank_bound: int | None = None,
         all_threads: bool = False,
     ) -> Iterator[AdapterCall | None]:
@@ -254,8 +263,9 @@ class GraftedModel:
         For engines that call the model themselves. ``adapters`` has one entry a row of the model's input, or the input
         has as many rows for each entry, next to each other (beams). Packed rows: entry i serves the next ``lengths[i]``
         tokens. ``slots``: a tensor of the caller's, int32 [tokens] on the device, -1 = base, that says it instead,
-        whenever a layer runs; it may change between calls and holds slots of ``adapters`` only. ``all_threads``: also
-        in threads that the block did not start, one such block at a time; otherwise only in this thread or task.
+        whenever a layer runs; it may change between calls and holds slots of ``adapters`` only; ``run_length``: how
+        many neighbours have the same slot, about, which chooses tiles and no results. ``all_threads``: also in threads
+        that the block did not start, one such block at a time; otherwise only in this thread or task.
 
         A call belongs to its block: blocks of one thread nest. Raises BatchError or UnknownAdapterError; BatchError
         also where a module meets rows of which the batch does not say which adapter each uses.
@@ -268,7 +278,13 @@ class GraftedModel:
         between ranks.
         """
         with self._batch(
-            adapters, rows, lengths=lengths, slots_M=slots, rank_bound=rank_bound, all_threads=all_threads
+            adapters,
+            rows,
+            lengths=lengths,
+            slots_M=slots,
+            run_length=run_length,
+            rank_bound=rank_bound,
+            all_threads=all_threads,
         ) as call:
             yield call
 
@@ -330,6 +346,7 @@ class GraftedModel:
             if not self._attached:
                 return self.model
             self.bank.close()
+            self._attached = False
             self._fit_seams()
             self._memory = CallMemory()
             self._hooks.remove()
@@ -337,7 +354,6 @@ class GraftedModel:
             delattr(self.model, _MARK)
             self._sites = {name: site for name, site in self._sites.items() if not site.is_cut}
             self.layout.groups.close()
-            self._attached = False
             return self.model
 
     def __enter__(self) -> GraftedModel:
@@ -373,14 +389,18 @@ class GraftedModel:
                 )
 
     def _fit_seams(self, coming: AdapterWeights | None = None) -> None:
-        """Exactly the seams are installed that the loaded adapters need, and one that is about to be loaded."""
+        """Exactly the seams are installed that the loaded adapters need, and one that is about to be loaded; for a
+        model that is to be compiled, those of every module that takes LoRA."""
         wanted = self._wanted_seams(coming)
-        for key in [key for key in self._seams if key not in wanted]:
+        gone, new = self._seams.keys() - wanted, [key for key in wanted if key not in self._seams]
+        for key in gone:
             self._seams.pop(key).remove()
-        for key in [key for key in wanted if key not in self._seams]:
+        for key in new:
             seam = self._make_seam(*key)
             seam.install()
             self._seams[key] = seam
+        if gone or new:
+            self._state.hooks_changed()
 
     def _wanted_seams(self, coming: AdapterWeights | None) -> list[tuple[str, type[Seam]]]:
         handles = [self.bank.get(name) for name in self.bank.names()]
@@ -389,6 +409,8 @@ class GraftedModel:
         if coming is not None:
             modules += [*coming.linears, *coming.embeddings]
             saved += coming.saved
+        if self._compiled and self._attached:
+            modules += [*self._targets.linears, *self._targets.embeddings]
         wanted: dict[tuple[str, type[Seam]], None] = {}
         for module in modules:
             if module in self._targets.linears:

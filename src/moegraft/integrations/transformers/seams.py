@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from moegraft.build import punica_for
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.core.tables import LinearFactor, LinearTables
+from moegraft.integrations.transformers import compiled
 from moegraft.integrations.transformers.call import CallState
 from moegraft.integrations.transformers.dtensors import local
 from moegraft.lora.bank import AdapterBank
@@ -59,9 +60,16 @@ class HookSeam(Seam):
             self._handle.remove()
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call = self.state.current()
+        if torch.compiler.is_compiling() and self.state.fixed is None:
+            self.trace(args, kwargs, output)
+            return
+        call = self.state.fixed if torch.compiler.is_compiling() else self.state.current()
         if call is not None:
             _without_grad(self.apply, call, args, kwargs, output)
+
+    @abstractmethod
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Leave an op in a graph that is being traced, which does what ``apply`` does for the call of its time."""
 
     @abstractmethod
     def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -90,8 +98,19 @@ class LinearDelta:
         self.tables = bank.linear_tables(target.name)
         self.punica = punica or punica_for(self.tables.pool.device)
         self.state = state
+        self.number = compiled.register(self)
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            if self.state.fixed is None:
+                torch.ops.moegraft.graft_delta(y, x, bias_O, self.state.order, self.number)
+            else:
+                self.add(self.state.fixed, y, x, bias_O)
+        else:
+            self.add_to(y, x, bias_O)
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        """Under the call that runs now, if there is one."""
         call = self.state.current()
         if call is not None:
             self.add(call, y, x, bias_O)
@@ -122,8 +141,14 @@ class LinearSeam(HookSeam):
         self.delta = LinearDelta(target, bank, state, punica)
 
     def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.delta.add(call, output, args[0] if args else kwargs["input"], self._bias())
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.delta(output, args[0] if args else kwargs["input"], self._bias())
+
+    def _bias(self) -> torch.Tensor | None:
         bias = getattr(self.module, "bias", None)
-        self.delta.add(call, output, args[0] if args else kwargs["input"], None if bias is None else local(bias))
+        return None if bias is None else local(bias)
 
 
 class EmbeddingSeam(HookSeam):
@@ -144,6 +169,7 @@ class EmbeddingSeam(HookSeam):
         super().__init__(name, module, bank, state)
         self.ranks = ranks
         self.pieces = None if mine is None else mine.inputs
+        self.number = compiled.register(self)
         self.num_embeddings = bank.layout.embeddings[name].num_embeddings
         self.tables = LinearTables(
             pool=bank.pool.data,
@@ -151,6 +177,16 @@ class EmbeddingSeam(HookSeam):
             factors=bank.tables.factors[:, bank.layout.module_entries(name)],
             page_elems=bank.pool.page_elems,
         )
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ids = args[0] if args else kwargs["input"]
+        torch.ops.moegraft.graft_delta(output, ids, None, self.state.order, self.number)
+
+    def add_to(self, y: torch.Tensor, ids: torch.Tensor, _: torch.Tensor | None) -> None:
+        """Under the call that runs now, if there is one."""
+        call = self.state.current()
+        if call is not None:
+            self.apply(call, (ids,), {}, y)
 
     def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rank_bound = call.linear_bound(self.name)
