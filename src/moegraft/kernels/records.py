@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moegraft.core.config import Activation
+from moegraft.core.halves import half_strides
 from moegraft.core.routing import LANE_GRANULE, Lanes
 from moegraft.core.tables import ExpertsTables
 
@@ -120,9 +121,8 @@ class MoEWeights:
 
     def half_strides(self, stride_gf: int) -> tuple[int, int]:
         """(stride along F, offset of up behind gate) in elements, from the stride along G*F."""
-        if not self.activation.gated:
-            return stride_gf, 0
-        return (2 * stride_gf, stride_gf) if self.is_interleaved else (stride_gf, self.intermediate_size * stride_gf)
+        num_halves, size = self.activation.num_halves, self.intermediate_size
+        return half_strides(stride_gf, size, num_halves=num_halves, is_interleaved=self.is_interleaved)
 
 
 @dataclass(frozen=True, kw_only=True)

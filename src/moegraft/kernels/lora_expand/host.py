@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moegraft.core.halves import half_strides
 from moegraft.core.routing import Block, Lanes, MoERouting
 from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
 from moegraft.kernels.lora_expand.device import expand_kernel
@@ -139,8 +140,7 @@ def _expand(
     assert lanes is not None
     routing, lora, tile = rows.routing, rows.lora, rows.expand
     columns, (stride_n, stride_c) = y_NC.shape[1] // num_halves, y_NC.stride()
-    half_offset = stride_c if is_interleaved else columns * stride_c
-    stride_c *= num_halves if is_interleaved else 1
+    stride_c, half_offset = half_strides(stride_c, columns, num_halves=num_halves, is_interleaved=is_interleaved)
     expand_kernel[(routing.max_blocks * cdiv(columns, tile.block_n) * num_halves,)](
         y_NC, low_rank.u_NW, lora.tables.pool, routing.order, routing.segment, routing.blocks, routing.counts,
         lanes.segment, lanes.granule, lanes.element, stride_n, stride_c, half_offset, lanes.segment.shape[0],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moegraft.core.halves import split_halves
 from moegraft.lora.peft import fused
 from moegraft.lora.peft.build import Read, cast, scalable
 from moegraft.lora.peft.names import Projection
@@ -235,7 +236,7 @@ def _join_gate_and_up(
     """a13, b_gate, b_up, up_lane of ExpertsLoRA: one A for both where it was fused, else gate's rows before up's."""
     if Projection.GATE_UP in sides:
         shared, b13 = sides[Projection.GATE_UP]
-        return shared, *fused.split_gate_up(b13, is_interleaved=plan.target.is_interleaved), 0
+        return shared, *split_halves(b13, num_halves=2, is_interleaved=plan.target.is_interleaved), 0
     gate, up = sides.get(Projection.GATE), sides.get(Projection.UP)
     if gate is None or up is None:
         a13 = gate[0] if gate else up[0] if up else None

@@ -129,14 +129,6 @@ def split_fused(
     return (a_rows, b_rows) if a_is_input else (b_rows, a_rows)
 
 
-def split_gate_up(rows: torch.Tensor, *, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output rows [E, r, 2F] -> gate [E, r, F], up [E, r, F]."""
-    if is_interleaved:
-        return rows[..., 0::2], rows[..., 1::2]
-    half = rows.shape[-1] // 2
-    return rows[..., :half], rows[..., half:]
-
-
 def _fits(target: ExpertsTarget, projection: Projection, pair: FusedTensors) -> bool:
     if len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
         return False
