@@ -135,7 +135,7 @@ def test_an_adapter_that_comes_after_compilation_is_not_lost(
 
 def test_the_models_own_compile(kinds: tuple[Path, dict[str, torch.Tensor]]) -> None:
     """``model.compile()`` and the calls that GraftedModel offers; packed rows and the head's last tokens too."""
-    folder, truths = kinds
+    folder, _ = kinds
     with moegraft.attach(build("qwen3_moe"), adapter_memory="4MiB", compiled=True) as graft:
         graft.load_adapter(folder / "everything", name="a")
         graft.load_adapter(folder / "lm_head", name="b")

@@ -202,8 +202,3 @@ def tune(
         raise typer.Exit(130)
     if any(result.table is None for result in results):
         raise typer.Exit(1)
-
-
-def main() -> None:
-    """The entry point of the ``moegraft`` command."""
-    app()

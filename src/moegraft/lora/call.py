@@ -92,16 +92,13 @@ class AdapterCall:
         self.group: GroupAdapters | None = None if group is None else group.group
         self.is_over = False  # its block was left: it must serve no layer any more
         self._bounding = batch if group is None else group.union
-        own = CallMemory() if rank_bound is not None or slots_M is not None else memory or CallMemory()
-        self._memory = own.of(batch, self._bounding, self.lengths)
+        is_fixed = rank_bound is None and slots_M is None
+        memory = memory or CallMemory()
+        self._memory = (memory if is_fixed else CallMemory()).of(batch, self._bounding, self.lengths)
+        self.memory = self._memory if is_fixed else memory  # for the next call: no rows that may change in place
         self.modules = frozenset(modules)
         self._heads, self._growth = heads, growth
         self._forwards: dict[int, list[ForwardRows | None]] = {}
-
-    @property
-    def memory(self) -> CallMemory:
-        """For the next call; of no use to one where this call's rows may change in place."""
-        return self._memory
 
     @property
     def is_static(self) -> bool:

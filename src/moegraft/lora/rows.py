@@ -120,8 +120,8 @@ class AdapterRows:
     @classmethod
     def on_device(cls, slots_M: torch.Tensor, *, run_length: int = 1) -> AdapterRows:
         """Rows that only the device knows: int32 [M], read anew whenever a layer, or a graph that captured it, runs."""
-        if slots_M.dim() != 1 or slots_M.dtype != torch.int32:
-            raise BatchError(f"slots {list(slots_M.shape)} {slots_M.dtype}, expected [M] torch.int32")
+        if slots_M.dim() != 1 or slots_M.dtype != torch.int32 or not slots_M.is_contiguous():
+            raise BatchError(f"slots {list(slots_M.shape)} {slots_M.dtype}, expected [M] torch.int32, contiguous")
         return cls(slots_M=slots_M, host=None, run_length=run_length, factors=PagedFactors())
 
     @property

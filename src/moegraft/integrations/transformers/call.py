@@ -147,9 +147,26 @@ class ForwardHooks:
         begun = _Begun()
         self._hooks = [_ForwardHook(state, begun, model.get_submodule(name), is_root=name == "") for name in names]
 
+    def install(self) -> None:
+        for hook in self._hooks:
+            hook.install()
+
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+def remove_hooks(module: nn.Module, owner: object) -> None:
+    """All forward hooks that are methods of ``owner``; no handle of them can be lost to an interrupt."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            hooks.pop(key, None)
+            for extra in (
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                extra.pop(key, None)
 
 
 class _Begun(threading.local):
@@ -169,14 +186,14 @@ class _ForwardHook:
         parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
         self._positions = tuple(parameters)[1:]  # behind self
         self._number = compiled.register(self)
-        self._handles = (
-            module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            module.register_forward_hook(self._after, always_call=True),
-        )
+        self._module = module
+
+    def install(self) -> None:
+        self._module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self._module.register_forward_hook(self._after, always_call=True)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        remove_hooks(self._module, self)
 
     def begin(self, tokens: torch.Tensor | None, kept: int | torch.Tensor | None) -> None:
         """A forward pass over tokens [B, S, ...] begins; None: one that says nothing of its rows."""

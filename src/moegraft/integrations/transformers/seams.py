@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from moegraft.build import punica_for
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.core.tables import LinearFactor, LinearTables
 from moegraft.integrations.transformers import compiled
-from moegraft.integrations.transformers.call import CallState
+from moegraft.integrations.transformers.call import CallState, remove_hooks
 from moegraft.integrations.transformers.dtensors import local
+from moegraft.integrations.transformers.router_weight import RouterWeight
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.punica import PunicaWrapperBase
@@ -50,14 +49,11 @@ class Seam(ABC):
 class HookSeam(Seam):
     """A seam behind the module's forward pass."""
 
-    _handle: RemovableHandle | None = None
-
     def install(self) -> None:
-        self._handle = self.module.register_forward_hook(self._hook, with_kwargs=True)
+        self.module.register_forward_hook(self._hook, with_kwargs=True)
 
     def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        remove_hooks(self.module, self)
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling() and self.state.fixed is None:
@@ -95,10 +91,18 @@ class LinearDelta:
         self, target: LinearTarget, bank: AdapterBank, state: CallState, punica: PunicaWrapperBase | None = None
     ) -> None:
         self.target = target
+        self.name = target.name
         self.tables = bank.linear_tables(target.name)
         self.punica = punica or punica_for(self.tables.pool.device)
         self.state = state
         self.number = compiled.register(self)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the call in flight has LoRA on this map; a graph that is traced serves calls that may."""
+        is_traced = torch.compiler.is_compiling()
+        call = self.state.fixed if is_traced else self.state.current()
+        return is_traced if call is None else call.linear_bound(self.name) > 0
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         if torch.compiler.is_compiling():
@@ -248,7 +252,7 @@ class EmbeddingSeam(HookSeam):
 
 
 class RouterSeam(Seam):
-    """A router that keeps its weight as a Parameter: the one F.linear it calls on it gets the delta."""
+    """A router that keeps its weight as a Parameter: every product with it gets the delta."""
 
     def __init__(self, target: LinearTarget, module: nn.Module, bank: AdapterBank, state: CallState) -> None:
         super().__init__(target.name, module, bank, state)
@@ -269,43 +273,3 @@ class RouterSeam(Seam):
             # The model may have been moved to another device or dtype meanwhile.
             self._original.data = current.data
             self.module._parameters[self.param] = self._original
-
-
-class _SeamTensor(torch.Tensor):
-    """A weight whose F.linear is followed by a delta; every other operation sees a plain tensor."""
-
-    _delta: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if func is functional.linear:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if isinstance(weight, _SeamTensor):
-                bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                _without_grad(weight._delta, result, args[0] if args else kwargs["input"], bias)
-        elif func in _CASTS and isinstance(args[0], _SeamTensor) and isinstance(result, torch.Tensor):
-            # Routers cast their weight to float32 first: the cast weight is the same seam.
-            seam = result.as_subclass(_SeamTensor)
-            seam._delta = args[0]._delta
-            return seam
-        return result
-
-
-_CASTS = frozenset({torch.Tensor.to, torch.Tensor.type, torch.Tensor.float, torch.Tensor.double, torch.Tensor.type_as})
-
-
-class RouterWeight(_SeamTensor, nn.Parameter):
-    """The Parameter form of the seam; shares the storage of the Parameter it stands for."""
-
-    @classmethod
-    def over(
-        cls, original: nn.Parameter, delta: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-    ) -> RouterWeight:
-        weight: RouterWeight = torch.Tensor._make_subclass(cls, original.data, original.requires_grad)
-        weight._delta = delta
-        return weight

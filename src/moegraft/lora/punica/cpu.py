@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from moegraft.core.activation import split_halves
+from moegraft.core.halves import split_halves
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, LinearFactor, LinearTables
 from moegraft.kernels.records import LayerSizes
 from moegraft.lora.context import MoELoRAContext
