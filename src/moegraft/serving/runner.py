@@ -90,7 +90,7 @@ class Runner:
             device=self.device,
             row_by_row=self._row_by_row,
         )
-        with self._stack, self._adapters(step.lanes):
+        with self._adapters(step.lanes), self._stack:
             self._step = step
             try:
                 logits: torch.Tensor = self.model(
