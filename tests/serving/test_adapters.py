@@ -23,8 +23,8 @@ from moegraft.core.errors import (
 from moegraft.serving.requests import FinishReason, Request
 
 PROMPT = draw_prompts([9])[0]
-GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-LONG = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=6, min_tokens=6)
+LONG = SamplingParams(temperature=0, max_tokens=60, min_tokens=60)
 OPTIONS: dict[str, Any] = {"page_size": 4, "adapter_memory": "4MiB", "max_model_len": 100}
 
 

@@ -23,7 +23,7 @@ from moegraft.core.errors import AdapterError, UnknownAdapterError
 from moegraft.serving.requests import FinishReason, Request
 
 NEW = 12
-SAMPLING = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+SAMPLING = SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW)
 NAMES = ("a", "b", "c", "d")
 FILES = ("fused", "dora", "per_expert", "everything", "save lm_head", "lm_head")
 PROMPTS = draw_prompts((5, 17, 30), seed=4)

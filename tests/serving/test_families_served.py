@@ -14,6 +14,7 @@ import moegraft
 from moegraft import Engine, SamplingParams
 from moegraft.core.errors import UnsupportedModelError
 
+NEW = 14
 RECURRENT = {
     "qwen3_next",
     "qwen3_5_moe_text",
@@ -34,7 +35,7 @@ def serve(family: str, folder: Path) -> None:
         "everything": save_everything(family, folder / "everything").path,
         "part": save_part(family, folder / "part").path,
     }
-    prompts = draw_prompts((21, 5, 13, 21, 3))
+    prompts = draw_prompts((9, 5, 13, 9, 3))
     prompts[3] = prompts[0]
     requests = list(zip(prompts, ("everything", None, "part", "everything", None), strict=True))
     expected = []
@@ -43,10 +44,10 @@ def serve(family: str, folder: Path) -> None:
             graft.load_adapter(path, name=name)
         for prompt, name in requests:
             ids = torch.tensor([prompt])
-            options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+            options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
             found = graft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), adapters=[name], **options)
             expected.append(tuple(found[0, len(prompt) :].tolist()))
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW)
     model = build(family)
     sizes = {"page_size": 4, "max_rows": 4, "chunk_tokens": 9, "max_model_len": 32}
     with Engine(model, adapters=adapters, adapter_memory="64MiB", **sizes) as engine:
