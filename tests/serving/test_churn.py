@@ -146,6 +146,7 @@ def test_no_wrong_token_and_nothing_is_lost(kinds: dict[str, Path], truth: Any, 
         churn.stop.set()
         for thread in threads:
             thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
         stats = engine.stats()
         engine.check_integrity()
         loaded = {key.partition("@")[0] for key in engine._graft.adapters}
