@@ -136,7 +136,12 @@ def test_tables_cut_no_word(width: int, monkeypatch: pytest.MonkeyPatch, capsys:
     module = ModuleSummary(name=name, kind="linear", ranks={"lora": 4}, tensors=2, nbytes=2**20, target=name)
     tables.show_inspection(AdapterInspection(path="a", modules=(module,)), None)
     choice = LayerChoice(
-        layer="model.layers.0.mlp.experts", format_name="dense", device="cpu", backend="TorchExperts", rejections=()
+        layer="model.layers.0.mlp.experts",
+        format_name="dense",
+        device="cpu",
+        backend="TorchExperts",
+        kept_by="moegraft",
+        rejections=(),
     )
     tables.show_explanation(ModelExplanation(stored="", choices=(choice,)))
     shown = capsys.readouterr().out
