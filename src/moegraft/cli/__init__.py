@@ -1,4 +1,4 @@
-"""The command line: ``moegraft demo``, ``generate``, ``inspect``, ``explain`` and ``tune``."""
+"""The command line: ``moegraft demo``, ``generate``, ``inspect``, ``explain`` and ``tune``. Needs ``moegraft[cli]``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def main() -> None:
     try:
         from moegraft.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        sys.exit(f"error: {error.name} is not installed: pip install 'moegraft[cli]'")
+        sys.exit(f"error: {missing} is not installed: pip install 'moegraft[cli]'")
     app()

@@ -9,6 +9,8 @@ from typing import ClassVar, Self
 import torch
 from torch.nn.functional import pad
 
+from moegraft.core.halves import join_halves, split_halves
+
 
 class ExpertsWeights(ABC):
     """w13 and w2 of one experts layer in one storage format; immutable.
@@ -86,7 +88,7 @@ class ExpertsWeights(ABC):
         for expert in range(E):
             rows = self.w13_in_out_of(expert, dtype).mT
             if self.is_interleaved and self.num_halves == 2:
-                rows = torch.cat([rows[::2], rows[1::2]])
+                rows = join_halves(split_halves(rows, 0, num_halves=2, is_interleaved=True), 0, is_interleaved=False)
             w13[expert] = rows
             w2[expert] = self.w2_in_out_of(expert, dtype).mT
         return w13, w2

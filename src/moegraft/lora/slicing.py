@@ -5,12 +5,12 @@ Shape letters: E experts · D hidden size · F expert intermediate size · h exp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
 
+from moegraft.files.safetensors import cut_tensor as cut_tensor
 from moegraft.lora.targets import (
     AdapterWeights,
     EmbeddingLoRA,
@@ -24,23 +24,10 @@ from moegraft.parallel.rank_slice import (
     WHOLE_LINEAR,
     ExpertsSlice,
     LinearSlice,
-    Pieces,
     RankSlice,
     Share,
 )
 from moegraft.parallel.slices import Shard
-
-Cuts = Mapping[int, Pieces]
-"""Axis -> the intervals of it that are kept, in this order."""
-
-
-def cut_tensor(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """The tensor with only the given intervals of some axes; a copy where anything is cut off."""
-    for axis, pieces in cuts.items():
-        if pieces != ((0, tensor.shape[axis]),):
-            parts = [tensor.narrow(axis, start, stop - start) for start, stop in pieces]
-            tensor = torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0).clone()
-    return tensor
 
 
 def pad_axis(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moegraft.core.halves import half_intervals
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -63,9 +65,7 @@ def half_columns(part: Shard, size: int, *, num_halves: int, is_interleaved: boo
     """
     if not part.size:
         return ()
-    if is_interleaved:
-        return ((num_halves * part.start, num_halves * part.stop),)
-    return tuple((half * size + part.start, half * size + part.stop) for half in range(num_halves))
+    return half_intervals(part.start, part.stop, size, num_halves=num_halves, is_interleaved=is_interleaved)
 
 
 def contiguous_experts(num_experts: int, world: int, rank: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NoReturn, SupportsIndex, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from moegraft.core.errors import UnsupportedModelError
 from moegraft.formats.base import ExpertsWeights
 from moegraft.integrations.transformers.call import CallState
 from moegraft.integrations.transformers.parallel_layout import RankLayout
+from moegraft.integrations.transformers.scope import HookedExperts
 from moegraft.integrations.transformers.storage import (
     PackedExperts,
     experts_sizes,
@@ -27,8 +28,9 @@ from moegraft.integrations.transformers.storage import (
     moved,
     packed_experts,
 )
-from moegraft.integrations.transformers.targets import HookedExperts, experts_activation
+from moegraft.integrations.transformers.targets import experts_activation
 from moegraft.lora.bank import AdapterBank
+from moegraft.lora.call import AdapterCall
 from moegraft.lora.targets import ExpertsTarget
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.oracle import Decision, select_experts
@@ -50,13 +52,27 @@ class ExpertsSite:
     previous_implementation: str | None
     is_cut: bool = False  # to this rank's slice: the module has no parameters any more
 
-    def forward(self, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
-        call = self.state.current()
-        ranks = (0, 0) if call is None else call.experts_ranks(self.name, self.base.config.activation.num_halves)
-        if call is None or self.with_lora is None or not (any(ranks) or call.rows_travel):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise UnsupportedModelError(
+            "a grafted model can be neither copied nor pickled: call detach() on its GraftedModel, copy the model, and "
+            "attach the copy"
+        )
+
+    def forward(
+        self,
+        call: AdapterCall | None,
+        x_TD: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """out [T, D]; T are all tokens of the forward pass. Raises BatchError for other rows."""
+        if call is None or self.with_lora is None:
             return self.base.apply_experts(x_TD, topk_weights_TK, topk_ids_TK)
-        mapping = call.experts_mapping(x_TD.shape[0])
-        return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, mapping, *ranks)
+        bounds = call.experts_bounds(self.name, self.base.method.experts.num_halves)
+        if bounds.are_zero and not call.rows_travel:
+            return self.base.apply_experts(x_TD, topk_weights_TK, topk_ids_TK)
+        rows = call.rows(self.name, x_TD.shape[:-1])
+        return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, rows, bounds, group=call.group)
 
 
 def experts_forward(
@@ -74,13 +90,14 @@ def experts_forward(
             f"{type(module).__name__} was cut to a rank's slice by attach(parallel=...): it runs while the model is "
             "grafted, under torch.no_grad(), and cannot be given back; load the model again"
         )
-    if site is None or (site.state.current() is None and _wants_grad(module, hidden_states)):
+    call = None if site is None else site.state.current()
+    if site is None or (call is None and _wants_grad(module, hidden_states)):
         packed = packed_experts(module)
         if packed is not None:
-            return _packed_forward(module, packed, hidden_states, top_k_index, top_k_weights)
+            return _packed_forward(module, packed, hidden_states, top_k_weights, top_k_index)
         return _original_forward(module, site)(module, hidden_states, top_k_index, top_k_weights)
     with torch.no_grad():
-        return site.forward(hidden_states, top_k_index, top_k_weights)
+        return site.forward(call, hidden_states, top_k_weights, top_k_index)
 
 
 def guard_implementation(module: nn.Module) -> None:
@@ -111,8 +128,8 @@ def _packed_forward(
     module: nn.Module,
     packed: PackedExperts,
     x_TD: torch.Tensor,
-    topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
 ) -> torch.Tensor:
     if _wants_grad(module, x_TD):
         raise UnsupportedModelError(
@@ -210,16 +227,15 @@ def build_site(module: nn.Module, target: ExpertsTarget, options: SiteOptions) -
     )
 
 
-def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> dict[str, str | None]:
-    """Puts the sites behind their modules; gives back what ``remove_sites`` needs."""
-    previous = model.get_experts_implementation()
+def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> None:
+    """Puts the sites behind their modules, then gives up the weights of those that are cut."""
     for name, site in sites.items():
         # Not a submodule: its parameters are the module's own and must not be listed twice.
         object.__setattr__(model.get_submodule(name), _SITE, site)
+    model.set_experts_implementation(IMPLEMENTATION)
+    for name, site in sites.items():
         if site.is_cut:
             give_up_experts(model.get_submodule(name))
-    model.set_experts_implementation(IMPLEMENTATION)
-    return previous
 
 
 def experts_configs(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> list[PreTrainedConfig]:
@@ -228,15 +244,24 @@ def experts_configs(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) ->
     return list(configs.values())
 
 
-def remove_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite], previous: dict[str, str | None]) -> None:
-    """The inverse of ``install_sites``, save that modules which were cut are of no use any more, and say so."""
-    for name, site in sites.items():
-        module = model.get_submodule(name)
-        object.__delattr__(module, _SITE)
-        if site.is_cut:
+def remove_sites(
+    model: PreTrainedModel, sites: Mapping[nn.Module, ExpertsSite], previous: dict[str, str | None]
+) -> None:
+    """The inverse of ``install_sites``, as far as that went; modules that were cut are of no use any more, and say so.
+
+    ``previous``: the experts implementations of the model before.
+    """
+    for module, site in sites.items():
+        if site.is_cut and module._parameters.get("down_proj") is None and "packed" not in module._modules:
             object.__setattr__(module, _SPENT, True)
-    if not any(site.is_cut for site in sites.values()):
+        vars(module).pop(_SITE, None)
+    if sites and not any(_SPENT in vars(module) for module in sites):
         model.set_experts_implementation(previous)
+
+
+def is_grafted(module: nn.Module) -> bool:
+    """Whether a graft of some model has its site behind this experts module."""
+    return _SITE in vars(module)
 
 
 def is_spent(model: nn.Module) -> bool:

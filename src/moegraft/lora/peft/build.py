@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
+from moegraft.files import TensorInfo
+from moegraft.files.safetensors import Cuts, all_finite, cut_tensor
 from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.factors import Read, cast, widen
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair
-from moegraft.lora.peft.safetensors_file import TensorInfo
-from moegraft.lora.slicing import Cuts, cut_lanes, cut_tensor
+from moegraft.lora.slicing import cut_lanes
 from moegraft.lora.targets import EmbeddingLoRA, LinearLoRA
 from moegraft.parallel.rank_slice import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
 
 # Rows of a base weight that are widened to float32 at a time (DoRA): bounds the memory for a large vocabulary.
 _NORM_ROWS = 4096
+
+
+class Read(Protocol):
+    """Reads a tensor by its full name, or cuts of it; on the CPU, in the file's dtype."""
+
+    def __call__(self, name: str, cuts: Cuts | None = None, /) -> torch.Tensor: ...
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """To float32 or wider."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
+def scalable(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What may be multiplied by a scale and then cast to ``dtype``, rounded once.
+
+    The tensor itself where it has that dtype, since torch multiplies 16-bit floats by a number in float32; else float32
+    or wider.
+    """
+    return tensor if tensor.dtype is dtype else widen(tensor)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, where: str, *, is_finite: bool = False) -> torch.Tensor:
+    """To ``dtype``, contiguous. Raises AdapterTensorError where a value does not fit into it.
+
+    ``is_finite``: whether all values are known to be, as those that were read and not scaled.
+    """
+    result = tensor.to(dtype).contiguous()
+    if not (is_finite and tensor.dtype is dtype) and not all_finite(result):
+        raise AdapterTensorError(f"{where}: a value, once scaled, is outside the range of {dtype}")
+    return result
 
 
 def build_linear(
@@ -66,7 +99,7 @@ def build_embedding(
 ) -> EmbeddingLoRA:
     """LoRA of an embedding. Raises AdapterTensorError."""
     a, b = _read_pair(plan.pair, read, mine)
-    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a.where), b=cast(b, dtype, plan.pair.b.where))
+    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a.where), b=cast(b * plan.target.scale, dtype, plan.pair.b.where))
 
 
 def build_saved(

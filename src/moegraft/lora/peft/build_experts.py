@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from moegraft.core.halves import split_halves
 from moegraft.lora.peft import fused
-from moegraft.lora.peft.factors import Read, cast, scalable
+from moegraft.lora.peft.build import Read, cast, scalable
+from moegraft.lora.peft.names import Projection
 from moegraft.lora.peft.plan import ExpertsPlan, FusedPair, Pair
-from moegraft.lora.peft.sites import Projection
 from moegraft.lora.slicing import local_experts_of, pad_axis
 from moegraft.lora.targets import ExpertsLoRA, ExpertsTarget
 from moegraft.parallel.rank_slice import WHOLE_EXPERTS, ExpertsSlice, Pieces
-from moegraft.parallel.slices import half_columns
+from moegraft.parallel.slices import count, half_columns
 
 
 def build_experts(
@@ -39,7 +40,7 @@ def build_experts(
         "a2": _padded(a2, columns.padded),
         "b2": _padded(b2, hidden.padded),
     }
-    file = plan.infos()[0].file.name
+    file = plan.infos()[0].file
     return ExpertsLoRA(
         expert_ids=experts,
         up_lane=up_lane,
@@ -49,6 +50,20 @@ def build_experts(
             if rows is not None
         },
     )
+
+
+def num_elems(plan: ExpertsPlan, mine: ExpertsSlice) -> int:
+    """Elements of all factors that ``build_experts`` gives, without padding; from the plan alone."""
+    held = len(local_experts_of(_held_experts(plan), mine)[0])
+    total = 0
+    for cut in _cuts(plan, mine, torch.float32) if held else ():
+        pairs = [plan.stacked[cut.projection]] if cut.projection in plan.stacked else []
+        is_shared = [[info.shape[0] == 1 for info in pair.infos] for pair in pairs] or [[False, False]]
+        a_experts, b_experts = (1 if shared else held for shared in is_shared[0])
+        total += a_experts * (cut.lanes[1] - cut.lanes[0]) * count(cut.inputs) + b_experts * cut.rank * count(
+            cut.outputs
+        )
+    return total
 
 
 def tensors_elsewhere(plan: ExpertsPlan, mine: ExpertsSlice) -> Iterator[str]:
@@ -104,7 +119,8 @@ class _Cut:
         held = sorted((local[expert], pair) for expert, pair in pairs.items() if expert in local)
         first, last = self.lanes
         stored = {info.dtype for _, pair in held for info in pair.infos}
-        dtype = self.dtype if stored == {self.dtype} else torch.float32
+        wide = torch.float64 if torch.float64 in stored else torch.float32
+        dtype = self.dtype if stored == {self.dtype} else wide
         a_rows = torch.zeros(len(held), last - first, sum(stop - start for start, stop in self.inputs), dtype=dtype)
         b_rows = torch.zeros(len(held), self.rank, sum(stop - start for start, stop in self.outputs), dtype=dtype)
         for position, (_, pair) in enumerate(held):
@@ -217,7 +233,7 @@ def _join_gate_and_up(
     """a13, b_gate, b_up, up_lane of ExpertsLoRA: one A for both where it was fused, else gate's rows before up's."""
     if Projection.GATE_UP in sides:
         shared, b13 = sides[Projection.GATE_UP]
-        return shared, *fused.split_gate_up(b13, is_interleaved=plan.target.is_interleaved), 0
+        return shared, *split_halves(b13, num_halves=2, is_interleaved=plan.target.is_interleaved), 0
     gate, up = sides.get(Projection.GATE), sides.get(Projection.UP)
     if gate is None or up is None:
         a13 = gate[0] if gate else up[0] if up else None
