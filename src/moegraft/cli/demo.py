@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from moegraft.cli.compare import Comparison, MixedBatch, compare
@@ -117,7 +116,9 @@ def _saving(folder: Path) -> Iterator[None]:
     """A full disk is told by transformers as by the system, by safetensors in an error of its own."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
         raise CommandError(f"{folder} cannot be written: {first_line(error)}") from error
 
 
