@@ -109,17 +109,11 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]},
     },
     "flint": {"mlp_only_layers": [0]},
-    "gemma4_assistant": {
-        "text_config": {
-            **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0),
-            "enable_moe_block": False,
-        }
-    },
     "glm4v_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     "glm5_next_text": {
         **_ALL_HEADS,
         **_SPARSE,
-        "index_kpool": 2, "qk_rope_head_dim": 0, "swiglu_limit": 0.5,
+        "index_kpool": 2, "qk_rope_head_dim": 0, "swiglu_limit": 0.5, "linear_head_dim": 8, "linear_num_heads": 4,
         "layer_types": ["linear_attention", "full_attention"],
     },
     "hy_v4": {**_SPARSE, "swiglu_limit": 0.5},
@@ -169,6 +163,10 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
 _EXPERTS = re.compile(r"use_experts_implementation|class \w*(Experts?|MoE|Moe|MOE|SparseMLP|SparseMoeBlock)\w*\(nn\.")
 # Wrappers that take any text model, with one that has experts inside: InternVL 3.5 of Qwen3-30B-A3B.
 _WRAPPERS = ("internvl",)
+# Part of another model: it has no keys and values of its own.
+_NOT_ALONE = ("gemma4_assistant",)
+# Their vision encoders are built for images of 768 pixels and more.
+NO_IMAGES = ("deepseek_ocr2", "unlimited_ocr")
 
 
 @functools.cache
@@ -184,7 +182,8 @@ def moe_model_types() -> tuple[str, ...]:
         parts = {getattr(spec, "model_type", None) for spec in _parts(CONFIG_MAPPING[name]).values()}
         if parts & found:
             found.add(name)
-    return tuple(sorted(name for name in found if _model_class(CONFIG_MAPPING[name]) is not None))
+    alone = found.difference(_NOT_ALONE)
+    return tuple(sorted(name for name in alone if _model_class(CONFIG_MAPPING[name]) is not None))
 
 
 def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
@@ -249,12 +248,15 @@ def _model_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] 
     return None
 
 
-def text_inputs(rows: int = 3, length: int = 11) -> dict[str, torch.Tensor]:
-    """``rows`` sequences, of which the second is shorter and padded on the left."""
+def text_inputs(model: PreTrainedModel, rows: int = 3, length: int = 11) -> dict[str, torch.Tensor]:
+    """``rows`` sequences, of which the second is shorter and padded on the left; a canvas where the model draws on one
+    (which would be random)."""
     ids = torch.randint(3, IMAGE_TOKEN, (rows, length), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(rows, length, dtype=torch.long)
     mask[1, :4] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    canvas = getattr(model.config, "canvas_length", None)
+    return inputs if canvas is None else inputs | {"decoder_input_ids": torch.arange(rows * canvas).view(rows, -1) % 90}
 
 
 def image_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
@@ -269,7 +271,7 @@ def image_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     for pixels in _pixels(model):
         num_tokens = 4
         for _ in range(3):
-            inputs = _with_images(num_tokens) | pixels
+            inputs = _with_images(model, num_tokens) | pixels
             inputs = {key: value for key, value in inputs.items() if key in accepted}
             try:
                 with torch.no_grad():
@@ -288,8 +290,8 @@ def image_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
 _COUNTS = re.compile(r"tokens:? (?P<tokens>\d+), features:? (?P<features>\d+)")
 
 
-def _with_images(num_tokens: int) -> dict[str, torch.Tensor]:
-    inputs = text_inputs(length=num_tokens + 9)
+def _with_images(model: PreTrainedModel, num_tokens: int) -> dict[str, torch.Tensor]:
+    inputs = text_inputs(model, length=num_tokens + 9)
     ids = inputs["input_ids"]
     for row, start in ((0, 2), (2, 4)):
         ids[row, start] = VISION_START
