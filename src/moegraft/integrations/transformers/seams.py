@@ -55,11 +55,17 @@ class HookSeam(Seam):
     def remove(self) -> None:
         remove_hooks(self.module, self)
 
-    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() and self.state.fixed is None:
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if len(rest) != 2:
+            # Put in or taken out while this pass runs in another thread: torch does not know for an instant that the
+            # hook takes keyword arguments. No adapter of a running batch needs a seam that comes or goes.
+            return
+        kwargs, output = rest
+        is_traced = torch.compiler.is_compiling()
+        if is_traced and self.state.fixed is None:
             self.trace(args, kwargs, output)
             return
-        call = self.state.fixed if torch.compiler.is_compiling() else self.state.current()
+        call = self.state.fixed if is_traced else self.state.current()
         if call is not None:
             _without_grad(self.apply, call, args, kwargs, output)
 
