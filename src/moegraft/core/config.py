@@ -22,11 +22,16 @@ class ActivationKind(enum.StrEnum):
     GELU_TANH = "gelu_tanh"
     RELU2 = "relu2"  # relu(x)**2
     SWIGLU_OAI = "swiglu_oai"  # gpt-oss: clamped, (up + 1) * gate * sigmoid(alpha * gate)
+    SILU_CLAMPED = "silu_clamped"  # DeepSeek-V4: silu(min(gate, limit)) * clamp(up, -limit, limit)
+    SILU_SOFTCAPPED = "silu_softcapped"  # Inkling 2: softcap(gate, alpha) * sigmoid(gate) * softcap(up, limit)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """``h = kind(gate) * up`` where ``gated``, else ``h = kind(u)``; alpha and limit are read by SWIGLU_OAI only."""
+    """``h = kind(gate) * up`` where ``gated``, else ``h = kind(u)``.
+
+    ``alpha``: read by SWIGLU_OAI and SILU_SOFTCAPPED; ``limit``: by those and SILU_CLAMPED.
+    """
 
     kind: ActivationKind = ActivationKind.SILU
     gated: bool = True

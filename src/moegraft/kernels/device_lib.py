@@ -36,6 +36,8 @@ GELU = Constant(1)
 GELU_TANH = Constant(2)
 RELU2 = Constant(3)
 SWIGLU_OAI = Constant(4)
+SILU_CLAMPED = Constant(5)
+SILU_SOFTCAPPED = Constant(6)
 
 
 @triton.jit
@@ -121,13 +123,22 @@ def scaled(acc, scale):
 
 
 @triton.jit
+def tanh(x):
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@triton.jit
 def activate(gate, up, KIND: tl.constexpr, GATED: tl.constexpr, alpha, limit):
     """h = kind(gate) * up in float32; ungated: kind(gate). The reference: core/activation.py."""
-    if KIND == SWIGLU_OAI:
+    if KIND == SILU_SOFTCAPPED:
+        capped = alpha * tanh(gate / alpha) / (1.0 + tl.exp(-gate))
+        return capped * limit * tanh(up / limit)
+    if (KIND == SWIGLU_OAI) | (KIND == SILU_CLAMPED):
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
+    if KIND == SWIGLU_OAI:
         return (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate))
-    if KIND == SILU:
+    if (KIND == SILU) | (KIND == SILU_CLAMPED):
         h = gate / (1.0 + tl.exp(-gate))
     elif KIND == GELU:
         h = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))

@@ -42,8 +42,9 @@ class LinearTarget:
     """One linear map y = x W^T (+ b): an nn.Linear, a router's weight Parameter, or an lm_head.
 
     ``param`` is the Parameter's name inside the module (``weight``); ``weight`` gives it on demand (DoRA norms).
-    ``router``: the module is not an nn.Linear but a router that calls one F.linear on ``param``. ``lane_shares``: A
-    holds one of so many shares of its rank rows (fully sharded).
+    ``router``: what multiplies with ``param`` does not call the module as an nn.Linear (a router that keeps a
+    Parameter), so the weight itself gets the delta. ``lane_shares``: A holds one of so many shares of its rank rows
+    (fully sharded).
     """
 
     name: str
@@ -57,11 +58,12 @@ class LinearTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingTarget:
-    """One token embedding [num_embeddings, embedding_dim]."""
+    """One token embedding [num_embeddings, embedding_dim]; ``scale``: of its rows, and so of their delta."""
 
     name: str
     num_embeddings: int
     embedding_dim: int
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class ModelTargets:
 
     ``saveable``: parameters that ``modules_to_save`` may replace: module name -> {parameter or buffer name: tensor}
     (routers, norms, embeddings, lm_head; never experts). ``model_type`` is transformers' ``config.model_type``.
+    ``left_out``: modules that exist and that no adapter may touch, by name, with the reason ("belongs to ...").
     """
 
     model_type: str
@@ -77,6 +80,7 @@ class ModelTargets:
     linears: Mapping[str, LinearTarget] = field(default_factory=dict)
     embeddings: Mapping[str, EmbeddingTarget] = field(default_factory=dict)
     saveable: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

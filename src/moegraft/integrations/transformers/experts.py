@@ -19,6 +19,7 @@ from moegraft.core.errors import UnsupportedModelError
 from moegraft.formats.base import ExpertsWeights
 from moegraft.integrations.transformers.call import CallState
 from moegraft.integrations.transformers.parallel_layout import RankLayout
+from moegraft.integrations.transformers.scope import HookedExperts
 from moegraft.integrations.transformers.storage import (
     PackedExperts,
     experts_sizes,
@@ -27,7 +28,7 @@ from moegraft.integrations.transformers.storage import (
     moved,
     packed_experts,
 )
-from moegraft.integrations.transformers.targets import HookedExperts, experts_activation
+from moegraft.integrations.transformers.targets import experts_activation
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.targets import ExpertsTarget
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA

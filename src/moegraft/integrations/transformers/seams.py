@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from moegraft.build import punica_for
@@ -22,6 +21,7 @@ from moegraft.core.errors import UnsupportedModelError
 from moegraft.core.tables import LinearFactor
 from moegraft.integrations.transformers.call import ActiveCall, CallState
 from moegraft.integrations.transformers.dtensors import local, whole
+from moegraft.integrations.transformers.router_weight import RouterWeight
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.mapping import AdapterMapping
 from moegraft.lora.punica import PunicaWrapperBase
@@ -87,13 +87,20 @@ class LinearDelta:
         self, target: LinearTarget, bank: AdapterBank, state: CallState, punica: PunicaWrapperBase | None = None
     ) -> None:
         self.target = target
+        self.name = target.name
         self.tables = bank.linear_tables(target.name)
         self.punica = punica or punica_for(self.tables.pool.device)
         self.state = state
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the call in flight has LoRA on this map."""
+        call = self.state.current()
+        return call is not None and call.touches(self.name)
+
     def __call__(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         call = self.state.current()
-        if call is None or not call.touches(self.target.name):
+        if call is None or not call.touches(self.name):
             return
         x_MI = x.reshape(-1, self.target.in_features)
         mapping = call.mapping(x_MI.shape[0])
@@ -249,7 +256,7 @@ def _put(output: Any, mine: Any, rows_L: torch.Tensor, num_rows: int) -> None:
 
 
 class RouterSeam(Seam):
-    """A router that keeps its weight as a Parameter: the one F.linear it calls on it gets the delta."""
+    """A router that keeps its weight as a Parameter: every product with it gets the delta."""
 
     def __init__(self, target: LinearTarget, module: nn.Module, bank: AdapterBank, state: CallState) -> None:
         super().__init__(target.name, module, bank, state)
@@ -270,43 +277,3 @@ class RouterSeam(Seam):
             # The model may have been moved to another device or dtype meanwhile.
             self._original.data = current.data
             self.module._parameters[self.param] = self._original
-
-
-class _SeamTensor(torch.Tensor):
-    """A weight whose F.linear is followed by a delta; every other operation sees a plain tensor."""
-
-    _delta: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if func is functional.linear:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if isinstance(weight, _SeamTensor):
-                bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                _without_grad(weight._delta, result, args[0] if args else kwargs["input"], bias)
-        elif func in _CASTS and isinstance(args[0], _SeamTensor) and isinstance(result, torch.Tensor):
-            # Routers cast their weight to float32 first: the cast weight is the same seam.
-            seam = result.as_subclass(_SeamTensor)
-            seam._delta = args[0]._delta
-            return seam
-        return result
-
-
-_CASTS = frozenset({torch.Tensor.to, torch.Tensor.type, torch.Tensor.float, torch.Tensor.double, torch.Tensor.type_as})
-
-
-class RouterWeight(_SeamTensor, nn.Parameter):
-    """The Parameter form of the seam; shares the storage of the Parameter it stands for."""
-
-    @classmethod
-    def over(
-        cls, original: nn.Parameter, delta: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-    ) -> RouterWeight:
-        weight: RouterWeight = torch.Tensor._make_subclass(cls, original.data, original.requires_grad)
-        weight._delta = delta
-        return weight

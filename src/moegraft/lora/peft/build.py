@@ -99,7 +99,7 @@ def build_embedding(
 ) -> EmbeddingLoRA:
     """LoRA of an embedding. Raises AdapterTensorError."""
     a, b = _read_pair(plan.pair, read, mine)
-    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a.where), b=cast(b, dtype, plan.pair.b.where))
+    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a.where), b=cast(b * plan.target.scale, dtype, plan.pair.b.where))
 
 
 def build_saved(
