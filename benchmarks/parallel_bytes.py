@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -38,7 +39,6 @@ from moegraft.formats.fp8 import Fp8Experts
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.local_targets import local_targets
-from moegraft.lora.slicing import slice_adapter
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.parallel import ParallelConfig, ParallelGroups
@@ -172,6 +172,8 @@ class RankLayer:
         self.bank = CollectiveBank(
             AdapterBank(layout, capacity_bytes=256 << 20, device=weights.device, max_slots=NUM_ADAPTERS), groups
         )
+        from support.slicing import slice_adapter
+
         generator = torch.Generator().manual_seed(2)
         spec = LoRASpec(r_gate=RANK_OF_ADAPTER, r_up=RANK_OF_ADAPTER, r2=RANK_OF_ADAPTER)
         for i in range(NUM_ADAPTERS):
@@ -359,6 +361,8 @@ def main() -> None:
     if wrong:
         sys.exit(f"{wrong} cells are wrong and are not reported")
 
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 if __name__ == "__main__":
     main()

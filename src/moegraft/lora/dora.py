@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import AdapterTensorError
-from moegraft.lora.slicing import cut_tensor
 from moegraft.lora.targets import LinearLoRA
 from moegraft.parallel.groups import ParallelGroups
 from moegraft.parallel.rank_slice import Pieces

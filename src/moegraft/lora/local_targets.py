@@ -9,8 +9,6 @@ import torch
 from moegraft.core.errors import ParallelError
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
 from moegraft.parallel.rank_slice import (
-    WHOLE_EXPERTS,
-    WHOLE_LINEAR,
     ExpertsSlice,
     LinearSlice,
     ParameterSlice,
@@ -26,14 +24,22 @@ def local_targets(targets: ModelTargets, mine: RankSlice) -> ModelTargets:
     """
     return replace(
         targets,
-        experts={name: local_experts(t, mine.experts.get(name, WHOLE_EXPERTS)) for name, t in targets.experts.items()},
-        linears={name: _local_linear(t, mine.linears.get(name, WHOLE_LINEAR)) for name, t in targets.linears.items()},
+        experts={
+            name: local_experts(t, mine.experts[name]) if name in mine.experts else t
+            for name, t in targets.experts.items()
+        },
+        linears={
+            name: _local_linear(t, mine.linears[name]) if name in mine.linears else t
+            for name, t in targets.linears.items()
+        },
         embeddings={
-            name: _local_embedding(t, mine.linears.get(name, WHOLE_LINEAR)) for name, t in targets.embeddings.items()
+            name: _local_embedding(t, mine.linears[name]) if name in mine.linears else t
+            for name, t in targets.embeddings.items()
         },
         saveable={
             module: {
-                param: _local_parameter(tensor, mine.saved.get((module, param))) for param, tensor in params.items()
+                param: _local_parameter(tensor, mine.saved[module, param]) if (module, param) in mine.saved else tensor
+                for param, tensor in params.items()
             }
             for module, params in targets.saveable.items()
         },
@@ -69,9 +75,7 @@ def _local_embedding(target: EmbeddingTarget, mine: LinearSlice) -> EmbeddingTar
     )
 
 
-def _local_parameter(tensor: torch.Tensor, mine: ParameterSlice | None) -> torch.Tensor:
-    if mine is None:
-        return tensor
+def _local_parameter(tensor: torch.Tensor, mine: ParameterSlice) -> torch.Tensor:
     shape = list(tensor.shape)
     shape[mine.axis] = count(mine.pieces)
     return torch.empty(shape, dtype=tensor.dtype, device="meta")

@@ -43,6 +43,14 @@ class ExpertsSlice:
         """Local experts of a module of ``num_experts``."""
         return num_experts if self.experts is None else len(self.experts)
 
+    def local_experts(self, held: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
+        """Local ids, ascending, of this rank's experts among the global ids ``held``, and where each stands in it."""
+        if self.experts is None:
+            return held, list(range(len(held)))
+        position = {expert: index for index, expert in enumerate(held)}
+        found = [(local, position[expert]) for local, expert in enumerate(self.experts) if expert in position]
+        return tuple(local for local, _ in found), [index for _, index in found]
+
     def columns(self, intermediate_size: int) -> Shard:
         """The columns of F."""
         return whole(intermediate_size) if self.intermediate is None else self.intermediate

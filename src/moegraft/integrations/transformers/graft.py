@@ -40,7 +40,7 @@ from moegraft.integrations.transformers.parallel_layout import (
     with_whole_parameters,
 )
 from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, SavedSeam, Seam
-from moegraft.integrations.transformers.storage import check_uniform, packed_experts
+from moegraft.integrations.transformers.storage import HostExperts, check_uniform, packed_experts
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.peft import LoadReport
@@ -377,7 +377,7 @@ def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:
             f"{type(model).__name__} is grafted already; call detach() on its GraftedModel first"
         )
     targets = discover_targets(model)
-    device, dtype = check_uniform(model, [model.get_submodule(name) for name in targets.experts])
+    device, dtype = check_uniform(model, [HostExperts.of(model.get_submodule(name)) for name in targets.experts])
     return ModelFacts(
         targets=targets,
         device=device if ranks.device is None else torch.device(ranks.device),

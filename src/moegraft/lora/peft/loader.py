@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 
+from moegraft.core.cuts import Cuts
 from moegraft.core.errors import (
     AdapterConfigError,
     AdapterError,
@@ -22,7 +23,6 @@ from moegraft.core.errors import (
     StoredTensorError,
 )
 from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
-from moegraft.files.safetensors import Cuts
 from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved
 from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
