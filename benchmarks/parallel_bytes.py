@@ -32,13 +32,13 @@ import torch
 from moegraft.build import build_fused_moe_with_lora, build_parallel_moe, take_slice
 from moegraft.cli.launch import run_on_ranks
 from moegraft.core.config import MoEConfig
-from moegraft.core.tables import ExpertsFactor
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.local_targets import local_targets
+from moegraft.lora.rows import AdapterRows, RankBounds
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.parallel import ParallelConfig, ParallelGroups
@@ -189,9 +189,9 @@ class RankLayer:
         """``count`` times the same step. Its adapters are acquired once, as an engine does for many steps."""
         seconds = []
         with self.bank.acquire(batch.names) as held:
-            ranks = held.union.max_ranks(MODULE)
-            bound = max(ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else 0
-            context = self.with_lora.lora_context(held.mapping(len(batch.names)), bound) if lora else None
+            rows = AdapterRows.of(held.own.row_slots, device=batch.x.device)
+            bounds = RankBounds.of(held.union.max_ranks(MODULE))
+            context = self.with_lora.lora_context(rows, bounds, held.group) if lora else None
             before = self._sent_bytes()
             for _ in range(count):
                 began = time.perf_counter()

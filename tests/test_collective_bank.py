@@ -25,9 +25,9 @@ from moegraft.core.errors import (
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.local_targets import local_targets
-from moegraft.lora.mapping import GroupAdapters, GroupMapping
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.lora.peft.loader import SAMPLED_TENSORS, adapter_digest
+from moegraft.lora.rows import AdapterRows, GroupAdapters
 from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice
@@ -337,8 +337,9 @@ def _use(paths: Sequence[Path], pages: int, batches: Sequence[Sequence[str | Non
         try:
             with rank.bank.acquire(names) as batch:
                 used = {name: rank.local.info(name).in_use for name in rank.local.names()}
-                mapping = batch.mapping(2 * len(names))
-                found.append((batch.group.ids, used, mapping.token_ids.tolist(), mapping.has_adapters))
+                rows = AdapterRows.of(batch.own.row_slots, device="cpu", lengths=2)
+                ids_T = batch.group.id_of_slot[rows.slots_M.long()]
+                found.append((batch.group.ids, used, ids_T.tolist(), batch.has_adapters))
         except AdapterError as error:
             found.append((type(error), str(error)))
         assert rank.state()[1] == before
@@ -383,7 +384,8 @@ def test_many_adapters_have_ids_beyond_one_word(tmp_path: Path) -> None:
         rank.load(path, f"a{i}")
     with rank.bank.acquire(["a129", None, "a0", "a63"]) as batch:
         assert batch.group.ids == (0, 63, 129)
-        assert batch.mapping(4).token_ids.tolist() == [129, -1, 0, 63]
+        slots = torch.tensor(batch.own.row_slots)
+        assert batch.group.id_of_slot[slots].tolist() == [129, -1, 0, 63]
 
 
 def test_a_bank_that_one_rank_filled_alone_is_refused(tmp_path: Path) -> None:
@@ -393,18 +395,9 @@ def test_a_bank_that_one_rank_filled_alone_is_refused(tmp_path: Path) -> None:
         CollectiveBank(rank.local, rank.groups)
 
 
-def test_a_group_mapping_counts_adapters_of_other_ranks() -> None:
+def test_ids_and_slots_of_the_adapters_of_all_ranks() -> None:
     group = GroupAdapters((2, 5, 7), (1, 4, 0), torch.device("cpu"))
-    mapping = GroupMapping.for_group((4, -1), 6, group)
-    assert mapping.active_slots == (1, 4, 0) and mapping.has_adapters
-    assert mapping.token_slots.tolist() == [4, 4, 4, -1, -1, -1]
-    assert mapping.token_ids.tolist() == [5, 5, 5, -1, -1, -1]
-    ids = torch.tensor([7, -1, 2, 5])
-    assert group.slot_of_id[ids].tolist() == [0, -1, 1, 4]
-    assert mapping.adapter_of_slot.tolist() == [2, 0, -1, -1, 1, -1]
-    empty = GroupMapping.for_group((), 0, group)
-    assert empty.has_adapters and empty.token_ids.tolist() == []
-    with pytest.raises(BatchError, match="3 rows cannot be shared out to the 2 entries"):
-        GroupMapping.for_group((4, -1), 3, group)
-    with pytest.raises(BatchError, match="4 rows cannot be shared out to the 0 entries"):
-        GroupMapping.for_group((), 4, group)
+    rows = AdapterRows.of((4, -1), device="cpu", lengths=3)
+    assert group.id_of_slot[rows.slots_M.long()].tolist() == [5, 5, 5, -1, -1, -1]
+    assert group.slot_of_id[torch.tensor([7, -1, 2, 5])].tolist() == [0, -1, 1, 4]
+    assert group.id_of_slot[AdapterRows.of((), device="cpu").slots_M.long()].tolist() == []

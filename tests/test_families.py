@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.adapters import write_adapter
 from support.families import FAMILIES, VOCAB_SIZE, build
 from support.family_adapters import FamilyAdapter, save_everything, save_experts, save_part, save_replacements
 from support.oracle import merge, merged_logits
@@ -85,6 +86,31 @@ def test_mixed_generation_equals_merged_models(family: str, tmp_path: Path) -> N
         # The same padding: transformers' MiniMax does not give a padded row the tokens of the row alone.
         expected = merge(build(family), targets, weights).generate(**batch, **options)
         assert mixed[i].tolist() == expected[i].tolist(), name
+
+
+def test_lora_on_a_weight_that_is_read_past_its_module(tmp_path: Path) -> None:
+    """Jamba's mixer multiplies with dt_proj.weight; in PEFT's live model the adapter has no effect, merged it has."""
+    model, generator = build("jamba"), torch.Generator().manual_seed(3)
+    names = [name for name in discover_targets(model).linears if name.endswith("dt_proj")]
+    assert len(names) == 3
+    tensors = {}
+    for name in names:
+        weight = model.get_submodule(name).weight
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, weight.shape[1], generator=generator)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(weight.shape[0], 2, generator=generator)
+    write_adapter(tmp_path / "dt", tensors, r=2, lora_alpha=2, target_modules=["dt_proj"])
+    rows = _rows()[:3]
+    with moegraft.attach(model, adapter_memory="8MiB") as graft:
+        report = graft.load_adapter(tmp_path / "dt", name="dt")
+        assert report.tensors_applied == report.tensors_in_file == 6
+        mixed = graft(**_left_padded(rows), adapters=["dt", None, "dt"]).logits
+        plain = graft(**_left_padded(rows)).logits
+    assert torch.equal(mixed[1], plain[1])
+    weights, _ = load_peft_adapter(tmp_path / "dt", _targets("jamba"), dtype=torch.float32)
+    for i in (0, 2):
+        truth = merged_logits(build("jamba"), _targets("jamba"), weights, input_ids=rows[i][None])[0]
+        delta = truth - merged_logits(build("jamba"), _targets("jamba"), None, input_ids=rows[i][None])[0]
+        _assert_within((mixed - plain)[i, -len(rows[i]) :], delta, scale=delta, what="dt_proj")
 
 
 def _targets(family: str) -> ModelTargets:

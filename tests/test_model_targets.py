@@ -237,7 +237,7 @@ LEFT_OUT = {
         "lm_head": "stands on 'model.decoder', whose rows are no tokens of the batch",
     },
     "aria": {"model.multi_modal_projector.cross_attn.q_proj": "stands outside of the text stack"},
-    "qwen3_omni_moe_thinker": {"audio_tower.proj1": "belongs to 'audio_tower'"},
+    "qwen3_omni_moe_thinker": {"model.audio_tower.proj1": "belongs to 'model.audio_tower'"},
 }
 
 

@@ -16,8 +16,8 @@ from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, Li
 from support.families import FAMILIES, LegacyNames, build
 from support.oracle import merged_logits
 
-# PEFT refuses it in this family, whose fused Mamba kernels read the weight without calling the module.
-_PEFT_REFUSES = {"nemotron_h": ("out_proj",)}
+# PEFT refuses Nemotron-H's, and its LoRA on Jamba's has no effect: there, code reads the weight past the module.
+_NOT_FOR_PEFT = {"nemotron_h": ("out_proj",), "jamba": ("dt_proj",)}
 # PEFT takes these for experts in families whose experts had such names, whatever module they are in.
 _PEFT_MISTAKES = ("gate_proj", "up_proj", "down_proj")
 
@@ -35,7 +35,9 @@ def save_everything(family: str, path: Path) -> FamilyAdapter:
     model = build(family)
     targets = discover_targets(model)
     linears = [name for name in _linears_for_peft(family, targets) if name != "lm_head"]
-    routers = [f"{name}.{linear.param}" for name, linear in targets.linears.items() if linear.router]
+    left_out = _NOT_FOR_PEFT.get(family, ())
+    by_weight = {name: linear for name, linear in targets.linears.items() if linear.router}
+    routers = [f"{name}.{it.param}" for name, it in by_weight.items() if name.rpartition(".")[2] not in left_out]
     parameters = [*routers, *_experts_parameters(targets)]
     modules = [*linears, *targets.embeddings]
     config = LoraConfig(r=4, lora_alpha=6, target_modules=modules, target_parameters=parameters)
@@ -89,7 +91,7 @@ def save_replacements(family: str, path: Path) -> FamilyAdapter:
 
 def _linears_for_peft(family: str, targets: ModelTargets) -> Iterator[str]:
     """Linear maps that PEFT serves as such; ``save_part`` has those that it mistakes for experts."""
-    left_out = _PEFT_REFUSES.get(family, ())
+    left_out = _NOT_FOR_PEFT.get(family, ())
     if FAMILIES[family].legacy is not None:
         left_out += _PEFT_MISTAKES
     for name, linear in targets.linears.items():

@@ -22,7 +22,7 @@ from moegraft.core.errors import (
 )
 from moegraft.lora.bank import AdapterBank, AdapterBatch
 from moegraft.lora.dora import finish_dora
-from moegraft.lora.mapping import GroupAdapters, GroupMapping
+from moegraft.lora.rows import GroupAdapters
 from moegraft.lora.targets import AdapterWeights
 from moegraft.parallel.groups import ParallelGroups
 
@@ -47,10 +47,6 @@ class GroupBatch:
     def has_adapters(self) -> bool:
         """Of any rank's rows: the same on every rank."""
         return bool(self.group.ids)
-
-    def mapping(self, num_rows: int, shared: dict[str, Any] | None = None) -> GroupMapping:
-        """What experts whose rows travel read; ``shared`` must not be the one of a mapping of ``own``."""
-        return GroupMapping.for_group(self.own.row_slots, num_rows, self.group, shared)
 
     def release(self) -> None:
         """Lets the bank of this rank evict and unload the adapters again."""

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import secrets
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moegraft.core.errors import UnsupportedModelError
+from moegraft.core.memory import format_bytes, parse_bytes
+from moegraft.integrations.transformers import attach
+from moegraft.serving.adapters import AdapterStore, Source
 from moegraft.serving.config import EngineConfig
-from moegraft.serving.requests import Completion, Request, SamplingParams
+from moegraft.serving.grammar import GrammarCompiler, Matcher
+from moegraft.serving.kv_pool import bytes_per_page
+from moegraft.serving.loading import end_ids, load_model, load_tokenizer
+from moegraft.serving.loop import EngineLoop, Live, LiveRequest
+from moegraft.serving.pages import PagePool
+from moegraft.serving.requests import (
+    Completion,
+    EngineBusyError,
+    EngineClosedError,
+    FinishReason,
+    Request,
+    RequestError,
+    SamplingParams,
+    SequenceOutput,
+    TokenEvent,
+    Usage,
+)
+from moegraft.serving.runner import Runner, longest_context
+from moegraft.serving.sampler import SamplingRow, sequence_seed
+from moegraft.serving.scheduler import BASE, Scheduler, SequenceState, State
 from moegraft.serving.status import AdapterStatus, EngineStats
 from moegraft.serving.stream import TokenStream
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from moegraft.serving.text import TextCodec
+from moegraft.serving.text import TextCodec, TextGrowth
 
 Prompt = str | Sequence[int]
 
@@ -53,7 +80,65 @@ class Engine:
 
         Raises UnsupportedModelError for a model that cannot be paged, AdapterError, CheckpointError or ValueError.
         """
-        raise NotImplementedError
+        self.config = EngineConfig(**options)
+        if isinstance(model, PreTrainedModel):
+            self.model_name = type(model).__name__
+        else:
+            self.model_name = Path(model).resolve().name
+            tokenizer = tokenizer or load_tokenizer(model)
+            model = load_model(model, dtype=dtype, device=device)
+        self.text = TextCodec(tokenizer)
+        self._end_ids = frozenset(end_ids(model))
+        self._vocab_size: int = model.get_input_embeddings().weight.shape[0]
+        self._is_accepting = True
+        self._ids = itertools.count()
+        self._resources = ExitStack()
+        try:
+            self._open(model, Path(adapters_from) if adapters_from is not None else None)
+            for name, path in (adapters or {}).items():
+                self.load_adapter(name, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, model: PreTrainedModel, folder: Path | None) -> None:
+        """The attached model, its pages and threads; what is opened here is closed by ``close``, the last first."""
+        config = self.config
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"adapters_from: {folder} is not a folder")
+        self._graft = graft = attach(
+            model,
+            adapter_memory=config.adapter_memory,
+            max_adapters=config.max_adapters,
+            backend=config.backend,
+            batch_invariant=config.batch_invariant,
+        )
+        self._resources.callback(graft.detach)
+        self._store = AdapterStore(graft, self.text, folder=folder)
+        self._resources.callback(self._store.close)
+        sizes = config.batch_sizes
+        if config.batch_invariant:
+            sizes = (max(config.chunk_tokens, *sizes),) if sizes else (config.chunk_tokens,)
+        runner = Runner(
+            graft,
+            names=self._store.key,
+            batch_sizes=sizes,
+            max_rows=config.max_rows,
+            row_by_row=config.batch_invariant,
+        )
+        self._resources.callback(runner.close)
+        num_pages = _num_pages(config, runner, longest_context(model))
+        self.max_model_len = min(config.max_model_len or longest_context(model), (num_pages - 1) * config.page_size)
+        runner.open_pool(num_pages, config.page_size)
+        pages = PagePool(num_pages, config.page_size, prefix_cache=config.prefix_cache)
+        scheduler = Scheduler(pages, self._store, max_rows=config.max_rows, chunk_tokens=config.chunk_tokens)
+        self._loop = EngineLoop(runner, scheduler, self._store)
+        self._grammars = None
+        if self.text.has_tokenizer:
+            self._grammars = GrammarCompiler(self.text.tokenizer, self._vocab_size, tuple(self._end_ids))
+        self._store.listen(self._loop.adapter_loaded, self._loop.adapter_gone)
+        self._loop.start()
+        self._resources.callback(self._loop.close)
 
     # Requests
 
@@ -66,7 +151,36 @@ class Engine:
 
         Raises RequestError or UnknownAdapterError before anything has run.
         """
-        raise NotImplementedError
+        sampling = sampling_params or SamplingParams()
+        requests = []
+        for prompt in prompts:
+            text, adapter = prompt if isinstance(prompt, tuple) and _is_pair(prompt) else (prompt, None)
+            ids = self.text.encode(text) if isinstance(text, str) else tuple(text)
+            request = Request(
+                request_id=f"generate-{next(self._ids)}", prompt_ids=ids, adapter=adapter, sampling=sampling
+            )
+            self._check(request)
+            requests.append(request)
+        return self._generate(requests)
+
+    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        streams: deque[tuple[Request, TokenStream]] = deque()
+        left = deque(requests)
+        try:
+            while left or streams:
+                while left and len(streams) < self.config.max_waiting:
+                    try:
+                        streams.append((left[0], self.submit(left[0])))
+                    except EngineBusyError:
+                        if not streams:
+                            raise
+                        break
+                    left.popleft()
+                yield collect(streams[0][0], streams[0][1])
+                streams.popleft()
+        finally:
+            for request, _ in streams:
+                self.cancel(request.request_id)
 
     def submit(self, request: Request) -> TokenStream:
         """Queues a request. Its adapter may still be on disk under ``adapters_from``: it is then loaded first.
@@ -74,73 +188,195 @@ class Engine:
         Raises, having queued nothing: RequestError, UnknownAdapterError, EngineBusyError, EngineClosedError. A load
         that fails later ends the request's stream with ``FinishReason.ERROR``.
         """
-        raise NotImplementedError
+        self._check(request)
+        params = request.sampling
+        matcher: Matcher | None = None
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise RequestError("grammar", params.grammar.kind, "none: the engine has no tokenizer")
+            matcher = self._grammars.compile(params.grammar)
+        loop = self._loop
+        with loop.lock:
+            if not self._is_accepting:
+                raise EngineClosedError("the engine takes no more requests")
+            if request.request_id in loop.live:
+                raise RequestError("request_id", request.request_id, "an id that is not in flight")
+            if len(loop.live) >= self.config.max_waiting + self.config.max_rows:
+                raise EngineBusyError(f"{len(loop.live)} requests are in flight; try again later")
+            version = None if request.adapter is None else self._store.use(request.adapter)
+            stream = TokenStream(request.request_id, params.n)
+            live = LiveRequest(request, stream, version, time.perf_counter())
+            self._add_sequences(live, matcher)
+            loop.live[request.request_id] = live
+        loop.submit(live)
+        return stream
+
+    def _add_sequences(self, live: LiveRequest, matcher: Matcher | None) -> None:
+        request, params = live.request, live.request.sampling
+        end = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        max_new = self.max_model_len - len(request.prompt_ids)
+        for index in range(params.n):
+            state = SequenceState(
+                tokens=list(request.prompt_ids), lane=BASE if live.version is None else live.version.uid
+            )
+            row = SamplingRow(
+                params=params,
+                seed=sequence_seed(seed, index),
+                prompt=frozenset(request.prompt_ids) if params.repetition_penalty != 1.0 else frozenset(),
+                end_ids=end,
+                matcher=None if matcher is None else matcher.copy(),
+            )
+            growth = None
+            if self.text.has_tokenizer:
+                growth = TextGrowth(
+                    self.text,
+                    stop=params.stop,
+                    include_stop=params.include_stop,
+                    skip_special_tokens=params.skip_special_tokens,
+                )
+            total = len(request.prompt_ids) + min(params.max_tokens or max_new, max_new)
+            state.owner = sequence = Live(live, index, state, row, growth, total)
+            live.sequences.append(sequence)
+        live.open = params.n
+
+    def _check(self, request: Request) -> None:
+        """Raises RequestError or UnknownAdapterError."""
+        ids, params = request.prompt_ids, request.sampling
+        if not ids:
+            raise RequestError("prompt", "no tokens", "at least one token")
+        room = self.max_model_len - len(ids)
+        if room < 1:
+            raise RequestError("prompt", f"{len(ids)} tokens", f"at most {self.max_model_len - 1}")
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise RequestError(
+                "max_tokens",
+                params.max_tokens,
+                f"at most {room}: the prompt has {len(ids)} tokens, the context {self.max_model_len}",
+            )
+        named = (("prompt", ids), ("stop_token_ids", params.stop_token_ids), ("logit_bias", tuple(params.logit_bias)))
+        for name, tokens in named:
+            wrong = next((t for t in tokens if type(t) is not int or not 0 <= t < self._vocab_size), None)
+            if wrong is not None:
+                raise RequestError(name, wrong, f"token ids from 0 to {self._vocab_size - 1}")
+        if params.stop and not self.text.has_tokenizer:
+            raise RequestError("stop", params.stop, "no strings: the engine has no tokenizer")
+        if request.adapter is not None:
+            self._store.check(request.adapter)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request with CANCELLED, and gives its pages back; False where it is not in flight."""
-        raise NotImplementedError
+        loop = self._loop
+        with loop.lock:
+            found = request_id in loop.live
+        if found:
+            loop.cancel(request_id)
+        return found
 
     # Adapters
 
     @property
     def adapters(self) -> Mapping[str, AdapterStatus]:
         """What is loaded or being loaded, by name."""
-        raise NotImplementedError
+        counts = self._counts()
+        return MappingProxyType(self._store.status(lambda name: counts.get(name, (0, 0))))
 
     @property
     def available_adapters(self) -> tuple[str, ...]:
         """Names under ``adapters_from`` that a request may use though they are not loaded yet."""
-        raise NotImplementedError
+        return self._store.available()
 
-    def load_adapter(
-        self, name: str, source: str | os.PathLike[str] | Mapping[str, bytes], *, replace: bool = False
-    ) -> AdapterStatus:
+    def load_adapter(self, name: str, source: Source, *, replace: bool = False) -> AdapterStatus:
         """Waits until an adapter is loaded and checked; other requests go on meanwhile.
 
         source: a folder, an fsspec URL, or the two files of one from memory: ``{"adapter_config.json": ...,
         "adapter_model.safetensors": ...}``. replace: a name that is taken gets a new version; requests that run finish
         on the old one. Raises AdapterError of the kind that fits; nothing has changed then.
         """
-        raise NotImplementedError
+        self._store.load(name, source, replace=replace)
+        return self.adapters[name]
 
     def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Forgets an adapter at once where no request uses it, otherwise after the last one: it takes no new ones.
 
         Raises UnknownAdapterError; AdapterInUseError, whose message has the count, where requests still use it (it
-        drains and is gone when they end). force: cancels them instead.
+        drains and is gone when they end). force: cancels them instead, and waits until they have ended.
         """
-        raise NotImplementedError
+        if not force:
+            self._store.unload(name)
+            return
+        using = self._store.retire(name)
+        loop = self._loop
+        with loop.lock:
+            ids = [key for key, live in loop.live.items() if live.version in using]
+        for request_id in ids:
+            loop.cancel(request_id)
+        loop.call(lambda: None)
 
     def pin_adapter(self, name: str) -> None:
         """Keeps an adapter on the device. Raises UnknownAdapterError or AdapterMemoryError."""
-        raise NotImplementedError
+        self._store.pin(name, pinned=True)
 
     def unpin_adapter(self, name: str) -> None:
         """Undoes ``pin_adapter``. Raises UnknownAdapterError."""
-        raise NotImplementedError
+        self._store.pin(name, pinned=False)
 
     # State
 
+    def _counts(self) -> dict[str, tuple[int, int]]:
+        """(running, waiting) sequences by adapter, the base under the empty name."""
+        with self._loop.lock:
+            requests = list(self._loop.live.values())
+        counts: dict[str, tuple[int, int]] = {}
+        for request in requests:
+            running = sum(live.state.state is State.RUNNING for live in request.sequences)
+            waiting = sum(live.state.state is State.WAITING for live in request.sequences)
+            name = request.request.adapter or ""
+            before = counts.get(name, (0, 0))
+            counts[name] = (before[0] + running, before[1] + waiting)
+        return counts
+
     def stats(self) -> EngineStats:
         """Counts and times, for metrics."""
-        raise NotImplementedError
+        loop, counts = self._loop, self._counts()
+        scheduler = loop.scheduler
+        adapters = {name: each.snapshot(*counts.get(name, (0, 0))) for name, each in list(loop.counters.items())}
+        return EngineStats(
+            running=sum(running for running, _ in counts.values()),
+            waiting=sum(waiting for _, waiting in counts.values()),
+            pages_total=scheduler.pages.capacity,
+            pages_used=scheduler.pages.num_held,
+            pages_cached=scheduler.pages.num_cached,
+            steps=loop.steps,
+            failed_steps=loop.failed_steps,
+            preemptions=scheduler.preemptions,
+            step_seconds=loop.step_seconds,
+            graph_captures=0,
+            adapters=adapters,
+            load_seconds=self._store.load_times.snapshot(),
+        )
 
     @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        raise NotImplementedError
+        return self._is_accepting
 
     def check_integrity(self) -> None:
         """Raises MoegraftError where pages, sequences and adapters do not agree."""
-        raise NotImplementedError
+        self._loop.call(self._loop.scheduler.check_integrity)
+        self._graft.bank.check_integrity()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no more requests and waits for those in flight; False where ``timeout`` seconds did not do."""
-        raise NotImplementedError
+        loop = self._loop
+        with loop.lock:
+            self._is_accepting = False
+            return loop.all_done.wait_for(lambda: not loop.live, timeout)
 
     def close(self) -> None:
         """Cancels what is in flight, ends the threads and gives the model its own attention back."""
-        raise NotImplementedError
+        self._is_accepting = False
+        self._resources.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -149,3 +385,56 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def collect(request: Request, events: TokenStream) -> Completion:
+    """All events of a request as one record."""
+    by_index: dict[int, list[TokenEvent]] = {index: [] for index in range(request.sampling.n)}
+    for event in events:
+        by_index[event.index].append(event)
+    outputs = []
+    usages = []
+    for index, mine in by_index.items():
+        last = mine[-1]
+        usages.append(last.usage or Usage(prompt_tokens=0, cached_tokens=0, completion_tokens=0))
+        outputs.append(
+            SequenceOutput(
+                index=index,
+                text="".join(event.text for event in mine),
+                token_ids=tuple(token for event in mine for token in event.token_ids),
+                logprobs=tuple(entry for event in mine for entry in event.logprobs),
+                finish_reason=last.finish_reason or FinishReason.ERROR,
+                stop_reason=last.stop_reason,
+                error=last.error,
+            )
+        )
+    usage = Usage(
+        prompt_tokens=len(request.prompt_ids),
+        cached_tokens=usages[0].cached_tokens,
+        completion_tokens=sum(each.completion_tokens for each in usages),
+    )
+    return Completion(
+        request_id=request.request_id,
+        adapter=request.adapter,
+        prompt_ids=request.prompt_ids,
+        outputs=tuple(outputs),
+        usage=usage,
+    )
+
+
+def _is_pair(prompt: tuple[Any, ...]) -> bool:
+    """Whether a tuple is (prompt, adapter) rather than token ids."""
+    return len(prompt) == 2 and (prompt[1] is None or isinstance(prompt[1], str))
+
+
+def _num_pages(config: EngineConfig, runner: Runner, longest: int) -> int:
+    """Pages that the memory has room for, scratch included, and no more than all rows at full length could fill."""
+    page_bytes = bytes_per_page(runner.shapes, config.page_size)
+    room = parse_bytes(config.kv_memory) // page_bytes
+    if room < 2:
+        raise UnsupportedModelError(
+            f"kv_memory is {format_bytes(parse_bytes(config.kv_memory))}, expected room for at least 2 pages of "
+            f"{config.page_size} tokens, each of {format_bytes(page_bytes)}"
+        )
+    pages_a_row = -(-min(config.max_model_len or longest, longest) // config.page_size)
+    return min(room, 1 + config.max_rows * pages_a_row)

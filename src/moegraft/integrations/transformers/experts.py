@@ -20,6 +20,7 @@ from moegraft.integrations.transformers.call import CallState
 from moegraft.integrations.transformers.parallel_layout import RankLayout
 from moegraft.integrations.transformers.storage import HostExperts, PackedExperts, packed_experts
 from moegraft.lora.bank import AdapterBank
+from moegraft.lora.call import AdapterCall
 from moegraft.lora.targets import ExpertsTarget
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.oracle import Decision, select_experts
@@ -41,13 +42,21 @@ class ExpertsSite:
     previous_implementation: str | None
     is_cut: bool = False  # to this rank's slice: the module has no parameters any more
 
-    def forward(self, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
-        call = self.state.current()
-        ranks = (0, 0) if call is None else call.experts_ranks(self.name, self.base.config.activation.num_halves)
-        if call is None or self.with_lora is None or not (any(ranks) or call.rows_travel):
+    def forward(
+        self,
+        call: AdapterCall | None,
+        x_TD: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """out [T, D]; T are all tokens of the forward pass. Raises BatchError for other rows."""
+        if call is None or self.with_lora is None:
             return self.base.apply_experts(x_TD, topk_weights_TK, topk_ids_TK)
-        mapping = call.experts_mapping(x_TD.shape[0])
-        return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, mapping, *ranks)
+        bounds = call.experts_bounds(self.name, self.base.method.experts.num_halves)
+        if bounds.are_zero and not call.rows_travel:
+            return self.base.apply_experts(x_TD, topk_weights_TK, topk_ids_TK)
+        rows = call.rows(self.name, x_TD.shape[:-1])
+        return self.with_lora.apply_experts(x_TD, topk_weights_TK, topk_ids_TK, rows, bounds, group=call.group)
 
 
 def experts_forward(
@@ -65,13 +74,14 @@ def experts_forward(
             f"{type(module).__name__} was cut to a rank's slice by attach(parallel=...): it runs while the model is "
             "grafted, under torch.no_grad(), and cannot be given back; load the model again"
         )
-    if site is None or (site.state.current() is None and _wants_grad(module, hidden_states)):
+    call = None if site is None else site.state.current()
+    if site is None or (call is None and _wants_grad(module, hidden_states)):
         packed = packed_experts(module)
         if packed is not None:
-            return _packed_forward(module, packed, hidden_states, top_k_index, top_k_weights)
+            return _packed_forward(module, packed, hidden_states, top_k_weights, top_k_index)
         return _original_forward(module, site)(module, hidden_states, top_k_index, top_k_weights)
     with torch.no_grad():
-        return site.forward(hidden_states, top_k_index, top_k_weights)
+        return site.forward(call, hidden_states, top_k_weights, top_k_index)
 
 
 def guard_implementation(module: nn.Module) -> None:
@@ -102,8 +112,8 @@ def _packed_forward(
     module: nn.Module,
     packed: PackedExperts,
     x_TD: torch.Tensor,
-    topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
 ) -> torch.Tensor:
     if _wants_grad(module, x_TD):
         raise UnsupportedModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moegraft.build import linear_punica_for
 from moegraft.core.errors import BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
-from moegraft.integrations.transformers.call import ActiveCall, BatchScratch, CallState
+from moegraft.integrations.transformers.call import CallState, ForwardHooks, head_modules, token_modules
 from moegraft.integrations.transformers.experts import (
     IMPLEMENTATION,
     ExpertsSite,
@@ -29,7 +29,7 @@ from moegraft.integrations.transformers.experts import (
     remove_sites,
 )
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
-from moegraft.integrations.transformers.generation import batch_rows
+from moegraft.integrations.transformers.generation import batch_rows, sequences_per_row
 from moegraft.integrations.transformers.parallel import INPUTS, RankAdapters
 from moegraft.integrations.transformers.parallel_layout import (
     ModelFacts,
@@ -39,10 +39,12 @@ from moegraft.integrations.transformers.parallel_layout import (
     together,
     with_whole_parameters,
 )
-from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, SavedSeam, Seam
+from moegraft.integrations.transformers.saved import SavedSeam
+from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, Seam
 from moegraft.integrations.transformers.storage import HostExperts, check_uniform, packed_experts
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
+from moegraft.lora.call import AdapterCall, CallMemory
 from moegraft.lora.peft import LoadReport
 from moegraft.lora.targets import AdapterWeights, ModelTargets
 from moegraft.parallel import ParallelConfig
@@ -143,11 +145,13 @@ class GraftedModel:
         self._sites = self._build_sites(options, is_moved=ranks.device is not None)
         self._ranks = RankAdapters(self.bank, self._targets, self.layout, lora_experts=lora_experts)
         self._seams: dict[tuple[str, type[Seam]], Seam] = {}
-        self._scratch, self._group_scratch = BatchScratch(), BatchScratch()
+        self._memory = CallMemory()
+        self._heads = head_modules(model, self._targets)
         self._previous = install_sites(model, self._sites)
         self._experts_configs = experts_configs(model, self._sites)
         if ranks.device is not None and self.layout.expert_maps:
             model.to(device)  # what is left of it
+        self._hooks = ForwardHooks(self._state, model, token_modules(model, self._targets))
         self._attached = True
         setattr(model, _MARK, self)
 
@@ -174,8 +178,12 @@ class GraftedModel:
         """What is loaded: name -> ranks by module, modules touched, bytes, loaded from, resident or not. Read-only."""
         return MappingProxyType({name: self.bank.info(name) for name in self.bank.names()})
 
-    def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> LoadReport:
+    def load_adapter(
+        self, path: str | os.PathLike[str], name: str | None = None, *, resident: bool = True
+    ) -> LoadReport:
         """Read a PEFT adapter folder and make it usable as ``name`` (default: the folder's name).
+
+        resident: whether it takes its place on the device now, and may evict others, or when a batch first names it.
 
         Raises AdapterError of the kind that fits; nothing has changed then, on no rank.
         """
@@ -187,7 +195,7 @@ class GraftedModel:
                 # Seams first: another thread may name the adapter as soon as the bank knows it.
                 self._fit_seams(weights)
                 try:
-                    self.bank.load(name, weights, source=os.fspath(path))
+                    self.bank.load(name, weights, source=os.fspath(path), resident=resident)
                 finally:
                     self._fit_seams()
 
@@ -219,16 +227,17 @@ class GraftedModel:
         """transformers' forward pass, and its own output object; ``adapters`` has one name (or None) a row."""
         with (
             self._ranks.call(args, kwargs, adapters),
-            self.batch(adapters, batch_rows(args, kwargs, ("input_ids", "inputs_embeds"))),
+            self._batch(adapters, batch_rows(args, kwargs, ("input_ids", "inputs_embeds")), growth=(1,)),
             torch.no_grad(),
         ):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``; a row keeps its adapter through padding, beams and several returned sequences."""
+        growth = (1, sequences_per_row(args, kwargs, self.model.generation_config))
         with (
             self._ranks.generation(args, kwargs, adapters, self.model.generation_config) as options,
-            self.batch(adapters, batch_rows(args, kwargs, INPUTS)),
+            self._batch(adapters, batch_rows(args, kwargs, INPUTS), growth=growth),
             torch.no_grad(),
         ):
             return self.model.generate(*args, **options)
@@ -239,22 +248,49 @@ class GraftedModel:
         adapters: Sequence[str | None] | None,
         rows: int | None = None,
         *,
-        all_threads: bool = False,
+        lengths: Sequence[int] | None = None,
+        slots: torch.Tensor | None = None,
         rank_bound: int | None = None,
-    ) -> Iterator[ActiveCall | None]:
+        all_threads: bool = False,
+    ) -> Iterator[AdapterCall | None]:
         """Inside the block the model runs with these adapters, whoever calls it.
 
-        For engines that call the model themselves. ``all_threads``: also in threads that the block did not start,
-        one such block at a time; otherwise only in this thread or task. Raises BatchError or UnknownAdapterError.
+        For engines that call the model themselves. ``adapters`` has one entry a row of the model's input, or the input
+        has as many rows for each entry, next to each other (beams). Packed rows: entry i serves the next ``lengths[i]``
+        tokens. ``slots``: a tensor of the caller's, int32 [tokens] on the device, -1 = base, that says it instead,
+        whenever a layer runs; it may change between calls and holds slots of ``adapters`` only. ``all_threads``: also
+        in threads that the block did not start, one such block at a time; otherwise only in this thread or task.
 
-        ``rank_bound``: a CUDA graph that is captured inside serves later batches too, of any adapters of up to this
-        rank: LoRA is launched wherever an adapter that is loaded now has a place for it. Each later batch copies its
-        slots over those that the graph reads, ``call.mapping(num_rows).token_slots`` of the block's call, and
-        replays inside its own block. BatchError where an adapter of the batch has a larger rank.
+        A call belongs to its block: blocks of one thread nest. Raises BatchError or UnknownAdapterError; BatchError
+        also where a module meets rows of which the batch does not say which adapter each uses.
+
+        ``rank_bound``: what runs inside, a CUDA graph say, serves later batches too, of any adapters of up to this
+        rank: LoRA is launched wherever an adapter that is loaded now has a place for it, and reads the slots of its
+        rows from ``call.token_rows(B, S).slots_M`` or ``slots``. Each later batch has a block of its own with a
+        ``rank_bound``; ``captured.take_rows(call)`` checks it and copies its slots over. BatchError where an adapter of
+        the batch has a larger rank, where a loaded one replaces parameters (``modules_to_save``), and where rows travel
+        between ranks.
         """
+        with self._batch(
+            adapters, rows, lengths=lengths, slots_M=slots, rank_bound=rank_bound, all_threads=all_threads
+        ) as call:
+            yield call
+
+    @contextmanager
+    def _batch(
+        self,
+        adapters: Sequence[str | None] | None,
+        rows: int | None,
+        *,
+        all_threads: bool = False,
+        rank_bound: int | None = None,
+        **stated: Any,
+    ) -> Iterator[AdapterCall | None]:
         self._check_attached()
         with self._ranks.refusing(names_given=adapters is not None):
             names = _check_rows(adapters, rows, self.bank.names())
+            if rank_bound is not None:
+                self._check_bounded(rank_bound)
         if names is None and self.layout.rows_travel and self._state.current() is None:
             names = (None,) * (1 if rows is None else rows)  # other ranks may have adapters
         call = None
@@ -263,14 +299,17 @@ class GraftedModel:
                 held, group = stack.enter_context(self._ranks.acquire(names))
                 if rank_bound is not None:
                     _check_ranks(held, rank_bound, self._targets)
-                call = ActiveCall(
+                call = AdapterCall(
                     held,
                     self.bank.pool.data.device,
-                    self._scratch.of(held),
-                    fixed_rank=rank_bound,
+                    rank_bound=rank_bound,
                     group=group,
-                    group_shared=None if group is None else self._group_scratch.of(group.union),
+                    memory=self._memory,
+                    heads=self._heads,
+                    modules={name for name, _ in self._seams} | self._sites.keys(),
+                    **stated,
                 )
+                self._memory = call.memory
                 # Also where no row has an adapter: a batch around this one must not show through.
                 stack.enter_context(self._state.bound(call) if all_threads else self._state.running(call))
             yield call
@@ -296,7 +335,8 @@ class GraftedModel:
                 return self.model
             self.bank.close()
             self._fit_seams()
-            self._scratch, self._group_scratch = BatchScratch(), BatchScratch()
+            self._memory = CallMemory()
+            self._hooks.remove()
             remove_sites(self.model, self._sites, self._previous)
             delattr(self.model, _MARK)
             self._sites = {name: site for name, site in self._sites.items() if not site.is_cut}
@@ -322,6 +362,18 @@ class GraftedModel:
                 raise UnsupportedModelError(
                     f"the experts implementation of the grafted model was set to {config._experts_implementation!r}, "
                     f"under which adapters would be lost; call model.set_experts_implementation({IMPLEMENTATION!r})"
+                )
+
+    def _check_bounded(self, rank_bound: int) -> None:
+        if rank_bound < 1:
+            raise BatchError(f"rank_bound={rank_bound}, expected at least 1")
+        if self.layout.rows_travel:
+            raise BatchError("rank_bound= is not served where rows travel between ranks: every step asks the others")
+        for name in self.bank.names():
+            for module, param in sorted(self.bank.get(name).saved):
+                raise BatchError(
+                    f"adapter {name!r} replaces {module}.{param} (modules_to_save), which a batch with rank_bound= "
+                    "cannot follow; unload it first"
                 )
 
     def _fit_seams(self, coming: AdapterWeights | None = None) -> None:
@@ -396,15 +448,18 @@ def _check_rows(
     known = ", ".join(loaded) or "none"
     if isinstance(adapters, str):
         raise BatchError(f"adapters={adapters!r} is a string, expected one entry a row; loaded: {known}")
+    if isinstance(adapters, Set | Mapping) or not isinstance(adapters, Iterable):
+        raise BatchError(f"adapters= is a {type(adapters).__name__}, expected a list: one entry a row, in their order")
     names = tuple(adapters)
+    odd = next((name for name in names if name is not None and not isinstance(name, str)), None)
+    if odd is not None:
+        raise BatchError(f"adapters= has an entry {odd!r}, expected names and None; loaded: {known}")
     if rows is not None and len(names) != rows:
         raise BatchError(f"adapters= has {len(names)} entries for a batch of {rows} rows; loaded: {known}")
     return names
 
 
 def _check_ranks(held: AdapterBatch, rank_bound: int, targets: ModelTargets) -> None:
-    if rank_bound < 1:
-        raise BatchError(f"rank_bound={rank_bound}, expected at least 1")
     for handle in held.handles:
         for module, ranks in handle.ranks.items():
             # The A of experts stacks gate and up; behind A and B of other modules stands a gain of one row.

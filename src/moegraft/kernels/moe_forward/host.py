@@ -21,6 +21,7 @@ def fused_moe_lora(
     apply_router_weight_on_input: bool = False,
     workspace: Workspace | None = None,
     tiles: MoETiles | None = None,
+    out_TD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out [T, D] of one experts layer.
 
@@ -35,12 +36,12 @@ def fused_moe_lora(
     batch gives the same bits. No host sync: may be captured in a CUDA graph, which then serves any adapters and ranks
     (up to ``lora``'s bounds) that the tables and ``token_slots_T`` come to hold.
 
-    ``workspace``: memory of the call; one from torch's allocator by default. ``tiles``: by default those of
-    ``tuning.table.choose_tiles``. Topk ids int32 or int64; ids, weights and the rows of x contiguous.
+    ``workspace``, ``out_TD``: memory of the call and of its result; from torch's allocator by default. ``tiles``: by
+    default those of ``tuning.table.choose_tiles``. Topk ids int32 or int64; ids, weights and the rows of x contiguous.
     Raises ValueError for shapes, dtypes or strides that do not fit, or a workspace that is too small.
     """
     # Outside a compiled graph the implementation itself: packing and unpacking 30 operands costs as much as a launch.
-    if torch.compiler.is_compiling() and workspace is None and tiles is None:
+    if torch.compiler.is_compiling() and workspace is None and tiles is None and out_TD is None:
         args = op_args(x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input=apply_router_weight_on_input)
         return torch.ops.moegraft.fused_moe_lora(*args)
     return run_layer(
@@ -52,4 +53,5 @@ def fused_moe_lora(
         weight_on_input=apply_router_weight_on_input,
         workspace=workspace,
         tiles=tiles,
+        out_TD=out_TD,
     )

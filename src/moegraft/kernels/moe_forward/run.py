@@ -38,6 +38,7 @@ def run_layer(
     weight_on_input: bool,
     workspace: Workspace | None = None,
     tiles: MoETiles | None = None,
+    out_TD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``host.fused_moe_lora``."""
     _check(x_TD, weights, topk_ids_TK, topk_weights_TK, lora)
@@ -46,7 +47,11 @@ def run_layer(
     num_halves = weights.activation.num_halves
     workspace = workspace or Workspace.for_layer(shape, tiles, x_TD.dtype, x_TD.device, num_halves=num_halves)
     buffers = workspace.carve(shape, tiles, x_TD.dtype, num_halves=num_halves)
-    out_TD = torch.empty_like(x_TD)
+    if out_TD is None:
+        out_TD = torch.empty_like(x_TD)
+    elif out_TD.shape != x_TD.shape or out_TD.dtype != x_TD.dtype or out_TD.stride(-1) != 1:
+        found = f"{list(out_TD.shape)} {out_TD.dtype} with strides {out_TD.stride()}"
+        raise ValueError(f"fused_moe_lora: out is {found}, expected contiguous rows {list(x_TD.shape)} of {x_TD.dtype}")
     _launch(out_TD, x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input, tiles, buffers)
     return out_TD
 

@@ -85,8 +85,12 @@ class AdapterBank:
             raise AdapterMismatchError(f"the base model has no linear map {module!r}")
         return tables
 
-    def load(self, name: str, weights: AdapterWeights, *, source: str | None = None) -> AdapterHandle:
+    def load(
+        self, name: str, weights: AdapterWeights, *, source: str | None = None, resident: bool = True
+    ) -> AdapterHandle:
         """Checks an adapter, copies it into the bank and makes it resident; ``source`` says where it came from.
+
+        ``resident=False`` leaves it in host memory until a batch names it: nothing is evicted for it now.
 
         Raises AdapterNameError for a name that is taken or no name, AdapterTensorError or AdapterMismatchError for
         weights that do not fit the model, AdapterMemoryError where there is no room.
@@ -105,7 +109,8 @@ class AdapterBank:
         )
         with self._lock:
             self._check_new_name(name)
-            self._make_resident([handle])
+            if resident:
+                self._make_resident([handle])
             self._handles[name] = handle
         return handle
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
@@ -57,6 +56,24 @@ class FactorIndex:
         is_uniform = int(rank_S.min()) == max_rank and int(lane_S.max()) == 0
         return cls(elem_SHR // unit, unit, rank_S, lane_S, max_rank, is_uniform)
 
+    def read(
+        self,
+        tables: ExpertsTables | LinearTables,
+        unit_GR: torch.Tensor,
+        row_len: int,
+        adapter_G: torch.Tensor | slice,
+    ) -> torch.Tensor:
+        """Rows from ``unit_GR``, copied: [G, max_rank, row_len]; zeros where an adapter lacks the factor."""
+        units = unit_GR
+        if self.unit != row_len:
+            units = unit_GR.unsqueeze(-1) + torch.arange(row_len // self.unit, device=unit_GR.device)
+        flat = tables.pool.view(-1, self.unit).index_select(0, units.flatten())
+        rows_GRI = flat.view(*unit_GR.shape, row_len)
+        if self.is_uniform:
+            return rows_GRI
+        # Where an adapter lacks the factor its descriptor points at something else's memory, and 0 * NaN is NaN.
+        return rows_GRI.masked_fill_((self.rank_S[adapter_G] == 0)[:, None, None], 0)
+
 
 class PagedFactors:
     """Factor indices of the adapters of one batch, made once and read by every layer call while the batch lives.
@@ -64,71 +81,30 @@ class PagedFactors:
     The bank moves no page of an adapter in use, so the indices stay true as long as the batch is held.
     """
 
-    def __init__(self, slots: Sequence[int]) -> None:
-        self.slots = tuple(slots)
-        self._indices: dict[tuple[int, int], FactorIndex | None] = {}
-        self._copies: dict[tuple[int, int], torch.Tensor] = {}
+    def __init__(self) -> None:
+        self._indices: dict[tuple[int, int, tuple[int, ...]], FactorIndex | None] = {}
+        self._copies: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
 
-    def index(self, tables: ExpertsTables | LinearTables, factor: int, row_len: int) -> FactorIndex | None:
-        """The index of a factor; None where no adapter of the batch has it."""
-        key = (id(tables), factor)
+    def index(
+        self, tables: ExpertsTables | LinearTables, factor: int, row_len: int, slots: tuple[int, ...]
+    ) -> FactorIndex | None:
+        """The index of a factor of the adapters in ``slots``; None where none of them has it."""
+        key = (id(tables), factor, slots)
         if key not in self._indices:
-            self._indices[key] = FactorIndex.of(tables, factor, row_len, self.slots)
+            self._indices[key] = FactorIndex.of(tables, factor, row_len, slots)
         return self._indices[key]
 
-    def gather(
-        self, tables: ExpertsTables, index: FactorIndex, adapter_G: torch.Tensor, position_G: torch.Tensor, row_len: int
-    ) -> torch.Tensor:
-        """The factor of G (adapter, expert position) pairs, copied: [G, max_rank, row_len]."""
-        return _read(tables, index, index.unit_SHR[adapter_G, position_G], row_len, adapter_G)
-
-    def whole(self, tables: LinearTables, factor: int, row_len: int) -> torch.Tensor | None:
-        """The factor of every adapter of the batch in float32: [S, max_rank, row_len], copied once a batch.
+    def whole(
+        self, tables: LinearTables, factor: int, row_len: int, slots: tuple[int, ...]
+    ) -> tuple[FactorIndex, torch.Tensor] | None:
+        """The factor of every adapter in ``slots`` in float32: [S, max_rank, row_len], copied once a batch.
 
         float32, since small products in lower precision are several times slower on a CPU.
         """
-        key = (id(tables), factor)
+        index = self.index(tables, factor, row_len, slots)
+        if index is None:
+            return None
+        key = (id(tables), factor, slots)
         if key not in self._copies:
-            index = self.index(tables, factor, row_len)
-            if index is None:
-                return None
-            self._copies[key] = _read(tables, index, index.unit_SHR[:, 0], row_len, slice(None)).float()
-        return self._copies[key]
-
-
-def _read(
-    tables: ExpertsTables | LinearTables,
-    index: FactorIndex,
-    unit_GR: torch.Tensor,
-    row_len: int,
-    adapter_G: torch.Tensor | slice,
-) -> torch.Tensor:
-    units = unit_GR
-    if index.unit != row_len:
-        units = unit_GR.unsqueeze(-1) + torch.arange(row_len // index.unit, device=unit_GR.device)
-    flat = tables.pool.view(-1, index.unit).index_select(0, units.flatten())
-    rows_GRI = flat.view(*unit_GR.shape, row_len)
-    if index.is_uniform:
-        return rows_GRI
-    # Where an adapter lacks the factor its descriptor points at something else's memory, and 0 * NaN is NaN.
-    return rows_GRI.masked_fill_((index.rank_S[adapter_G] == 0)[:, None, None], 0)
-
-
-def grouped_mm(x_LI: torch.Tensor, w_GIO: torch.Tensor, offsets: Sequence[int]) -> torch.Tensor:
-    """y[l] = x[l] @ w[g] for offsets[g] <= l < offsets[g+1]: [L, O]."""
-    if offsets[-1] == w_GIO.shape[0]:  # one row each
-        return torch.bmm(x_LI.unsqueeze(1), w_GIO).squeeze(1)
-    if fits_torch_grouped_mm(x_LI, w_GIO):
-        ends = torch.tensor(offsets[1:], dtype=torch.int32)
-        return torch.nn.functional.grouped_mm(x_LI, w_GIO, offs=ends)
-    y_LO = x_LI.new_empty(x_LI.shape[0], w_GIO.shape[2])
-    for g, (start, end) in enumerate(pairwise(offsets)):
-        torch.mm(x_LI[start:end], w_GIO[g], out=y_LO[start:end])
-    return y_LO
-
-
-def fits_torch_grouped_mm(x_LI: torch.Tensor, w_GIO: torch.Tensor) -> bool:
-    """torch's grouped GEMM spares a Python loop on the CPU, but wants every stride to be a multiple of 16 bytes."""
-    if x_LI.device.type != "cpu" or x_LI.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return all(size * x_LI.itemsize % 16 == 0 for size in (x_LI.stride(0), *w_GIO.shape[1:]))
+            self._copies[key] = index.read(tables, index.unit_SHR[:, 0], row_len, slice(None)).float()
+        return index, self._copies[key]

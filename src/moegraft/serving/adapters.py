@@ -1,0 +1,356 @@
+"""Adapters of a running engine: names, versions, the thread that reads them, pins, unloading that drains.
+
+A name stands for its newest version. Replacing loads a new version beside the old one, which takes no more requests
+and goes when its last one has ended; so does a version that is unloaded. The bank knows each version under a key of its
+own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from moegraft.core.errors import (
+    AdapterError,
+    AdapterFileError,
+    AdapterInUseError,
+    AdapterMemoryError,
+    AdapterNameError,
+    UnknownAdapterError,
+)
+from moegraft.integrations.transformers import GraftedModel
+from moegraft.lora.bank import AdapterBatch
+from moegraft.lora.peft.config import CONFIG_FILE
+from moegraft.serving.status import FIRST_TOKEN_BUCKETS, AdapterStatus, Observations
+from moegraft.serving.text import TextCodec, adapter_template
+
+Source = str | os.PathLike[str] | Mapping[str, bytes]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_NAME_CHARACTERS = 256
+MAX_REMOTE_BYTES = 64 * 2**30
+_REMOTE_FILES = (".safetensors", ".json", ".jinja")
+
+
+@dataclass(eq=False)
+class AdapterVersion:
+    """One version of one name. ``uid`` is never given twice; ``users`` counts the requests that it serves."""
+
+    name: str
+    version: int
+    uid: int
+    source: str
+    state: Literal["loading", "ready", "draining", "failed"] = "loading"
+    users: int = 0
+    pinned: bool = False
+    load_seconds: float = 0.0
+    error: AdapterError | None = None
+    loaded: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def key(self) -> str:
+        """The bank's name of it."""
+        return f"{self.name}@{self.version}"
+
+
+class AdapterStore:
+    """Thread-safe; one thread of its own reads adapters."""
+
+    def __init__(self, graft: GraftedModel, codec: TextCodec, *, folder: Path | None) -> None:
+        """folder: where adapters lie that are loaded on first use."""
+        self.folder = folder
+        self.load_times = Observations(FIRST_TOKEN_BUCKETS)
+        self._graft = graft
+        self._codec = codec
+        self._on_loaded: Callable[[AdapterVersion], None] = lambda version: None
+        self._on_gone: Callable[[int], None] = lambda uid: None
+        self._lock = threading.RLock()
+        self._current: dict[str, AdapterVersion] = {}
+        self._loading: dict[str, AdapterVersion] = {}
+        self._draining: dict[int, AdapterVersion] = {}
+        self._failed: dict[str, AdapterVersion] = {}
+        self._keys: dict[int, str] = {}
+        self._held: dict[int, AdapterBatch] = {}
+        self._versions: dict[str, int] = {}
+        self._uids = itertools.count(1)  # 0 is the base model
+        self._jobs: queue.SimpleQueue[tuple[AdapterVersion, Source] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._load_all, name="moegraft-adapters", daemon=True)
+        self._thread.start()
+
+    def listen(self, on_loaded: Callable[[AdapterVersion], None], on_gone: Callable[[int], None]) -> None:
+        """on_loaded is told when a load has ended, well or not; on_gone the uid of what was unloaded."""
+        self._on_loaded, self._on_gone = on_loaded, on_gone
+
+    def close(self) -> None:
+        """Ends the thread; what waits to be loaded fails."""
+        self._jobs.put(None)
+        self._thread.join()
+        for batch in self._held.values():
+            batch.release()
+        self._held.clear()
+
+    # Of requests
+
+    def use(self, name: str) -> AdapterVersion:
+        """The version that a new request runs on, loading or ready, counted as used until ``done``.
+
+        Raises UnknownAdapterError.
+        """
+        with self._lock:
+            self.check(name)
+            version = self._current.get(name) or self._loading.get(name)
+            if version is None:
+                source = self._in_folder(name)
+                assert source is not None
+                version = self._start(name, source)
+            version.users += 1
+            return version
+
+    def check(self, name: str) -> None:
+        """Raises UnknownAdapterError where ``use`` would."""
+        with self._lock:
+            if name not in self._current and name not in self._loading and self._in_folder(name) is None:
+                known = ", ".join(repr(each) for each in self._current) or "none"
+                raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {known}")
+
+    def done(self, version: AdapterVersion) -> None:
+        """A request has ended."""
+        with self._lock:
+            version.users -= 1
+            if version.state == "draining" and version.users == 0:
+                self._drop(version)
+
+    def key(self, uid: int) -> str:
+        """The bank's name of a version."""
+        return self._keys[uid]
+
+    def hold(self, lane: int) -> bool:
+        """See ``Residents``; of the engine's thread."""
+        try:
+            self._held[lane] = self._graft.bank.acquire([self._keys[lane]])
+        except AdapterMemoryError:
+            return False
+        return True
+
+    def let_go(self, lane: int) -> None:
+        self._held.pop(lane).release()
+
+    # Of administrators
+
+    def load(self, name: str, source: Source, *, replace: bool = False) -> AdapterVersion:
+        """Waits until the adapter is loaded. Raises AdapterError."""
+        if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME_CHARACTERS:
+            raise AdapterNameError(f"name: found {name!r}, expected 1 to {MAX_NAME_CHARACTERS} characters")
+        with self._lock:
+            if name in self._loading:
+                raise AdapterNameError(f"an adapter {name!r} is being loaded")
+            if name in self._current and not replace:
+                raise AdapterNameError(f"an adapter {name!r} is loaded already; unload it first, or replace it")
+            version = self._start(name, source)
+        version.loaded.wait()
+        if version.error is not None:
+            raise version.error
+        return version
+
+    def unload(self, name: str) -> None:
+        """Takes a name away. Raises UnknownAdapterError, or AdapterInUseError while requests drain."""
+        users = sum(version.users for version in self.retire(name))
+        if users:
+            raise AdapterInUseError(
+                f"adapter {name!r} serves {users} requests; it takes no more, and goes when they have ended"
+            )
+
+    def retire(self, name: str) -> list[AdapterVersion]:
+        """Takes a name away, and gives the versions that still serve requests. Raises UnknownAdapterError."""
+        with self._lock:
+            version = self._current.pop(name, None)
+            if version is not None:
+                self._codec.set_template(name, None)
+                self._retire(version)
+            draining = [each for each in self._draining.values() if each.name == name]
+            if version is None and not draining:
+                known = ", ".join(repr(each) for each in self._current) or "none"
+                raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {known}")
+            return draining
+
+    def pin(self, name: str, *, pinned: bool) -> None:
+        """Raises UnknownAdapterError or AdapterMemoryError."""
+        with self._lock:
+            version = self._current.get(name)
+            if version is None:
+                raise UnknownAdapterError(f"no adapter {name!r} is loaded")
+            if pinned:
+                self._graft.pin_adapter(version.key)
+            else:
+                self._graft.unpin_adapter(version.key)
+            version.pinned = pinned
+
+    def available(self) -> tuple[str, ...]:
+        """Names of the folder that are not loaded."""
+        if self.folder is None:
+            return ()
+        with self._lock, os.scandir(self.folder) as entries:
+            names = sorted(entry.name for entry in entries)
+            return tuple(name for name in names if name not in self._current and self._in_folder(name))
+
+    def status(self, counts: Callable[[str], tuple[int, int]]) -> dict[str, AdapterStatus]:
+        """By name; ``counts``: (running, waiting) sequences of a name."""
+        with self._lock:
+            newest = {each.name: each for each in (*self._failed.values(), *self._draining.values())}
+            newest |= {name: each for name, each in self._loading.items() if name not in self._current}
+            newest |= self._current
+            return {name: self._status(version, counts(name)) for name, version in sorted(newest.items())}
+
+    def _status(self, version: AdapterVersion, counts: tuple[int, int]) -> AdapterStatus:
+        info = None
+        if version.state in ("ready", "draining"):
+            info = self._graft.bank.info(version.key)
+        return AdapterStatus(
+            name=version.name,
+            version=version.version,
+            source=version.source,
+            state=version.state,
+            residency="none" if info is None else "device" if info.resident else "host",
+            pinned=version.pinned,
+            ranks={} if info is None else info.ranks,
+            num_bytes=0 if info is None else info.num_bytes,
+            running=counts[0],
+            waiting=counts[1],
+            draining=sum(each.name == version.name for each in self._draining.values()),
+            load_seconds=version.load_seconds,
+            error=None if version.error is None else str(version.error),
+        )
+
+    # Inside
+
+    def _in_folder(self, name: str) -> Path | None:
+        """The folder of an adapter that may be loaded on first use."""
+        if self.folder is None or not name or name.startswith(".") or Path(name).name != name or "\0" in name:
+            return None
+        path = self.folder / name
+        return path if (path / CONFIG_FILE).is_file() else None
+
+    def _start(self, name: str, source: Source) -> AdapterVersion:
+        number = self._versions[name] = self._versions.get(name, 0) + 1
+        shown = "memory" if isinstance(source, Mapping) else os.fspath(source)
+        version = AdapterVersion(name, number, next(self._uids), shown)
+        self._failed.pop(name, None)
+        self._loading[name] = version
+        self._keys[version.uid] = version.key
+        self._jobs.put((version, source))
+        return version
+
+    def _load_all(self) -> None:
+        """The thread: one adapter after the other, while everything else goes on."""
+        while (job := self._jobs.get()) is not None:
+            self._load_one(*job)
+        while not self._jobs.empty():
+            if (left := self._jobs.get()) is not None:
+                self._finish(left[0], AdapterError("the engine was closed"))
+
+    def _load_one(self, version: AdapterVersion, source: Source) -> None:
+        start, error = time.perf_counter(), None
+        template = None
+        try:
+            with _as_folder(source) as folder:
+                self._graft.load_adapter(folder, name=version.key, resident=False)
+                template = adapter_template(folder)
+        except AdapterError as found:
+            error = found
+        except Exception as found:  # the thread must live on
+            error = AdapterFileError(f"{version.source}: {type(found).__name__}: {found}")
+        version.load_seconds = time.perf_counter() - start
+        if error is None:
+            self.load_times.add(version.load_seconds)
+            self._codec.set_template(version.name, template)
+        self._finish(version, error)
+
+    def _finish(self, version: AdapterVersion, error: AdapterError | None) -> None:
+        with self._lock:
+            del self._loading[version.name]
+            version.error = error
+            if error is not None:
+                version.state = "failed"
+                if version.name not in self._current:
+                    self._failed[version.name] = version
+                    while len(self._failed) > 64:
+                        self._failed.pop(next(iter(self._failed)))
+            else:
+                version.state = "ready"
+                old = self._current.get(version.name)
+                self._current[version.name] = version
+                if old is not None:
+                    self._take_over(old, version)
+            version.loaded.set()
+        self._on_loaded(version)
+
+    def _take_over(self, old: AdapterVersion, new: AdapterVersion) -> None:
+        was_pinned = old.pinned
+        self._retire(old)
+        if was_pinned:
+            try:
+                self._graft.pin_adapter(new.key)
+                new.pinned = True
+            except AdapterMemoryError:
+                pass  # the old version still takes the room; it is resident whenever it runs
+
+    def _retire(self, version: AdapterVersion) -> None:
+        if version.pinned:
+            self._graft.unpin_adapter(version.key)
+            version.pinned = False
+        version.state = "draining"
+        self._draining[version.uid] = version
+        if version.users == 0:
+            self._drop(version)
+
+    def _drop(self, version: AdapterVersion) -> None:
+        self._graft.unload_adapter(version.key)
+        del self._draining[version.uid], self._keys[version.uid]
+        self._on_gone(version.uid)
+
+
+@contextmanager
+def _as_folder(source: Source) -> Iterator[Path]:
+    """The adapter as a folder on disk: itself, or a temporary copy of files from memory or from an fsspec URL."""
+    if isinstance(source, Mapping):
+        with tempfile.TemporaryDirectory(prefix="moegraft-") as temporary:
+            folder = Path(temporary)
+            if not {CONFIG_FILE, WEIGHTS_FILE} <= source.keys():
+                raise AdapterFileError(f"found files {sorted(source)}, expected {CONFIG_FILE} and {WEIGHTS_FILE}")
+            for name, data in source.items():
+                if Path(name).name != name or not name.endswith(_REMOTE_FILES):
+                    raise AdapterFileError(f"found a file {name!r}, expected names that end in {_REMOTE_FILES}")
+                (folder / name).write_bytes(data)
+            yield folder
+    elif "://" in os.fspath(source):
+        with tempfile.TemporaryDirectory(prefix="moegraft-") as temporary:
+            _download(os.fspath(source), Path(temporary))
+            yield Path(temporary)
+    else:
+        yield Path(source)
+
+
+def _download(url: str, folder: Path) -> None:
+    try:
+        import fsspec
+    except ImportError as error:
+        raise AdapterFileError(f"{url}: fsspec is not installed; pass a folder") from error
+    files, base = fsspec.core.url_to_fs(url)
+    total = 0
+    for entry in files.ls(base, detail=True):
+        name = entry["name"].rstrip("/").rpartition("/")[2]
+        if entry.get("type") != "file" or not name.endswith(_REMOTE_FILES) or Path(name).name != name:
+            continue
+        total += int(entry.get("size") or 0)
+        if total > MAX_REMOTE_BYTES:
+            raise AdapterFileError(f"{url}: more than {MAX_REMOTE_BYTES} bytes")
+        files.get_file(entry["name"], os.fspath(folder / name))

@@ -1,0 +1,94 @@
+"""The tensors that pages are made of, one pair a layer, sized by what the model really asks of its cache.
+
+Shape letters: T rows of a step (tokens) · S tokens of a page · P pages · Hq, Hk heads of queries, of keys ·
+C head size · L tokens of a context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moegraft.core.errors import UnsupportedModelError
+from moegraft.serving.attention import IMPLEMENTATION
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """What one attention layer keeps of a token."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKV:
+    """Keys [P, S, Hk, C] and values [P, S, Hk, Cv] of one layer."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def write(self, slots_T: torch.Tensor, k_THC: torch.Tensor, v_THC: torch.Tensor) -> None:
+        """Row t goes to slot ``slots_T[t]``, page * S + offset."""
+        self.keys.flatten(0, 1).index_copy_(0, slots_T, k_THC)
+        self.values.flatten(0, 1).index_copy_(0, slots_T, v_THC)
+
+
+class KVPool:
+    """All layers' pages, by ``layer_idx``."""
+
+    def __init__(
+        self, shapes: Mapping[int, LayerShape], *, num_pages: int, page_size: int, device: torch.device
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.layers: dict[int, LayerKV] = {}
+        for layer, shape in shapes.items():
+            rows = (num_pages, page_size, shape.kv_heads)
+            self.layers[layer] = LayerKV(
+                keys=torch.zeros(*rows, shape.key_size, dtype=shape.dtype, device=device),
+                values=torch.zeros(*rows, shape.value_size, dtype=shape.dtype, device=device),
+            )
+
+
+class _Recorder:
+    """Stands for a step while the model is asked what its attention layers are given."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Any
+    ) -> torch.Tensor:
+        if layer in self.shapes:
+            raise UnsupportedModelError(f"attention layer {layer} runs twice in one forward pass")
+        _, heads, _, size = key.shape
+        self.shapes[layer] = LayerShape(kv_heads=heads, key_size=size, value_size=value.shape[-1], dtype=key.dtype)
+        return value.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
+
+
+@torch.no_grad()
+def layer_shapes(model: PreTrainedModel, device: torch.device) -> dict[int, LayerShape]:
+    """What every attention layer keeps, by running one token. The model's attention is ours already."""
+    assert model.config._attn_implementation == IMPLEMENTATION
+    recorder = _Recorder()
+    zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+    model(input_ids=zero, position_ids=zero, use_cache=False, paged=recorder)
+    if not recorder.shapes:
+        raise UnsupportedModelError(f"{type(model).__name__} has no attention that transformers' interface reaches")
+    return recorder.shapes
+
+
+def bytes_per_page(shapes: Mapping[int, LayerShape], page_size: int) -> int:
+    """Of all layers together."""
+    return page_size * sum(shape.bytes_per_token for shape in shapes.values())

@@ -1,0 +1,55 @@
+"""From a folder to a model and its tokenizer, for an engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from moegraft.core.errors import CheckpointError
+from moegraft.integrations.transformers import is_quantised, load_quantised
+from moegraft.integrations.transformers.checkpoint import auto_class
+
+
+def load_model(folder: str | os.PathLike[str], *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """A causal language model in eval mode; a quantised one keeps its experts packed. ``device`` None: the GPU if any.
+
+    Raises CheckpointError.
+    """
+    path = Path(folder)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = None if dtype == "auto" else getattr(torch, dtype, None)
+    if dtype != "auto" and not isinstance(wanted, torch.dtype):
+        raise CheckpointError(f"dtype: found {dtype!r}, expected auto, float32, bfloat16 or float16")
+    if (path / "config.json").is_file() and is_quantised(path):
+        return load_quantised(path, dtype=wanted, device=target)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        model: PreTrainedModel = auto_class(config).from_pretrained(path, dtype=wanted or "auto", local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"{path} holds no model that transformers can load: {_first_line(error)}") from error
+    return model.to(target).eval()
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint, None where it has none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return tokenizer
+
+
+def end_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens that end a sequence, as the checkpoint says."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
