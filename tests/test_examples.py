@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -31,6 +32,13 @@ def run(name: str, *flags: str, launcher: tuple[str, ...] = ()) -> str:
 def test_every_example_is_tested() -> None:
     tested = {"engine_layers.py", "parallel_generate.py", "transformers_mixed_batch.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_engine_layers_imports_one_module_of_moegraft() -> None:
+    tree = ast.parse((EXAMPLES / "engine_layers.py").read_text(encoding="utf-8"))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert modules == {"__future__", "moegraft.layers"}
+    assert [node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)] == ["torch"]
 
 
 def test_engine_layers() -> None:
