@@ -37,13 +37,12 @@ from moegraft.formats.dense import DenseExperts
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
-from moegraft.lora.local_targets import local_targets
 from moegraft.lora.rows import AdapterRows, RankBounds
-from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
+from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets, local_targets
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.expert_map import ExpertMap
-from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice
+from moegraft.parallel.slices import RankSlice, Share, experts_slice
 from moegraft.testing import LoRASpec, make_lora, relative_error
 
 MODULE = "experts"

@@ -15,10 +15,9 @@ from support.slicing import slice_linear
 from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import BatchError
 from moegraft.lora.bank import AdapterBank, BankLayout
-from moegraft.lora.local_targets import local_targets
 from moegraft.lora.punica.sharded import ShardedLinearPunica
 from moegraft.lora.rows import AdapterRows
-from moegraft.lora.targets import AdapterWeights, LinearTarget, ModelTargets
+from moegraft.lora.targets import AdapterWeights, LinearTarget, ModelTargets, local_targets
 from moegraft.parallel import (
     LinearSlice,
     ParallelConfig,

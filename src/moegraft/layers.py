@@ -2,7 +2,7 @@
 
 | what | names |
 |---|---|
-| a layer | ``MoEConfig``, ``RouterConfig``, weights in a storage format → ``build_fused_moe`` → ``FusedMoE``, ``Decision`` |
+| a layer | ``MoEConfig``, ``RouterConfig``, weights in a format → ``build_fused_moe`` → ``FusedMoE``, ``Decision`` |
 | adapters | ``ModelTargets`` → ``BankLayout`` → ``AdapterBank``; ``load_peft_adapter`` or ``AdapterWeights`` fill it |
 | a layer with adapters | the bank's tables → ``build_fused_moe_with_lora`` → ``FusedMoEWithLoRA`` |
 | linear maps with adapters | the bank's tables → ``linear_punica_for`` → ``PunicaWrapperBase.add_lora_linear`` |
@@ -44,7 +44,6 @@ from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayou
 from moegraft.lora.call import AdapterCall, CallMemory
 from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.local_targets import local_targets
 from moegraft.lora.peft import LoadReport, load_peft_adapter
 from moegraft.lora.punica import PunicaWrapperBase
 from moegraft.lora.rows import AdapterRows, GroupAdapters, RankBounds
@@ -57,6 +56,7 @@ from moegraft.lora.targets import (
     LinearLoRA,
     LinearTarget,
     ModelTargets,
+    local_targets,
 )
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.moe.router import GroupScore, RouterConfig, Scoring

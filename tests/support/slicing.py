@@ -18,14 +18,14 @@ from moegraft.lora.targets import (
     LinearLoRA,
     ModelTargets,
 )
-from moegraft.parallel.rank_slice import (
+from moegraft.parallel.slices import (
     WHOLE_EXPERTS,
     WHOLE_LINEAR,
     ExpertsSlice,
     LinearSlice,
     RankSlice,
+    Shard,
 )
-from moegraft.parallel.slices import Shard
 
 
 def slice_adapter(weights: AdapterWeights, targets: ModelTargets, mine: RankSlice) -> AdapterWeights:

@@ -14,7 +14,7 @@ from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import AdapterTensorError
 from moegraft.lora.targets import LinearLoRA
 from moegraft.parallel.groups import ParallelGroups
-from moegraft.parallel.rank_slice import Pieces
+from moegraft.parallel.slices import Pieces
 
 if TYPE_CHECKING:
     from moegraft.lora.targets import AdapterWeights

@@ -15,8 +15,7 @@ from moegraft.core.errors import AdapterMismatchError, MoegraftError, ParallelEr
 from moegraft.integrations.transformers.dtensors import is_sharded, whole
 from moegraft.integrations.transformers.parallel_plan import ModelPlan, has_plan, read_plan
 from moegraft.integrations.transformers.storage import HostExperts
-from moegraft.lora.local_targets import local_targets
-from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
+from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets, local_targets
 from moegraft.parallel import ExpertsSlice, ParallelConfig, ParallelGroups, RankSlice, Share, experts_slice
 from moegraft.parallel.expert_map import ExpertMap
 

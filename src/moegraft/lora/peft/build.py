@@ -13,7 +13,7 @@ from moegraft.files.safetensors import all_finite
 from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair
 from moegraft.lora.targets import EmbeddingLoRA, LinearLoRA
-from moegraft.parallel.rank_slice import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
+from moegraft.parallel.slices import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
 
 # Rows of a base weight that are widened to float32 at a time (DoRA): bounds the memory for a large vocabulary.
 _NORM_ROWS = 4096

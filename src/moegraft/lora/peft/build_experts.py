@@ -14,8 +14,7 @@ from moegraft.lora.peft.build import Read, cast, scalable
 from moegraft.lora.peft.names import Projection
 from moegraft.lora.peft.plan import ExpertsPlan, FusedPair, Pair
 from moegraft.lora.targets import ExpertsLoRA, ExpertsTarget
-from moegraft.parallel.rank_slice import WHOLE_EXPERTS, ExpertsSlice, Pieces
-from moegraft.parallel.slices import count, half_columns
+from moegraft.parallel.slices import WHOLE_EXPERTS, ExpertsSlice, Pieces, count, half_columns
 
 
 def build_experts(

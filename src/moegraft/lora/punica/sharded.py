@@ -29,8 +29,7 @@ from moegraft.lora.punica.cpu import (
 )
 from moegraft.lora.rows import AdapterRows, LoRASegments
 from moegraft.parallel.collectives import Communicator
-from moegraft.parallel.rank_slice import LinearSlice
-from moegraft.parallel.slices import Shard, shard
+from moegraft.parallel.slices import LinearSlice, Shard, shard
 
 
 class ShardedExpertsPunica(PunicaWrapperCPU):
