@@ -32,6 +32,7 @@ LEVELS = {
     "build": 6,
     "integrations": 7,
     "layers": 7,
+    "tuner": 7,
     "serving": 8,
     "cli": 9,
     "": 10,  # moegraft/__init__.py: re-exports, imported by nobody inside
