@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from moegraft import layers
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -39,6 +41,13 @@ def test_engine_layers_imports_one_module_of_moegraft() -> None:
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert modules == {"__future__", "moegraft.layers"}
     assert [node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)] == ["torch"]
+
+
+def test_the_module_for_engines_has_what_it_names() -> None:
+    assert layers.__all__ == sorted(layers.__all__)
+    assert all(getattr(layers, name).__name__ == name for name in layers.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'attach'"):
+        layers.attach  # noqa: B018
 
 
 def test_engine_layers() -> None:

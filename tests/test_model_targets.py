@@ -299,7 +299,7 @@ def test_alpha_and_limit_are_read_and_checked() -> None:
     assert HostExperts.of(experts).activation == Activation(kind=ActivationKind.SWIGLU_OAI, alpha=1.5, limit=3.0)
     experts.is_concatenated = True  # a lie about where gate and up stand
     with pytest.raises(UnsupportedModelError, match="GptOssExperts computes an activation"):
-        HostExperts.of(experts).activation
+        _ = HostExperts.of(experts).activation
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_an_unknown_gate_is_named_as_such() -> None:
     experts = build("mixtral").model.layers[0].mlp.experts
     experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0]
     with pytest.raises(UnsupportedModelError, match=r"not know \(MixtralExperts\._apply_gate, with act_fn SiLU"):
-        HostExperts.of(experts).activation
+        _ = HostExperts.of(experts).activation
 
 
 @pytest.mark.parametrize("act_fn", [nn.Tanh(), nn.ReLU(), lambda x: torch.sigmoid(1.702 * x) * x])

@@ -16,6 +16,8 @@ What other modules have and this one does not may change without a word.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from moegraft.build import (
     build_fused_moe,
     build_fused_moe_with_lora,
@@ -39,7 +41,6 @@ from moegraft.formats.fp8 import Fp8Experts
 from moegraft.formats.int4 import Int4Experts
 from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts
-from moegraft.kernels.workspace import Workspace
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.call import AdapterCall, CallMemory
 from moegraft.lora.collective_bank import CollectiveBank
@@ -71,6 +72,9 @@ from moegraft.parallel import (
     experts_slice,
 )
 from moegraft.parallel.expert_map import ExpertMap
+
+if TYPE_CHECKING:
+    from moegraft.kernels.workspace import Workspace
 
 __all__ = [
     "Activation",
@@ -136,3 +140,11 @@ __all__ = [
     "punica_for",
     "take_slice",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Workspace":  # its module needs Triton
+        from moegraft.kernels.workspace import Workspace
+
+        return Workspace
+    raise AttributeError(f"module 'moegraft.layers' has no attribute {name!r}")
