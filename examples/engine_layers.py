@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.build import build_fused_moe, build_fused_moe_with_lora
-from moegraft.core.config import Activation, ActivationKind, MoEConfig
-from moegraft.core.tables import ExpertsFactor
-from moegraft.formats.dense import DenseExperts
-from moegraft.lora.bank import AdapterBank, BankLayout
-from moegraft.lora.mapping import AdapterMapping
-from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
-from moegraft.moe.router import RouterConfig, Scoring
+from moegraft.layers import (
+    Activation,
+    ActivationKind,
+    AdapterBank,
+    AdapterRows,
+    AdapterWeights,
+    BankLayout,
+    DenseExperts,
+    ExpertsLoRA,
+    ExpertsTarget,
+    ModelTargets,
+    MoEConfig,
+    RankBounds,
+    RouterConfig,
+    Scoring,
+    build_fused_moe,
+    build_fused_moe_with_lora,
+)
 
 E, K, D, F = 8, 2, 64, 48
 LAYER = "layers.0.experts"
@@ -64,11 +74,8 @@ def main() -> None:
     x_TD, router_logits_TE = torch.randn(len(names), D), torch.randn(len(names), E)
     with_lora = build_fused_moe_with_lora(layer, bank.experts_tables(LAYER))
     with bank.acquire(names) as batch:
-        ranks = batch.max_ranks(LAYER)
-        mapping = AdapterMapping.for_rows(batch.row_slots, num_rows=len(names), device=x_TD.device)
-        out_TD = with_lora(
-            x_TD, router_logits_TE, mapping, rank_bound=max(ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2])
-        )
+        rows = AdapterRows.of(batch.row_slots, device=x_TD.device)
+        out_TD = with_lora(x_TD, router_logits_TE, rows, RankBounds.of(batch.max_ranks(LAYER)))
 
     # 4. A row without an adapter is bit for bit what it is in a batch without adapters.
     base_TD = layer(x_TD, router_logits_TE)

@@ -123,8 +123,8 @@ class TestArguments:
         assert_lists_what_is_loaded(error.value)
 
     def test_wrong_length_of_a_block(self, graft: GraftedModel) -> None:
-        """Rows are only known when the model runs: 2 * 7 tokens for 4 entries."""
-        with graft.batch(["fused"] * 4), pytest.raises(BatchError, match=r"14 rows cannot be shared out to the 4"):
+        """Rows are only known when the model runs: 2 rows of 7 tokens for 4 entries."""
+        with graft.batch(["fused"] * 4), pytest.raises(BatchError, match=r"4 entries, the model was given 2 rows of 7"):
             graft.model(input_ids=random_ids(2))
 
     def test_unknown_name(self, graft: GraftedModel) -> None:

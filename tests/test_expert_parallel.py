@@ -25,10 +25,10 @@ from support.layers import MODULE
 from moegraft.build import build_fused_moe_with_lora
 from moegraft.core.config import MoEConfig
 from moegraft.core.errors import BatchError
+from moegraft.lora.rows import AdapterRows, RankBounds
 from moegraft.lora.targets import AdapterWeights
 from moegraft.moe.experts import TritonExperts, torch_experts
-from moegraft.moe.layer import FusedMoE
-from moegraft.moe.method import FusedMoEModularMethod
+from moegraft.moe.layer import FusedMoE, FusedMoEModularMethod
 from moegraft.parallel import ParallelConfig
 from moegraft.parallel.config import Dispatch
 from moegraft.parallel.expert_map import ExpertMap
@@ -399,16 +399,17 @@ def _disagree(parallel: ParallelCase) -> str:
     with_lora = build_fused_moe_with_lora(layer.base, layer.bank.bank.experts_tables(MODULE))
     x, weights, ids = layer.inputs.x_TD, layer.inputs.topk_weights_TK, layer.inputs.topk_ids_TK
     with layer.bank.acquire(layer.names) as batch, pytest.raises(BatchError) as caught:
-        mapping = batch.mapping(len(layer.names))
-        context = None if groups_of(parallel.config).rank else with_lora.lora_context(mapping, 64)
+        rows = AdapterRows.of(batch.own.row_slots, device=x.device)
+        context = with_lora.lora_context(rows, RankBounds(a13=64, a2=64), batch.group)
+        context = None if groups_of(parallel.config).rank else context
         layer.base.apply_experts(x, weights, ids, context)
     return str(caught.value)
 
 
 def over_triton(layer: FusedMoE) -> FusedMoE:
     """The same layer over TritonExperts, which the oracle would not take on a CPU."""
-    kernel = layer.method.kernel
-    method = FusedMoEModularMethod(layer.config, kernel.experts.weights, TritonExperts, kernel.prepare_finalize)
+    weights, pair = layer.method.experts.weights, layer.method.prepare_finalize
+    method = FusedMoEModularMethod(layer.config, weights, TritonExperts, pair)
     return FusedMoE(layer.config, method)
 
 
@@ -463,7 +464,8 @@ def _load_while_layers_run(parallel: ParallelCase) -> bool:
             loads += 1
 
     with layer.bank.acquire(layer.names) as batch:
-        context = with_lora.lora_context(batch.mapping(len(layer.names)), 64)
+        rows = AdapterRows.of(batch.own.row_slots, device=x.device)
+        context = with_lora.lora_context(rows, RankBounds(a13=64, a2=64), batch.group)
         thread = threading.Thread(target=come_and_go)
         thread.start()
         outputs = [layer.base.apply_experts(x, weights, ids, context) for _ in range(30)]

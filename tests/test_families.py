@@ -7,15 +7,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.adapters import write_adapter
 from support.families import FAMILIES, VOCAB_SIZE, build
 from support.family_adapters import FamilyAdapter, save_everything, save_experts, save_part, save_replacements
 from support.oracle import merge, merged_logits
+from support.sweep import mixed_batch_error, stray_rows
+from support.zoo import image_inputs, text_inputs, tiny_model
 
 import moegraft
+from moegraft.integrations.transformers.scope import TextScope
 from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.lora.targets import ModelTargets
 
+# One of every kind of stack, by itself or in a wrapper: ``pytest -m families_all`` has all of them.
+ROWS = (
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v4",
+    "glm4v_moe",
+    "dots3_note",
+    "gemma4",
+    "hy_v4",
+    "inkling2",
+    "internvl",
+    "jamba",
+    "kolibri1",
+    "nemotron_h_omni",
+    "qwen3_omni_moe_thinker",
+    "qwen4_exp",
+    "zaya",
+)
 LENGTHS = (9, 7, 5, 8, 6)
 NAMES = (None, "everything", "experts", "part", "replacements")
 
@@ -85,6 +107,54 @@ def test_mixed_generation_equals_merged_models(family: str, tmp_path: Path) -> N
         # The same padding: transformers' MiniMax does not give a padded row the tokens of the row alone.
         expected = merge(build(family), targets, weights).generate(**batch, **options)
         assert mixed[i].tolist() == expected[i].tolist(), name
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_every_described_module_sees_the_rows_of_the_tokens(model_type: str) -> None:
+    model = tiny_model(model_type)
+    assert stray_rows(model, text_inputs(model)) == {}
+    images = image_inputs(model)
+    assert images is None or stray_rows(model, images) == {}
+
+
+@pytest.mark.parametrize("model_type", [name for name in ROWS if name not in FAMILIES])
+def test_mixed_batch_with_images_where_the_model_takes_them(model_type: str) -> None:
+    model = tiny_model(model_type)
+    assert mixed_batch_error(model_type, image_inputs(model) or text_inputs(model)) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["ernie4_5_vl_moe", "diffusion_gemma", "zaya", "dots3_note"])
+def test_stray_rows_are_found(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of rows above fails where a module that sees other rows is described: here, all of them are."""
+    model = tiny_model(model_type)
+    monkeypatch.setattr(TextScope, "why_not", lambda *_: None)
+    monkeypatch.setattr(TextScope, "why_shared", lambda *_: None)
+    assert stray_rows(model, text_inputs(model))
+
+
+def test_lora_on_a_weight_that_is_read_past_its_module(tmp_path: Path) -> None:
+    """Jamba's mixer multiplies with dt_proj.weight; in PEFT's live model the adapter has no effect, merged it has."""
+    model, generator = build("jamba"), torch.Generator().manual_seed(3)
+    names = [name for name in discover_targets(model).linears if name.endswith("dt_proj")]
+    assert len(names) == 3
+    tensors = {}
+    for name in names:
+        weight = model.get_submodule(name).weight
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, weight.shape[1], generator=generator)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(weight.shape[0], 2, generator=generator)
+    write_adapter(tmp_path / "dt", tensors, r=2, lora_alpha=2, target_modules=["dt_proj"])
+    rows = _rows()[:3]
+    with moegraft.attach(model, adapter_memory="8MiB") as graft:
+        report = graft.load_adapter(tmp_path / "dt", name="dt")
+        assert report.tensors_applied == report.tensors_in_file == 6
+        mixed = graft(**_left_padded(rows), adapters=["dt", None, "dt"]).logits
+        plain = graft(**_left_padded(rows)).logits
+    assert torch.equal(mixed[1], plain[1])
+    weights, _ = load_peft_adapter(tmp_path / "dt", _targets("jamba"), dtype=torch.float32)
+    for i in (0, 2):
+        truth = merged_logits(build("jamba"), _targets("jamba"), weights, input_ids=rows[i][None])[0]
+        delta = truth - merged_logits(build("jamba"), _targets("jamba"), None, input_ids=rows[i][None])[0]
+        _assert_within((mixed - plain)[i, -len(rows[i]) :], delta, scale=delta, what="dt_proj")
 
 
 def _targets(family: str) -> ModelTargets:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.families import FAMILIES, build
+from support.zoo import tiny_config, tiny_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DbrxConfig,
-    DeepseekV4Config,
     JetMoeConfig,
     Llama4TextConfig,
     LlamaConfig,
@@ -27,7 +27,8 @@ from transformers import (
 import moegraft
 from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.targets import discover_targets, experts_activation, find_unsupported
+from moegraft.integrations.transformers.storage import HostExperts
+from moegraft.integrations.transformers.targets import discover_targets, find_unsupported
 
 TINY = {
     "vocab_size": 96,
@@ -42,6 +43,11 @@ TINY = {
 
 def _causal(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
+
+
+def _with_experts_in_its_tower_alone() -> PreTrainedModel:
+    text = tiny_config("dots3_note").text_config.to_dict()
+    return tiny_model("dots3_note", text_config={**text, "mlp_layer_types": ["dense", "dense"]})
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
@@ -73,11 +79,37 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
         ),
         ("SwitchTransformersForConditionalGeneration", "SwitchTransformersExperts", "does not dispatch"),
     ),
-    "clamped silu": (
-        lambda: _causal(
-            DeepseekV4Config(**{**TINY, "num_key_value_heads": 1}, moe_intermediate_size=24, n_routed_experts=4)
-        ),
-        ("DeepseekV4ForCausalLM", "DeepseekV4Experts", "activation that moegraft does not know"),
+    "longcat_flash": (
+        lambda: tiny_model("longcat_flash"),
+        ("LongcatFlashForCausalLM", "LongcatFlashExperts", "does not dispatch"),
+    ),
+    "step 3.5 and 3.7": (
+        lambda: tiny_model("step3p7"),
+        ("Step3p7ForConditionalGeneration", "Step3p7Experts", "does not dispatch"),
+    ),
+    "experts in embeddings": (
+        lambda: tiny_model("doge", is_moe=True),
+        ("DogeForCausalLM", "'model.layers.0.mlp' (DogeCDMoE) keeps its experts in modules of its own"),
+    ),
+    "experts of a backbone": (
+        lambda: tiny_model("vitpose_backbone"),
+        ("VitPoseBackbone", "(VitPoseBackboneMoeMLP) keeps its experts in modules of its own"),
+    ),
+    "experts of one modality": (
+        lambda: tiny_model("ernie4_5_vl_moe"),
+        ("'model.language_model.layers.0.mlp.text_moe.experts'", "vision_moe.experts': each of them sees a part"),
+    ),
+    "experts in a tower alone": (
+        _with_experts_in_its_tower_alone,
+        ("model.vision_tower.blocks.0.mlp.experts", "belongs to 'model.vision_tower' (Dots3NoteVisionModel)"),
+    ),
+    "no forward pass of its own": (
+        lambda: tiny_model("qwen3_omni_moe"),
+        ("Qwen3OmniMoeForConditionalGeneration has no forward pass of its own", "model.thinker or model.talker"),
+    ),
+    "dense model of a family with experts": (
+        lambda: tiny_model("qwen3_moe", mlp_only_layers=[0, 1]),
+        ("Qwen3MoeForCausalLM (qwen3_moe) has no mixture-of-experts layer",),
     ),
     "dense": (lambda: _causal(LlamaConfig(**TINY)), ("LlamaForCausalLM", "no mixture-of-experts layer")),
     "peft": (
@@ -140,9 +172,10 @@ def test_every_projection_of_the_stack_is_a_target(family: str) -> None:
     assert find_unsupported(model) is None
     assert len(targets.experts) >= 2
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    never_called = {name for name in linears if name.endswith("dt_proj")}
-    routers = {name for name, target in targets.linears.items() if target.router}
-    assert targets.linears.keys() - routers == linears - never_called
+    read_directly = {name for name in linears if name.endswith("dt_proj")}
+    by_weight = {name for name, target in targets.linears.items() if target.router}
+    assert targets.linears.keys() - by_weight == linears - read_directly
+    assert read_directly <= by_weight
     for name, target in targets.linears.items():
         assert target.weight is not None
         weight = target.weight()
@@ -171,9 +204,62 @@ def test_a_linear_router_with_a_forward_of_its_own_is_a_router() -> None:
     assert (target.in_features, target.out_features) == (32, 5)
 
 
-def test_an_embedding_that_scales_its_rows_is_left_out() -> None:
-    assert discover_targets(build("gemma4_text")).embeddings == {}
-    assert list(discover_targets(build("mixtral")).embeddings) == ["model.embed_tokens"]
+def test_an_embedding_that_scales_its_rows_scales_the_delta() -> None:
+    embeddings = discover_targets(build("gemma4_text")).embeddings
+    assert {name: target.scale for name, target in embeddings.items()} == {
+        "model.embed_tokens": pytest.approx(32**0.5),
+        "model.embed_tokens_per_layer": pytest.approx(8**0.5),
+    }
+    assert {target.scale for target in discover_targets(build("mixtral")).embeddings.values()} == {1.0}
+
+
+# Model type -> modules that exist, that no adapter may touch, and a word of the reason.
+LEFT_OUT = {
+    "dots3_note": {
+        "model.vision_tower.blocks.0.mlp.experts": "belongs to 'model.vision_tower' (Dots3NoteVisionModel)",
+        "model.vision_tower.blocks.0.mlp.gate": "belongs to 'model.vision_tower'",
+        "model.vision_tower.blocks.0.attn.qkv": "belongs to 'model.vision_tower'",
+        "model.audio_tower.layers.0.self_attn.q_proj": "belongs to 'model.audio_tower'",
+    },
+    "nemotron_h_omni": {"multi_modal_projector.linear_1": "stands outside of the text stack 'language_model.model'"},
+    "qwen4_exp": {
+        "model.language_model.layers.1.self_attn.indexer.k_layernorm": "pooled",
+        "model.visual.blocks.0.attn.qkv": "belongs to 'model.visual'",
+    },
+    "deepseek_v4": {
+        "model.layers.0.self_attn.compressor.kv_norm": "pooled",
+        "model.layers.1.self_attn.compressor.indexer.kv_norm": "pooled",
+        "model.layers.0.self_attn.o_a_proj": "DeepseekV4GroupedLinear, which computes more than a linear map",
+    },
+    "zaya": {"model.layers.0.self_attn.qkv_proj.v_proj_delayed": "the state before the first token"},
+    "diffusion_gemma": {
+        "model.decoder.layers.0.experts": "belongs to 'model.decoder'",
+        "lm_head": "stands on 'model.decoder', whose rows are no tokens of the batch",
+    },
+    "aria": {"model.multi_modal_projector.cross_attn.q_proj": "stands outside of the text stack"},
+    "qwen3_omni_moe_thinker": {"model.audio_tower.proj1": "belongs to 'model.audio_tower'"},
+}
+
+
+@pytest.mark.parametrize("model_type", LEFT_OUT)
+def test_modules_whose_rows_are_not_the_tokens_are_left_out_with_the_reason(model_type: str) -> None:
+    model = tiny_model(model_type)
+    targets = discover_targets(model)
+    described = {*targets.experts, *targets.linears, *targets.embeddings, *targets.saveable}
+    for name, reason in LEFT_OUT[model_type].items():
+        model.get_submodule(name)
+        assert reason in targets.left_out[name]
+    assert not described & targets.left_out.keys()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [("nemotron_h_omni", "language_model.lm_head"), ("dots3_note", "lm_head"), ("qwen3_5_moe", "lm_head")],
+)
+def test_the_head_of_a_text_stack_is_served_wherever_it_stands(model_type: str, head: str) -> None:
+    targets = discover_targets(tiny_model(model_type))
+    assert head in targets.linears
+    assert head in targets.saveable
 
 
 def test_vision_towers_are_left_out() -> None:
@@ -204,16 +290,38 @@ def test_activation_is_recognised_by_what_it_computes(family: str, act_fn: objec
     experts = model.get_submodule(next(iter(discover_targets(model).experts)))
     del experts.act_fn
     experts.act_fn = act_fn
-    assert experts_activation(experts) == Activation(kind=kind, gated=family == "mixtral")
+    assert HostExperts.of(experts).activation == Activation(kind=kind, gated=family == "mixtral")
 
 
 def test_alpha_and_limit_are_read_and_checked() -> None:
     experts = build("gpt_oss").model.layers[0].mlp.experts
     experts.alpha, experts.limit = 1.5, 3.0
-    assert experts_activation(experts) == Activation(kind=ActivationKind.SWIGLU_OAI, alpha=1.5, limit=3.0)
+    assert HostExperts.of(experts).activation == Activation(kind=ActivationKind.SWIGLU_OAI, alpha=1.5, limit=3.0)
     experts.is_concatenated = True  # a lie about where gate and up stand
     with pytest.raises(UnsupportedModelError, match="GptOssExperts computes an activation"):
-        experts_activation(experts)
+        _ = HostExperts.of(experts).activation
+
+
+@pytest.mark.parametrize(
+    ("model_type", "activation"),
+    [
+        ("deepseek_v4", Activation(kind=ActivationKind.SILU_CLAMPED, limit=0.5)),
+        ("hy_v4", Activation(kind=ActivationKind.SILU_CLAMPED, limit=0.5)),
+        ("glm5_next", Activation(kind=ActivationKind.SILU_CLAMPED, limit=0.5)),
+        ("inkling2", Activation(kind=ActivationKind.SILU_SOFTCAPPED, alpha=0.75, limit=0.5)),
+    ],
+)
+def test_clamped_and_soft_capped_activations(model_type: str, activation: Activation) -> None:
+    model = tiny_model(model_type)
+    for name in discover_targets(model).experts:
+        assert HostExperts.of(model.get_submodule(name)).activation == activation
+
+
+def test_an_unknown_gate_is_named_as_such() -> None:
+    experts = build("mixtral").model.layers[0].mlp.experts
+    experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0]
+    with pytest.raises(UnsupportedModelError, match=r"not know \(MixtralExperts\._apply_gate, with act_fn SiLU"):
+        _ = HostExperts.of(experts).activation
 
 
 @pytest.mark.parametrize("act_fn", [nn.Tanh(), nn.ReLU(), lambda x: torch.sigmoid(1.702 * x) * x])

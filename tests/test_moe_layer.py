@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +21,19 @@ from support.layers import (
 
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora
 from moegraft.core.config import Activation, ActivationKind, BackendRequest, DeviceTarget, MoEConfig
-from moegraft.core.errors import BatchError, NoBackendError
+from moegraft.core.errors import NoBackendError
 from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.mapping import AdapterMapping
 from moegraft.lora.punica import PunicaWrapperCPU
+from moegraft.lora.rows import RankBounds
 from moegraft.moe.experts import FusedMoEExpertsModular
-from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
-from moegraft.moe.method import FusedMoEModularMethod
-from moegraft.moe.prepare_finalize import ExpertsOutput, NoDispatchPrepareAndFinalize, PreparedRows
+from moegraft.moe.layer import (
+    ExpertsOutput,
+    FusedMoE,
+    FusedMoEModularMethod,
+    FusedMoEWithLoRA,
+    NoDispatchPrepareAndFinalize,
+    PreparedRows,
+)
 from moegraft.moe.router import RouterConfig, Scoring, route
 from moegraft.oracle.select import EXPERTS_CLASSES
 from moegraft.testing import (
@@ -187,9 +193,9 @@ class TestForward:
         x_TD = layer.inputs.x_TD
         assert torch.equal(moe(x_TD, logits_TE), layer.run_with(None))
         with layer.context() as context:
-            found = with_lora(x_TD, logits_TE, context.mapping, context.rank_bound)
+            found = with_lora(x_TD, logits_TE, context.rows, context.bounds)
             assert torch.equal(found, layer.run())
-            given = with_lora.apply_experts(x_TD, weights_TK, ids_TK, context.mapping, context.rank_bound)
+            given = with_lora.apply_experts(x_TD, weights_TK, ids_TK, context.rows, context.bounds)
             assert torch.equal(given, found)
 
     def test_without_a_router(self) -> None:
@@ -202,7 +208,7 @@ class TestContext:
     def test_is_frozen(self) -> None:
         layer = build_layer(MIXED)
         with layer.context() as context, pytest.raises(FrozenInstanceError):
-            context.rank_bound = 0  # type: ignore[misc]
+            context.bounds = RankBounds(a13=0, a2=0)  # type: ignore[misc]
 
     def test_bound_context_and_argument(self) -> None:
         layer = build_layer(MIXED)
@@ -253,18 +259,6 @@ class TestContext:
         layer.run()
         assert {name: dict(vars(part)) for name, part in parts(layer).items()} == before
 
-    @pytest.mark.parametrize(("slots", "num_rows"), [((0, 1, 2), 4), ((), 3), ((), 0)])
-    def test_rows_that_cannot_be_shared_out(self, slots: tuple[int, ...], num_rows: int) -> None:
-        with pytest.raises(BatchError, match=f"{num_rows} rows .* {len(slots)} entries"):
-            AdapterMapping.for_rows(slots, num_rows, torch.device("cpu"))
-
-    def test_rows_are_sequence_major(self) -> None:
-        mapping = AdapterMapping.for_rows((4, -1, 2), 6, torch.device("cpu"))
-        assert mapping.token_slots.tolist() == [4, 4, -1, -1, 2, 2]
-        assert mapping.token_slots.dtype == torch.int32
-        assert mapping.active_slots == (4, 2)
-        assert mapping.segments.rows_L.tolist() == [0, 1, 4, 5]
-
 
 def parts(layer: BuiltLayer) -> dict[str, object]:
     method = layer.base.method
@@ -272,7 +266,6 @@ def parts(layer: BuiltLayer) -> dict[str, object]:
         "layer": layer.base,
         "with_lora": layer.with_lora,
         "method": method,
-        "kernel": method.kernel,
         "experts": method.experts,
         "punica": layer.with_lora.punica,
     }
@@ -285,7 +278,7 @@ class WithoutLoRA(FusedMoEExpertsModular):
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
         return True, ""
 
-    def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
+    def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None, **memory: Any) -> ExpertsOutput:
         return ExpertsOutput(y=torch.zeros_like(rows.x_MD), is_reduced=True)
 
 

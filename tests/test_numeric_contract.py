@@ -16,7 +16,7 @@ from moegraft.build import build_fused_moe, build_fused_moe_with_lora
 from moegraft.core.activation import apply_activation
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.formats.dense import DenseExperts
-from moegraft.lora.mapping import AdapterMapping
+from moegraft.lora.rows import AdapterRows, RankBounds
 from moegraft.testing import ExpertsFactors, LoRASpec, MoECase, poison_allocations
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -204,6 +204,6 @@ def run_plain(w13_FD: torch.Tensor, w2_DF: torch.Tensor, lora: ExpertsFactors, x
     layer = build_fused_moe_with_lora(moe, bank.experts_tables(MODULE))
     num_tokens = x_TD.shape[0]
     with bank.acquire(["a0"]) as batch:
-        mapping = AdapterMapping.for_rows(batch.row_slots, num_tokens, torch.device("cpu"))
+        rows = AdapterRows.of(batch.row_slots, device="cpu", lengths=num_tokens)
         ids_TK = torch.zeros(num_tokens, 1, dtype=torch.int32)
-        return layer.apply_experts(x_TD.to(BF16), torch.ones(num_tokens, 1), ids_TK, mapping, 8)
+        return layer.apply_experts(x_TD.to(BF16), torch.ones(num_tokens, 1), ids_TK, rows, RankBounds(a13=8, a2=8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,9 @@ from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import NoBackendError
 from moegraft.formats import FORMAT_NAMES
 from moegraft.formats.dense import DenseExperts
-from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.mixin import LoRAExpertsMixin
+from moegraft.lora.context import LoRAExpertsMixin, MoELoRAContext
 from moegraft.moe.experts import FusedMoEExpertsModular
-from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows
+from moegraft.moe.layer import ExpertsOutput, PreparedRows
 from moegraft.oracle import Decision, select_experts
 from moegraft.oracle.select import EXPERTS_CLASSES
 
@@ -28,7 +28,7 @@ class _Experts(FusedMoEExpertsModular):
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
         return True, ""
 
-    def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
+    def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None, **memory: Any) -> ExpertsOutput:
         raise AssertionError("the oracle runs nothing")
 
 

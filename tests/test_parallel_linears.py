@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.linear import MODULE, LinearCase, make_linear_case
+from support.slicing import slice_linear
 
+from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import BatchError
 from moegraft.lora.bank import AdapterBank, BankLayout
-from moegraft.lora.local_targets import local_targets
-from moegraft.lora.mapping import AdapterMapping
 from moegraft.lora.punica.sharded import ShardedLinearPunica
-from moegraft.lora.slicing import cut_tensor, slice_linear
-from moegraft.lora.targets import AdapterWeights, LinearTarget, ModelTargets
+from moegraft.lora.rows import AdapterRows
+from moegraft.lora.targets import AdapterWeights, LinearTarget, ModelTargets, local_targets
 from moegraft.parallel import (
     LinearSlice,
     ParallelConfig,
@@ -98,8 +98,8 @@ def run_rank(layout: Layout, case_args: dict[str, object]) -> tuple[torch.Tensor
     y_MO, bias_O = own_output(case, layout, mine, tp.rank)
     punica = ShardedLinearPunica(tp, mine, is_reduced=layout.is_reduced)
     with bank.acquire(rows) as batch, poison_allocations():
-        mapping = AdapterMapping.for_rows(batch.row_slots or (0,), len(rows), torch.device("cpu"))
-        punica.add_lora_linear(y_MO, x_MI, mapping, bank.linear_tables(MODULE), bias_O=bias_O)
+        stated = AdapterRows.of(batch.row_slots, device="cpu")
+        punica.add_lora_linear(y_MO, x_MI, stated, bank.linear_tables(MODULE), rank_bound=64, bias_O=bias_O)
     if mine.inputs is not None and not layout.is_reduced:
         y_MO = tp.all_reduce(y_MO.float()).to(y_MO.dtype)
     return y_MO, sum(bank.info(name).num_bytes for name in names.values())

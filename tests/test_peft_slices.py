@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,13 @@ from support.rank_slices import (
     make_targets,
 )
 from support.sliced import ADAPTERS
+from support.slicing import slice_adapter
 
+from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import AdapterConfigError, ParallelError
-from moegraft.lora.local_targets import local_targets
+from moegraft.files.safetensors import MIN_RUN_BYTES, SafetensorsFile
 from moegraft.lora.peft import load_peft_adapter
-from moegraft.lora.peft.safetensors_file import MIN_RUN_BYTES, SafetensorsFile
-from moegraft.lora.slicing import cut_tensor, slice_adapter
-from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets
+from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets, local_targets
 from moegraft.parallel import LinearSlice, RankSlice, Share
 from moegraft.parallel.slices import round_robin_experts
 
@@ -296,7 +297,7 @@ def test_any_cut_of_a_tensor_is_read(tmp_path_factory: pytest.TempPathFactory, d
         cuts[axis] = tuple(zip(bounds[::2], bounds[1::2], strict=False))
     path = tmp_path_factory.mktemp("cut") / "t.safetensors"
     save_file({"before": torch.ones(3), "t": tensor}, path)
-    with SafetensorsFile(path) as file:
+    with SafetensorsFile(path.name, FileIO(path)) as file:
         found = file.read("t", cuts)
         expected = cut_tensor(tensor, cuts)
         assert torch.equal(found, expected)

@@ -11,17 +11,20 @@ import torch
 from support.layers import DELTA_TOL, MODULE, build_layer, with_dtype
 
 from moegraft.core.config import MoEConfig
+from moegraft.core.tables import ExpertsTables
+from moegraft.kernels.records import LayerSizes
 from moegraft.lora.bank import AdapterBank, BankLayout
-from moegraft.lora.mapping import AdapterMapping, LoRASegments
+from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.punica import PunicaWrapperCPU
-from moegraft.lora.punica.paged import grouped_mm
+from moegraft.lora.punica.cpu import grouped_mm
+from moegraft.lora.rows import AdapterRows, LoRASegments, RankBounds
 from moegraft.lora.targets import AdapterWeights, LinearLoRA, LinearTarget, ModelTargets
 from moegraft.testing import ExpertsFactors, LoRASpec, MoECase, assert_close, poison_allocations
 
-CPU = torch.device("cpu")
 PUNICA = PunicaWrapperCPU()
 DTYPES = [torch.float32, torch.bfloat16]
 E, D, F = 4, 24, 10
+SIZES = LayerSizes(num_experts=E, hidden_size=D, intermediate_size=F)
 CASE = MoECase(
     name="primitives",
     config=MoEConfig(num_experts=E, top_k=2, hidden_size=D, intermediate_size=F),
@@ -38,9 +41,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextmanager
-def mapping_of(bank: AdapterBank, names: Sequence[str | None], num_rows: int) -> Iterator[AdapterMapping]:
+def rows_of(bank: AdapterBank, names: Sequence[str | None], tokens: int = 1) -> Iterator[AdapterRows]:
+    """``tokens`` rows of each name."""
     with bank.acquire(names) as batch:
-        yield AdapterMapping.for_rows(batch.row_slots, num_rows, CPU)
+        yield AdapterRows.of(batch.row_slots, device="cpu", lengths=tokens)
+
+
+def align(expert_N: torch.Tensor, slot_N: torch.Tensor, rows: AdapterRows, tables: ExpertsTables) -> LoRASegments:
+    context = MoELoRAContext(tables=tables, rows=rows, bounds=RankBounds(a13=9, a2=9), punica=PUNICA)
+    return PUNICA.moe_lora_align_block_size(expert_N, slot_N, context, SIZES)
 
 
 class TestAlign:
@@ -50,12 +59,12 @@ class TestAlign:
     def test_worked_example(self, times: int) -> None:
         layer = build_layer(CASE)
         tables = layer.bank.experts_tables(MODULE)
-        with mapping_of(layer.bank, ["a1", "a0", None], 3) as mapping:
-            a1, a0, base = mapping.row_slots
+        with rows_of(layer.bank, ["a1", "a0", None]) as rows:
+            a1, a0, base = rows.slots_M.tolist()
             expert_N = torch.tensor([3, 1, 0, 2, 3, -1, 4, 2]).repeat(times)
             slot_N = torch.tensor([a1, a1, a1, a0, base, a0, a0, a0]).repeat(times)
-            segments = PUNICA.moe_lora_align_block_size(expert_N, slot_N, mapping, tables)
-            adapter = {slot: number for number, slot in enumerate(mapping.active_slots)}
+            segments = align(expert_N, slot_N, rows, tables)
+            adapter = {slot: number for number, slot in enumerate(segments.slots)}
         # a0 holds all experts; a1 holds 1 and 3 at positions 0 and 1, so that its expert 0 is the base's.
         expected = {0: (adapter[a1], 1), 1: (adapter[a1], 0), 3: (adapter[a0], 2), 7: (adapter[a0], 2)}
         found = segment_of_row(segments)
@@ -65,12 +74,12 @@ class TestAlign:
     def test_nothing_takes_part(self, num_rows: int) -> None:
         layer = build_layer(CASE)
         tables = layer.bank.experts_tables(MODULE)
-        with mapping_of(layer.bank, ["a0"], 1) as mapping:
+        with rows_of(layer.bank, ["a0"]) as rows:
             expert_N, slot_N = torch.full((num_rows,), E), torch.zeros(num_rows, dtype=torch.long)
-            segments = PUNICA.moe_lora_align_block_size(expert_N, slot_N, mapping, tables)
+            segments = align(expert_N, slot_N, rows, tables)
             y_NO, x_NI = torch.randn(num_rows, 2 * F), torch.randn(num_rows, D)
             before = y_NO.clone()
-            PUNICA.add_lora_w13(y_NO, x_NI, segments, mapping, tables)
+            PUNICA.add_lora_w13(y_NO, x_NI, segments, tables)
         assert segments.is_empty
         assert torch.equal(y_NO, before)
 
@@ -115,14 +124,14 @@ def test_experts_primitives(dtype: torch.dtype, num_rows: int, page_bytes: int) 
     pick_N = torch.randint(5, (num_rows,), generator=generator)
     expert_N = torch.randint(-1, E + 1, (num_rows,), generator=generator)
     x_ND, h_NF = (torch.randn(num_rows, size, generator=generator).to(dtype) for size in (D, F))
-    with mapping_of(layer.bank, names, 5) as mapping, poison_allocations():
-        slot_N = torch.tensor(mapping.row_slots)[pick_N]
-        segments = PUNICA.moe_lora_align_block_size(expert_N, slot_N, mapping, tables)
+    with rows_of(layer.bank, names) as rows, poison_allocations():
+        slot_N = rows.slots_M[pick_N]
+        segments = align(expert_N, slot_N, rows, tables)
         u_NGF, y_ND = torch.zeros(num_rows, 2 * F, dtype=dtype), torch.zeros(num_rows, D, dtype=dtype)
-        PUNICA.add_lora_w13(u_NGF, x_ND, segments, mapping, tables)
-        PUNICA.add_lora_w2(y_ND, h_NF, segments, mapping, tables)
+        PUNICA.add_lora_w13(u_NGF, x_ND, segments, tables)
+        PUNICA.add_lora_w2(y_ND, h_NF, segments, tables)
         alternating_NGF = torch.zeros_like(u_NGF)
-        PUNICA.add_lora_w13(alternating_NGF, x_ND, segments, mapping, tables, is_interleaved=True)
+        PUNICA.add_lora_w13(alternating_NGF, x_ND, segments, tables, is_interleaved=True)
 
     expected_u, expected_y = torch.zeros(num_rows, 2 * F).double(), torch.zeros(num_rows, D).double()
     for n, (pick, expert) in enumerate(zip(pick_N.tolist(), expert_N.tolist(), strict=True)):
@@ -144,7 +153,7 @@ def linear_bank(dtype: torch.dtype, *, with_gain: bool, ranks: Sequence[int]) ->
     layout = BankLayout(
         ModelTargets(model_type="plain", linears={"q": target, "k": other}), dtype=dtype, page_bytes=256
     )
-    bank = AdapterBank(layout, capacity_bytes=1 << 16, device=CPU, max_slots=8, poison=True)
+    bank = AdapterBank(layout, capacity_bytes=1 << 16, device="cpu", max_slots=8, poison=True)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -172,8 +181,13 @@ def test_linear(dtype: torch.dtype, has_bias: bool, with_gain: bool, ranks: tupl
     bias_O = torch.randn(O_FEATURES, generator=generator).to(dtype) if has_bias else None
     y_MO = torch.randn(len(names) * tokens, O_FEATURES, generator=generator).to(dtype)
     found_MO = y_MO.clone()
-    with mapping_of(bank, names, len(x_MI)) as mapping, poison_allocations():
-        PUNICA.add_lora_linear(found_MO, x_MI, mapping, bank.linear_tables("q"), bias_O=bias_O)
+    with rows_of(bank, names, tokens) as rows, poison_allocations():
+        tables = bank.linear_tables("q")
+        PUNICA.add_lora_linear(found_MO, x_MI, rows, tables, rank_bound=9, bias_O=bias_O)
+        blind_MO = y_MO.clone()
+        on_device = AdapterRows.on_device(rows.slots_M)
+        PUNICA.add_lora_linear(blind_MO, x_MI, on_device, tables, rank_bound=9, bias_O=bias_O)
+    assert torch.equal(blind_MO, found_MO)
 
     expected_MO = y_MO.double()
     for m in range(len(x_MI)):
@@ -193,8 +207,8 @@ def test_a_batch_whose_adapters_are_all_elsewhere() -> None:
     bank, _ = linear_bank(torch.float32, with_gain=True, ranks=(2,))
     y_MO, x_MI = torch.randn(4, O_FEATURES), torch.randn(4, I_FEATURES)
     before = y_MO.clone()
-    with mapping_of(bank, ["elsewhere", None], 4) as mapping:
-        PUNICA.add_lora_linear(y_MO, x_MI, mapping, bank.linear_tables("q"))
+    with rows_of(bank, ["elsewhere", None], 2) as rows:
+        PUNICA.add_lora_linear(y_MO, x_MI, rows, bank.linear_tables("q"), rank_bound=2)
     assert torch.equal(y_MO, before)
 
 

@@ -15,10 +15,10 @@ pytest.importorskip("triton", reason="needs triton")
 from support.layers import MODULE, BuiltLayer, build_layer, check_layer
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
-from moegraft.core.tables import ExpertsFactor
 from moegraft.kernels.records import LayerSizes
-from moegraft.lora.mapping import AdapterMapping
+from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.punica import PunicaWrapperCPU, PunicaWrapperGPU
+from moegraft.lora.rows import AdapterRows, RankBounds
 from moegraft.moe.layer import FusedMoEWithLoRA
 from moegraft.testing.cases import LoRASpec, MoECase, Routing
 from moegraft.testing.errors import assert_close_delta
@@ -60,13 +60,6 @@ def test_few_rows(num_tokens: int) -> None:
     check_layer(on_kernels(build_layer(MoECase(name="few", config=SMALL, adapters=ADAPTERS, num_tokens=num_tokens))))
 
 
-def test_sizes_and_ranks_are_needed() -> None:
-    layer = build_layer(MoECase(name="sizes", config=SMALL, adapters=ADAPTERS, num_tokens=2))
-    none_N = torch.empty(0, dtype=torch.long)
-    with layer.context() as context, pytest.raises(ValueError, match="sizes"):
-        PunicaWrapperGPU().moe_lora_align_block_size(none_N, none_N, context.mapping, context.tables)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 9, 70, 700])
 @pytest.mark.parametrize("adapters", [BIG_ADAPTERS, ADAPTERS], ids=["ranks", "kinds"])
@@ -85,19 +78,19 @@ def test_one_graph_serves_other_rows_and_slots() -> None:
     tables, N, (D, F) = layer.with_lora.tables, 48, (BIG.hidden_size, BIG.intermediate_size)
     sizes = LayerSizes(num_experts=BIG.num_experts, hidden_size=D, intermediate_size=F)
     with layer.bank.acquire([f"a{i}" for i in range(len(BIG_ADAPTERS))]) as batch:
-        ranks = batch.max_ranks(MODULE)
-        bounds = ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]
+        bounds = RankBounds.of(batch.max_ranks(MODULE))
         expert_N = torch.zeros(N, dtype=torch.int32, device="cuda")
         slot_N = torch.full((N,), -1, dtype=torch.int32, device="cuda")
         x_ND, h_NF = (torch.randn(N, n, device="cuda", dtype=torch.bfloat16) for n in (D, F))
         u_NGF, y_ND = (torch.zeros(N, n, device="cuda", dtype=torch.bfloat16) for n in (2 * F, D))
         punica = PunicaWrapperGPU()
-        mapping = AdapterMapping.for_rows(batch.row_slots, len(BIG_ADAPTERS), u_NGF.device)
+        rows = AdapterRows.of(batch.row_slots, device=u_NGF.device)
+        context = MoELoRAContext(tables=tables, rows=rows, bounds=bounds, punica=punica)
 
         def add() -> None:
-            rows = punica.moe_lora_align_block_size(expert_N, slot_N, mapping, tables, sizes=sizes, ranks=bounds)
-            punica.add_lora_w13(u_NGF, x_ND, rows, mapping, tables)
-            punica.add_lora_w2(y_ND, h_NF, rows, mapping, tables)
+            segments = punica.moe_lora_align_block_size(expert_N, slot_N, context, sizes)
+            punica.add_lora_w13(u_NGF, x_ND, segments, tables)
+            punica.add_lora_w2(y_ND, h_NF, segments, tables)
 
         add()
         graph = torch.cuda.CUDAGraph()
@@ -115,9 +108,9 @@ def test_one_graph_serves_other_rows_and_slots() -> None:
             expected = u_NGF.float(), y_ND.float()
             for right, start in zip(expected, before, strict=True):
                 right.copy_(start)
-            rows = truth.moe_lora_align_block_size(expert_N.long(), slot_N.long(), mapping, tables)
-            truth.add_lora_w13(expected[0], x_ND, rows, mapping, tables)
-            truth.add_lora_w2(expected[1], h_NF, rows, mapping, tables)
+            right_segments = truth.moe_lora_align_block_size(expert_N.long(), slot_N.long(), context, sizes)
+            truth.add_lora_w13(expected[0], x_ND, right_segments, tables)
+            truth.add_lora_w2(expected[1], h_NF, right_segments, tables)
             for out, right, start in zip((u_NGF, y_ND), expected, before, strict=True):
                 assert_close_delta(out, start, right, start, 1e-2)
                 assert torch.equal(out[slot_N < 0], start[slot_N < 0])

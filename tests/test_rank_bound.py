@@ -9,6 +9,7 @@ from support.mixed import ROWS, MixedBatch
 from moegraft import GraftedModel
 from moegraft.core.errors import BatchError
 from moegraft.core.tables import ExpertsFactor
+from moegraft.lora.rows import RankBounds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,9 +30,8 @@ def test_a_bound_stands_for_every_module(graft: GraftedModel) -> None:
     with graft.batch([name], 1, rank_bound=bound) as call:
         assert call is not None
         for module in graft.bank.layout.experts:
-            assert call.touches(module)
-            assert call.experts_ranks(module, 2) == (2 * bound, bound)
-        assert all(call.touches(m) and call.linear_rank(m) == bound for m in graft.bank.layout.linears)
+            assert call.experts_bounds(module, 2) == RankBounds(a13=2 * bound, a2=bound)
+        assert all(call.linear_bound(m) == bound for m in graft.bank.layout.linears)
 
 
 def test_without_a_bound_either_factor_has_its_own(graft: GraftedModel) -> None:
@@ -39,7 +39,8 @@ def test_without_a_bound_either_factor_has_its_own(graft: GraftedModel) -> None:
         assert call is not None
         for module in graft.bank.layout.experts:
             ranks = call.batch.max_ranks(module)
-            assert call.experts_ranks(module, 2) == (ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2])
+            expected = RankBounds(a13=ranks[ExpertsFactor.A13], a2=ranks[ExpertsFactor.A2])
+            assert call.experts_bounds(module, 2) == expected
 
 
 def test_a_larger_rank_is_refused_and_the_batch_is_released(graft: GraftedModel) -> None:

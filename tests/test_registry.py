@@ -25,6 +25,8 @@ ACTIVATIONS = {
     "gelu": Activation(kind=ActivationKind.GELU),
     "gelu_tanh": Activation(kind=ActivationKind.GELU_TANH),
     "swiglu_oai": Activation(kind=ActivationKind.SWIGLU_OAI),
+    "silu_clamped": Activation(kind=ActivationKind.SILU_CLAMPED, limit=0.75),
+    "silu_softcapped": Activation(kind=ActivationKind.SILU_SOFTCAPPED, alpha=0.75, limit=0.5),
     "relu2": Activation(kind=ActivationKind.RELU2, gated=False),
 }
 CASE = MoECase(

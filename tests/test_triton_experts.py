@@ -22,7 +22,7 @@ from moegraft.core.errors import NoBackendError
 from moegraft.formats import FORMAT_NAMES
 from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.moe.experts import TorchExperts, TritonExperts
-from moegraft.moe.prepare_finalize import PreparedRows
+from moegraft.moe.layer import PreparedRows
 from moegraft.oracle import select_experts
 from moegraft.oracle.select import EXPERTS_CLASSES
 from moegraft.testing import MOE_CASES, assert_close, assert_close_delta

@@ -121,7 +121,7 @@ def test_a_captured_forward_follows_its_inputs_and_adapters(graft: GraftedModel)
     inputs["input_ids"].copy_(inputs["input_ids"].flip(1))
     graph.replay()
     assert torch.equal(logits, graft(**inputs, use_cache=False, adapters=adapters).logits)
-    slots_T = call.mapping(35).token_slots
+    slots_T = call.token_rows(5, 7).slots_M
     slots_T.copy_(slots_T.view(5, 7).flip(0).flatten())
     graph.replay()
     assert torch.equal(logits, graft(**inputs, use_cache=False, adapters=adapters[::-1]).logits)
@@ -134,7 +134,7 @@ def test_a_graph_with_a_rank_bound_serves_batches_of_other_adapters(
     inputs = {"input_ids": input_ids(), "attention_mask": torch.ones(1, 1, 7, 7, dtype=torch.bool).tril().cuda()}
     with graft.batch(["experts"] * 5, 5, rank_bound=16) as call, torch.no_grad():
         assert call is not None
-        slots_T = call.mapping(35).token_slots
+        captured = call
         graft.model(**inputs, use_cache=False)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -144,7 +144,7 @@ def test_a_graph_with_a_rank_bound_serves_batches_of_other_adapters(
     for adapters in (["everything", None, "again", "attention", "again"], ["attention"] * 5, [None] * 4 + ["again"]):
         with graft.batch(adapters, 5, rank_bound=16) as call, torch.no_grad():
             assert call is not None
-            slots_T.copy_(call.mapping(35).token_slots)
+            captured.take_rows(call)
             graph.replay()
             assert torch.equal(logits, graft.model(**inputs, use_cache=False).logits)
         assert_close(logits, graft(**inputs, use_cache=False, adapters=adapters).logits, 5e-3)

@@ -207,7 +207,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/completions", [], 400, ""),
     ("/v1/completions", None, 400, ""),
     ("/v1/chat/completions", {**CHAT, "messages": []}, 400, "messages"),
-    ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
+    ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "messages"),
     ("/v1/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
     ("/v1/chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice"),
     ("/v1/chat/completions", {**CHAT, "functions": [{}]}, 400, "functions"),

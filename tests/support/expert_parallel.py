@@ -10,20 +10,19 @@ from functools import cache
 import torch
 
 from moegraft.build import build_fused_moe_with_lora, build_parallel_moe, take_slice
-from moegraft.core.tables import ExpertsFactor
 from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
-from moegraft.lora.local_targets import local_targets
-from moegraft.lora.slicing import slice_adapter
-from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets
+from moegraft.lora.rows import AdapterRows, RankBounds
+from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets, local_targets
 from moegraft.moe.layer import FusedMoE
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.expert_map import ExpertMap
-from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice
+from moegraft.parallel.slices import RankSlice, Share, experts_slice
 from moegraft.testing import MoECase, MoEInputs, assert_close, assert_close_delta, make_inputs, poison_allocations
 from support.formats import PACKS
 from support.layers import DELTA_TOL, MODULE, BuiltLayer, build_layer, dense_weights, experts_target, fields_of
+from support.slicing import slice_adapter
 
 POOL_BYTES = 4 << 20
 
@@ -89,9 +88,9 @@ class RankLayer:
             return self.base.apply_experts(x, weights, ids)
         with_lora = build_fused_moe_with_lora(self.base, self.bank.bank.experts_tables(MODULE), self.groups)
         with self.bank.acquire(names) as batch:
-            ranks = batch.union.max_ranks(MODULE)
-            bound = max(ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else 0
-            return with_lora.apply_experts(x, weights, ids, batch.mapping(len(names)), bound)
+            rows = AdapterRows.of(batch.own.row_slots, device=x.device)
+            bounds = RankBounds.of(batch.union.max_ranks(MODULE))
+            return with_lora.apply_experts(x, weights, ids, rows, bounds, group=batch.group)
 
     @property
     def names(self) -> list[str | None]:

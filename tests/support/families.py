@@ -42,7 +42,7 @@ class Family:
 
 
 # Every name that some family uses for a size; a config keeps what it does not know as a plain attribute.
-_COMMON: Mapping[str, Any] = {
+COMMON: Mapping[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": HIDDEN_SIZE,
     "intermediate_size": EXPERT_SIZE,
@@ -57,7 +57,7 @@ _COMMON: Mapping[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-_MLA: Mapping[str, Any] = {
+MLA: Mapping[str, Any] = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "q_lora_rank": 24,
@@ -118,7 +118,7 @@ _ALL = (
     Family(
         model_type="deepseek_v2",
         config={
-            **_MLA,
+            **MLA,
             **_ONE_DENSE_LAYER,
             **_TWO_GROUPS,
             "n_routed_experts": 6,
@@ -129,7 +129,7 @@ _ALL = (
     ),
     Family(
         model_type="deepseek_v3",
-        config={**_MLA, **_ONE_DENSE_LAYER, **_TWO_GROUPS, "n_routed_experts": 8, "n_shared_experts": 1},
+        config={**MLA, **_ONE_DENSE_LAYER, **_TWO_GROUPS, "n_routed_experts": 8, "n_shared_experts": 1},
         legacy=_QWEN,
     ),
     Family(
@@ -140,7 +140,7 @@ _ALL = (
     Family(
         model_type="glm4_moe_lite",
         config={
-            **_MLA,
+            **MLA,
             **_ONE_GROUP,
             "n_routed_experts": 6,
             "num_hidden_layers": 3,
@@ -295,7 +295,7 @@ _BALANCING = ("e_score_correction_bias", "expert_bias")
 
 def build(name: str, seed: int = 0, **sizes: Any) -> PreTrainedModel:
     """A float32 model of family ``name`` in eval mode; the same seed, the same weights. ``sizes``: config fields."""
-    config = CONFIG_MAPPING[name](**{**_COMMON, **FAMILIES[name].config, **sizes})
+    config = CONFIG_MAPPING[name](**{**COMMON, **FAMILIES[name].config, **sizes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for what keeps its own initialisation
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()

@@ -84,6 +84,7 @@ def hostile_cases(tmp_path: Path) -> Iterator[HostileCase]:
         _bad_configs,
         _bad_files,
         _shards,
+        _bombs,
     ):
         yield from generate(made)
 
@@ -275,7 +276,6 @@ def _bad_names(made: _Maker) -> Iterator[HostileCase]:
         "../../../etc/passwd",
         "/etc/passwd",
         f"{PREFIX}../../x.lora_A.weight",
-        f"{PREFIX}model.layers.0.self_attn.q_proj\0.lora_A.weight",
         f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.default.weight",
         f"{PREFIX}model.layers.0.self_attn.q_proj.lora_C.weight",
         f"{PREFIX}model.layers.0.self_attn.q_proj.weight",
@@ -365,8 +365,8 @@ def _bad_configs(made: _Maker) -> Iterator[HostileCase]:
         "target_parameters": ("experts.gate_up_proj", [1], [""], {"a": 1}),
         "peft_version": (1, "new", [], "v0.19", "9" * 5000 + ".1"),
         "init_lora_weights": ("pissa", "pissa_niter_4", "corda", "olora", "loftq", "lora_ga", "magic", 3, ["gaussian"]),
-        "rank_pattern": (["q_proj"], {"q_proj": 0}, {"q_proj": "2"}, {"(": 2}, {"(a+)+": 2}, {"x" * 2000 + "*": 2}),
-        "alpha_pattern": ("q_proj", {"q_proj": None}, {"q_proj": "a"}, {"[": 2}, {r"(a)\1": 2}, {".*.*.*.*.*a": 2}),
+        "rank_pattern": (["q_proj"], {"q_proj": 0}, {"q_proj": "2"}, {"(": 2}, {"(?=a)a": 2}, {"x" * 2000 + "*": 2}),
+        "alpha_pattern": ("q_proj", {"q_proj": None}, {"q_proj": "a"}, {"[": 2}, {r"(a)\1": 2}, {"a{2}{3}": 2}),
         "alora_invocation_tokens": ([1, 2],),
         "trainable_token_indices": ([1, 2], {"embed_tokens": [1]}),
         "layer_replication": ([[0, 1]],),
@@ -426,7 +426,7 @@ def _bad_files(made: _Maker) -> Iterator[HostileCase]:
         yield _case(f"link out of the folder: {name}", folder, error_type, name, "leaves the folder")
     folder = made.folder()
     (folder / WEIGHTS).symlink_to("/dev/zero")
-    yield _case("link to a device", folder, AdapterFileError, WEIGHTS, "not a regular file")
+    yield _case("link to a device", folder, AdapterFileError, WEIGHTS, "leaves the folder")
     folder = made.folder()
     (folder / WEIGHTS).symlink_to(WEIGHTS)
     yield _case("link to itself", folder, AdapterFileError, WEIGHTS)
@@ -500,3 +500,37 @@ def _shards(made: _Maker) -> Iterator[HostileCase]:
     (path / "two.safetensors").unlink()
     (path / "two.safetensors").symlink_to(path.parent / path.name / ".." / "x.safetensors")
     yield _case("a shard that is a dead link", path, AdapterFileError, "two.safetensors")
+
+
+def _bombs(made: _Maker) -> Iterator[HostileCase]:
+    """Small files that ask for much time or memory."""
+    tensors = good_tensors()
+    for prefix in ("model.", "language_model."):
+        header = {f"{prefix * (700 // len(prefix))}{i}.lora_A.weight": _EMPTY for i in range(10_000)}
+        yield _case(f"10,000 names of {prefix}", made.with_header(header, b""), AdapterFileError, "characters")
+        header = {f"{prefix * (450 // len(prefix))}{i}.lora_A.weight": _EMPTY for i in range(10_000)}
+        yield _case(
+            f"10,000 shorter names of {prefix}", made.with_header(header, b""), AdapterMismatchError, "that long"
+        )
+    for names in (tensors, {f"{PREFIX}{'model.' * 20}{Q_PROJ}.lora_A.weight": torch.ones(2, HIDDEN_SIZE)}):
+        path = made.with_tensors(names, rank_pattern={".*.*.*.*[!?]": 3}, alpha_pattern={"(.*a*)*[!?]": 3})
+        if names is not tensors:
+            yield _case("regex bomb", path, AdapterMismatchError, WEIGHTS)
+    many = {f"layers.{i}*": 2 for i in range(257)}
+    yield _case("257 expressions", made.with_tensors(tensors, rank_pattern=many), AdapterConfigError, "rank_pattern")
+    path = made.with_config(json.dumps(CONFIG_FIELDS | {"target_parameters": [f"a{i}" for i in range(200_000)]}))
+    yield _case("200,000 target_parameters", path, AdapterConfigError, "target_parameters", "at most")
+    folder = made.folder()
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", 86 * 2**20))
+        file.truncate(90 * 2**20)
+    yield _case("header of 86 MB", folder, AdapterFileError, WEIGHTS, "header at most")
+    for name in ("q_proj\n", "q_proj\r", "q_proj\u2028", "q_proj\u200b", "q_proj\x1b[31m", "q_proj\ud800"):
+        header = {f"{PREFIX}model.layers.0.self_attn.{name}.lora_A.weight": _EMPTY}
+        yield _case(f"name {name!r}", made.with_header(header, b""), AdapterFileError, WEIGHTS, "control characters")
+    huge = torch.ones(2, HIDDEN_SIZE, dtype=torch.float64) * 1e300
+    for name in (f"{PREFIX}{Q_PROJ}.lora_A.weight", f"{PREFIX}{EXPERTS[0]}.0.gate_proj.lora_A.weight"):
+        yield _case(f"float64 beyond float32: {name}", made.with_tensors(tensors | {name: huge}), AdapterTensorError)
+
+
+_EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}

@@ -9,18 +9,15 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora
-from moegraft.core.tables import ExpertsFactor
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.mapping import AdapterMapping
 from moegraft.lora.punica import PunicaWrapperCPU
+from moegraft.lora.rows import AdapterRows, RankBounds
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
 from moegraft.moe.experts import FusedMoEExpertsModular
-from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
-from moegraft.moe.method import FusedMoEModularMethod
-from moegraft.moe.prepare_finalize import NoDispatchPrepareAndFinalize
+from moegraft.moe.layer import FusedMoE, FusedMoEModularMethod, FusedMoEWithLoRA, NoDispatchPrepareAndFinalize
 from moegraft.testing import (
     ExpertsFactors,
     MoECase,
@@ -60,12 +57,8 @@ class BuiltLayer:
         slots_T = self.inputs.token_slots_T if slots_T is None else slots_T
         names = [None if slot < 0 else f"a{slot}" for slot in slots_T.tolist()]
         with self.bank.acquire(names) as batch:
-            ranks = batch.max_ranks(MODULE)
-            bound = max(ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else 0
-            # A batch without tokens still has rows: sequences of length zero.
-            row_slots = batch.row_slots or (0,)
-            mapping = AdapterMapping.for_rows(row_slots, len(names), self.bank.pool.data.device)
-            yield self.with_lora.lora_context(mapping, bound)
+            rows = AdapterRows.of(batch.row_slots, device=self.bank.pool.data.device)
+            yield self.with_lora.lora_context(rows, RankBounds.of(batch.max_ranks(MODULE)))
 
     def run(self, slots_T: torch.Tensor | None = None) -> torch.Tensor:
         with self.context(slots_T) as context:

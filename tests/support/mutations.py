@@ -9,13 +9,13 @@ from unittest.mock import patch
 
 import torch
 
-from moegraft.core.activation import split_halves
 from moegraft.core.config import Activation
+from moegraft.core.halves import split_halves
 from moegraft.core.tables import Field, LinearFactor
-from moegraft.lora.bank.device_tables import DeviceTables
-from moegraft.lora.mapping import BASE_SLOT, AdapterMapping
+from moegraft.lora.bank.pool import DeviceTables
 from moegraft.lora.peft.config import PeftConfig
 from moegraft.lora.punica import PunicaWrapperCPU
+from moegraft.lora.rows import BASE_SLOT, AdapterRows
 from moegraft.moe.experts import TorchExperts, torch_experts
 
 Mutation = Callable[[], AbstractContextManager[Any]]
@@ -39,13 +39,13 @@ def drop_linear_delta() -> AbstractContextManager[Any]:
 
 def _remap(change: Callable[[tuple[int, ...]], dict[int, int]]) -> AbstractContextManager[Any]:
     """Slots of rows go through a dictionary that is made from the distinct slots of the batch."""
-    original = AdapterMapping.for_rows
+    original = AdapterRows.of
 
-    def for_rows(row_slots: Sequence[int], *args: Any) -> AdapterMapping:
-        swapped = change(tuple(sorted({slot for slot in row_slots if slot != BASE_SLOT})))
-        return original([swapped.get(slot, slot) for slot in row_slots], *args)
+    def of(slots: Sequence[int], **options: Any) -> AdapterRows:
+        swapped = change(tuple(sorted({slot for slot in slots if slot != BASE_SLOT})))
+        return original([swapped.get(slot, slot) for slot in slots], **options)
 
-    return patch.object(AdapterMapping, "for_rows", for_rows)
+    return patch.object(AdapterRows, "of", of)
 
 
 def swap_adapters() -> AbstractContextManager[Any]:

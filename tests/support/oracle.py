@@ -46,7 +46,7 @@ def merge(model: PreTrainedModel, targets: ModelTargets, adapter: AdapterWeights
         _replace(module, param, _merged_linear(getattr(module, param), linear))
     for name, embedding in adapter.embeddings.items():
         module = merged.get_submodule(name)
-        _replace(module, "weight", _merged_embedding(module.weight, embedding))
+        _replace(module, "weight", _merged_embedding(module.weight, embedding, targets.embeddings[name].scale))
     return merged
 
 
@@ -65,8 +65,9 @@ def _merged_linear(weight: torch.Tensor, lora: LinearLoRA) -> torch.Tensor:
     return (weight.double() * gain.double()[:, None] + lora.b.double().T @ lora.a.double()).to(weight.dtype)
 
 
-def _merged_embedding(weight: torch.Tensor, lora: EmbeddingLoRA) -> torch.Tensor:
-    return (weight.double() + lora.a.double().T @ lora.b.double()).to(weight.dtype)
+def _merged_embedding(weight: torch.Tensor, lora: EmbeddingLoRA, scale: float) -> torch.Tensor:
+    """``scale``: by which the module multiplies the rows of its weight."""
+    return (weight.double() + lora.a.double().T @ lora.b.double() / scale).to(weight.dtype)
 
 
 def _merge_experts(module: nn.Module, target: ExpertsTarget, lora: ExpertsLoRA) -> None:

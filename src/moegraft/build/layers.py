@@ -10,9 +10,13 @@ from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.punica import PunicaWrapperBase, PunicaWrapperCPU, PunicaWrapperGPU
 from moegraft.lora.punica.sharded import ShardedExpertsPunica
 from moegraft.moe.experts.triton_experts import MIN_CAPABILITY
-from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
-from moegraft.moe.method import FusedMoEModularMethod
-from moegraft.moe.prepare_finalize import FusedMoEPrepareAndFinalize, NoDispatchPrepareAndFinalize
+from moegraft.moe.layer import (
+    FusedMoE,
+    FusedMoEModularMethod,
+    FusedMoEPrepareAndFinalize,
+    FusedMoEWithLoRA,
+    NoDispatchPrepareAndFinalize,
+)
 from moegraft.moe.router import RouterConfig
 from moegraft.oracle import Decision, select_experts
 from moegraft.parallel import ParallelConfig, ParallelGroups

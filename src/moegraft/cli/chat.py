@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -14,10 +15,11 @@ from moegraft.cli.console import CommandError, printable, stderr
 _TIMEOUT_SECONDS = 600.0
 
 
-def run_chat(url: str, model: str | None, *, api_key: str | None, max_tokens: int | None, temperature: float) -> None:
+def run_chat(url: str, model: str | None, *, max_tokens: int | None, temperature: float) -> None:
     """Reads lines from stdin and prints answers as they grow; ends with the input. ``/model NAME`` changes adapters,
     ``/clear`` forgets the conversation, ``/models`` lists."""
     base = url.rstrip("/").removesuffix("/v1")
+    api_key = os.environ.get("MOEGRAFT_API_KEY", "").partition(",")[0]
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
     names = [card["id"] for card in _get(f"{base}/v1/models", headers)["data"]]
     model = model or names[0]
@@ -71,7 +73,7 @@ def _answer(url: str, headers: dict[str, str], body: dict[str, Any]) -> str:
             for choice in event["choices"]:
                 piece = choice["delta"].get("content") or ""
                 text += piece
-                sys.stdout.write(printable(piece, keep="\n\t"))
+                sys.stdout.write(printable(piece, is_text=True))
                 sys.stdout.flush()
     sys.stdout.write("\n")
     return text

@@ -21,9 +21,11 @@ DEMO_ADAPTERS = ("shout", "pirate", "json")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeRequest:
-    """model: None for the demo's, which is made first · engine: fields of EngineConfig."""
+    """model: a checkpoint; none where ``is_demo``, whose model and adapters are made first · engine: fields of
+    EngineConfig."""
 
     model: Path | None
+    is_demo: bool = False
     adapters: Mapping[str, Path]
     adapters_from: Path | None
     options: ServerOptions
@@ -45,6 +47,8 @@ def run_serve(request: ServeRequest) -> None:
 
     from moegraft.serving.http.app import create_app
 
+    if request.is_demo == (request.model is not None):
+        raise CommandError("serve takes a MODEL or --demo")
     quiet_transformers()
     with _model(request) as (folder, adapters):
         engine = Engine(

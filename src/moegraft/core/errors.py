@@ -19,6 +19,14 @@ class NoBackendError(MoegraftError):
     """No backend can serve the layer, and the message holds every reason; or not the requested one, and why."""
 
 
+class FileError(MoegraftError):
+    """What a checked reader of files refuses. Adapters and checkpoints turn it into errors of their own."""
+
+
+class StoredTensorError(FileError):
+    """A tensor in a well-formed file that has a dtype which is not read, or values that are not finite."""
+
+
 class AdapterError(MoegraftError):
     """Base of everything that is wrong with one adapter. Nothing was changed when it is raised."""
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
-from torch.nn.functional import pad
+
+from moegraft.core.halves import join_halves, split_halves
 
 
 class ExpertsWeights(ABC):
@@ -86,17 +87,7 @@ class ExpertsWeights(ABC):
         for expert in range(E):
             rows = self.w13_in_out_of(expert, dtype).mT
             if self.is_interleaved and self.num_halves == 2:
-                rows = torch.cat([rows[::2], rows[1::2]])
+                rows = join_halves(split_halves(rows, 0, num_halves=2, is_interleaved=True), 0, is_interleaved=False)
             w13[expert] = rows
             w2[expert] = self.w2_in_out_of(expert, dtype).mT
         return w13, w2
-
-
-def cut_axis(
-    tensor: torch.Tensor, axis: int, start: int, stop: int, extra: int = 0, *, fill: float = 0.0
-) -> torch.Tensor:
-    """A copy of [start, stop) along an axis, with ``extra`` elements of ``fill`` behind it."""
-    behind_last_axis = [0, 0] * (tensor.dim() - 1 - axis)
-    return pad(tensor.narrow(axis, start, stop - start), [*behind_last_axis, 0, extra], value=fill).clone(
-        memory_format=torch.contiguous_format
-    )

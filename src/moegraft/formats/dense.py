@@ -8,7 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from moegraft.formats.base import ExpertsWeights, cut_axis
+from moegraft.core.cuts import cut_axis
+from moegraft.core.halves import cut_halves, join_halves, split_halves
+from moegraft.formats.base import ExpertsWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,20 +87,18 @@ class DenseExperts(ExpertsWeights):
     def take_intermediate(self, start: int, stop: int, *, padded_to: int | None = None) -> DenseExperts:
         extra = 0 if padded_to is None else padded_to - (stop - start)
         half_axis, f_axis = (2, 1) if self.is_transposed else (1, 2)
+
+        def cut(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+            G, columns = self.num_halves, (start, stop)
+            return cut_halves(tensor, axis, columns, extra, num_halves=G, is_interleaved=self.is_interleaved)
+
         return replace(
             self,
-            w13=self._cut_halves(self.w13, half_axis, start, stop, extra),
+            w13=cut(self.w13, half_axis),
             w2=cut_axis(self.w2, f_axis, start, stop, extra),
-            b13=None if self.b13 is None else self._cut_halves(self.b13, 1, start, stop, extra),
+            b13=None if self.b13 is None else cut(self.b13, 1),
             b2=None if self.b2 is None else self.b2.clone(),
         )
-
-    def _cut_halves(self, tensor: torch.Tensor, axis: int, start: int, stop: int, extra: int) -> torch.Tensor:
-        """The cut of each half of a G*F axis."""
-        F, G = self.intermediate_size, self.num_halves
-        by_half = (F, G) if self.is_interleaved else (G, F)
-        f_axis = axis if self.is_interleaved else axis + 1
-        return cut_axis(tensor.unflatten(axis, by_half), f_axis, start, stop, extra).flatten(axis, axis + 1)
 
     @classmethod
     def pack(
@@ -107,8 +107,7 @@ class DenseExperts(ExpertsWeights):
         """Inverse of ``dequantise`` for the given layout (without biases)."""
         w13 = w13_EGFD
         if is_interleaved and num_halves == 2:
-            F = w2_EDF.shape[2]
-            w13 = torch.stack([w13[:, :F], w13[:, F:]], dim=2).flatten(1, 2)
+            w13 = join_halves(split_halves(w13, 1, num_halves=2, is_interleaved=False), 1, is_interleaved=True)
         if is_transposed:
             w13, w2_EDF = w13.transpose(1, 2).contiguous(), w2_EDF.transpose(1, 2).contiguous()
         return cls(

@@ -19,6 +19,7 @@ from typing import ClassVar, Self
 import torch
 from torch.nn.functional import pad
 
+from moegraft.core.halves import cut_halves, half_intervals
 from moegraft.formats.base import ExpertsWeights
 
 GRANULE = 128
@@ -285,11 +286,11 @@ class FourBitExperts(ExpertsWeights):
                 f"{self.format_name} experts: found a cut at [{start}, {stop}) of F = {F}, expected multiples of "
                 f"{granule}, the inputs of w2 that share a scale"
             )
-        columns = torch.arange(start, stop, device=self.device)
-        w13 = [self.w13.take_rows(columns + half * F, num_padding=extra) for half in range(self.num_halves)]
+        intervals = half_intervals(start, stop, F, num_halves=self.num_halves, is_interleaved=False)
+        w13 = [self.w13.take_rows(torch.arange(*rows, device=self.device), num_padding=extra) for rows in intervals]
         b13 = self.b13
         if b13 is not None:
-            b13 = pad(b13.unflatten(1, (self.num_halves, F))[:, :, start:stop], [0, extra]).flatten(1)
+            b13 = cut_halves(b13, 1, (start, stop), extra, num_halves=self.num_halves, is_interleaved=False)
         return replace(
             self,
             w13=self.matrix_type.cat_rows(w13),

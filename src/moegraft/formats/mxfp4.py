@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from moegraft.core.halves import join_halves, split_halves
 from moegraft.formats.four_bit import FourBitExperts, FourBitMatrix
 
 BLOCK = 32
@@ -155,9 +156,9 @@ class MXFP4Experts(FourBitExperts):
 
 
 def _halves_apart(tensor: torch.Tensor) -> torch.Tensor:
-    """[E, 2F, ...] with alternating rows: the even ones, then the odd ones."""
-    return torch.cat([tensor[:, ::2], tensor[:, 1::2]], 1)
+    """[E, 2F, ...] with alternating rows: those of gate, then those of up."""
+    return join_halves(split_halves(tensor, 1, num_halves=2, is_interleaved=True), 1, is_interleaved=False)
 
 
 def _halves_alternate(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.stack(tensor.chunk(2, 1), 2).flatten(1, 2)
+    return join_halves(split_halves(tensor, 1, num_halves=2, is_interleaved=False), 1, is_interleaved=True)

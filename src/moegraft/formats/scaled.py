@@ -14,7 +14,9 @@ from typing import ClassVar, Self
 import torch
 from torch.nn.functional import pad
 
-from moegraft.formats.base import ExpertsWeights, cut_axis
+from moegraft.core.cuts import cut_axis
+from moegraft.core.halves import cut_halves
+from moegraft.formats.base import ExpertsWeights
 
 BLOCK = 128
 """Side of a block of weights under one scale, and the columns of a group of activations."""
@@ -126,7 +128,7 @@ class ScaledExperts(ExpertsWeights):
         )
 
     def take_intermediate(self, start: int, stop: int, *, padded_to: int | None = None) -> Self:
-        F, G, granule = self.intermediate_size, self.num_halves, self.intermediate_granule
+        F, granule = self.intermediate_size, self.intermediate_granule
         # A rank behind the last column takes [F, F), wherever F ends, and computes zeros.
         if start < stop and (start % granule or (stop % granule and stop != F)):
             raise ValueError(
@@ -136,25 +138,26 @@ class ScaledExperts(ExpertsWeights):
         width = stop - start
         extra = 0 if padded_to is None else padded_to - width
 
-        def cut_halves(tensor: torch.Tensor, first: int, last: int, behind: int, fill: float = 0.0) -> torch.Tensor:
-            halves = _view_bytes(tensor).unflatten(1, (G, -1))
-            return cut_axis(halves, 2, first, last, behind, fill=fill).flatten(1, 2).view(tensor.dtype)
+        def cut(tensor: torch.Tensor, columns: tuple[int, int], behind: int, fill: float = 0.0) -> torch.Tensor:
+            stored, G = _view_bytes(tensor), self.num_halves
+            taken = cut_halves(stored, 1, columns, behind, num_halves=G, is_interleaved=False, fill=fill)
+            return taken.view(tensor.dtype)
 
         w13_scale, w2_scale = self.w13_scale, self.w2_scale
         if self.is_block_scaled:
             first, last = start // BLOCK, _num_blocks(stop)
             behind = _num_blocks(width + extra) - (last - first)
-            w13_scale = cut_halves(w13_scale, first, last, behind, fill=1.0)
+            w13_scale = cut(w13_scale, (first, last), behind, fill=1.0)
             w2_scale = cut_axis(w2_scale, 2, first, last, behind, fill=1.0)
         else:
-            w13_scale, w2_scale = cut_halves(w13_scale, start, stop, extra, fill=1.0), w2_scale.clone()
+            w13_scale, w2_scale = cut(w13_scale, (start, stop), extra, fill=1.0), w2_scale.clone()
         return replace(
             self,
-            w13=cut_halves(self.w13, start, stop, extra),
+            w13=cut(self.w13, (start, stop), extra),
             w2=cut_axis(_view_bytes(self.w2), 2, start, stop, extra).view(self.w2.dtype),
             w13_scale=w13_scale,
             w2_scale=w2_scale,
-            b13=None if self.b13 is None else cut_halves(self.b13, start, stop, extra),
+            b13=None if self.b13 is None else cut(self.b13, (start, stop), extra),
             b2=None if self.b2 is None else self.b2.clone(),
         )
 

@@ -5,10 +5,12 @@ Shape letters: T tokens · M rows · K experts per token · D hidden size
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from moegraft.core.config import MoEConfig
-from moegraft.moe.prepare_finalize import (
+from moegraft.moe.layer import (
     ExpertsOutput,
     NoDispatchPrepareAndFinalize,
     PreparedRows,
@@ -24,6 +26,8 @@ class TensorParallelPrepareAndFinalize(NoDispatchPrepareAndFinalize):
     makes of them is a part of the sum. Where an experts class leaves the sum over K to ``finalize``, the partial
     outputs travel in float32 and are rounded once; where its kernels have summed, in their dtype.
     """
+
+    keeps_rows: ClassVar[bool] = False
 
     def __init__(self, config: MoEConfig, tp: Communicator) -> None:
         super().__init__(config)

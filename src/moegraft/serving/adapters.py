@@ -29,12 +29,13 @@ from moegraft.core.errors import (
 )
 from moegraft.integrations.transformers import GraftedModel
 from moegraft.lora.bank import AdapterBatch
-from moegraft.lora.peft.folder import CONFIG_FILE, WEIGHTS_FILE
+from moegraft.lora.peft.config import CONFIG_FILE
 from moegraft.serving.status import FIRST_TOKEN_BUCKETS, AdapterStatus, Observations
 from moegraft.serving.text import TextCodec, adapter_template
 
 Source = str | os.PathLike[str] | Mapping[str, bytes]
 
+WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_NAME_CHARACTERS = 256
 MAX_REMOTE_BYTES = 64 * 2**30
 _REMOTE_FILES = (".safetensors", ".json", ".jinja")

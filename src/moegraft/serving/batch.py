@@ -10,7 +10,7 @@ from moegraft.serving.attention import AttentionOptions
 from moegraft.serving.attention.gathered import attend_gathered
 from moegraft.serving.kv_pool import KVPool
 from moegraft.serving.pages import SCRATCH_PAGE
-from moegraft.serving.scheduler import StepPlan
+from moegraft.serving.scheduler import BASE, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,17 @@ class Segment:
 class StepBatch:
     """T rows, padding included, of which W give logits.
 
-    ids_T, positions_T, slots_T (page * S + offset) int64 · lanes: the adapter of each row, BASE for padding ·
-    rows_W: those whose logits are wanted, ``lanes_W`` their adapters · segments: rows by sequence.
+    ids_T, positions_T, slots_T (page * S + offset) int64 · lanes, lengths: the adapter of each chunk and its rows, BASE
+    for padding · rows_W: those whose logits are wanted, ``lanes_W`` their adapters; None for all rows ·
+    segments: rows by sequence.
     """
 
     ids_T: torch.Tensor
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     lanes: tuple[int, ...]
-    rows_W: torch.Tensor
+    lengths: tuple[int, ...]
+    rows_W: torch.Tensor | None
     lanes_W: tuple[int, ...]
     segments: tuple[Segment, ...]
     pool: KVPool
@@ -56,8 +58,10 @@ class StepBatch:
         return out_THC
 
 
-def pack(plan: StepPlan, pool: KVPool, *, padded_to: int, device: torch.device, row_by_row: bool = False) -> StepBatch:
-    """The rows of a plan, chunk after chunk, and padding up to ``padded_to`` rows.
+def pack(
+    plan: StepPlan, pool: KVPool, *, padded_to: tuple[int, int], device: torch.device, row_by_row: bool = False
+) -> StepBatch:
+    """The rows of a plan, chunk after chunk, and padding up to ``padded_to`` rows and rows for the head.
 
     row_by_row: every row is a segment of its own, so that a prompt's attention has the bits of decode steps.
     """
@@ -65,7 +69,7 @@ def pack(plan: StepPlan, pool: KVPool, *, padded_to: int, device: torch.device, 
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    lanes: list[int] = []
+    lanes_W: list[int] = []
     wanted: list[int] = []
     segments: list[Segment] = []
     for chunk in plan.chunks:
@@ -81,18 +85,19 @@ def pack(plan: StepPlan, pool: KVPool, *, padded_to: int, device: torch.device, 
         ids += sequence.tokens[chunk.start : end]
         positions += range(chunk.start, end)
         slots += [sequence.pages[at // size] * size + at % size for at in range(chunk.start, end)]
-        lanes += [sequence.lane] * chunk.count
         if chunk.samples:
             wanted.append(len(ids) - 1)
-    padding = padded_to - len(ids)
-    rows_W = wanted or [0]  # a head without rows is more than some models take
+            lanes_W.append(sequence.lane)
+    padding, wanted_padding = padded_to[0] - len(ids), padded_to[1] - len(wanted)
+    is_whole = padded_to[0] == padded_to[1] and len(wanted) == len(ids)  # decode rows and their padding
     return StepBatch(
         ids_T=torch.tensor(ids + [0] * padding, device=device),
         positions_T=torch.tensor(positions + [0] * padding, device=device),
         slots_T=torch.tensor(slots + [SCRATCH_PAGE * size] * padding, device=device),
-        lanes=tuple(lanes) + (0,) * padding,
-        rows_W=torch.tensor(rows_W, device=device),
-        lanes_W=tuple(lanes[row] for row in rows_W),
+        lanes=tuple(chunk.sequence.lane for chunk in plan.chunks) + (BASE,) * bool(padding),
+        lengths=tuple(chunk.count for chunk in plan.chunks) + (padding,) * bool(padding),
+        rows_W=None if is_whole else torch.tensor(wanted + [0] * wanted_padding, device=device),
+        lanes_W=(*lanes_W, *(BASE,) * wanted_padding),
         segments=tuple(segments),
         pool=pool,
     )

@@ -119,7 +119,13 @@ class Engine:
         sizes = config.batch_sizes
         if config.batch_invariant:
             sizes = (max(config.chunk_tokens, *sizes),) if sizes else (config.chunk_tokens,)
-        runner = Runner(graft, names=self._store.key, batch_sizes=sizes, row_by_row=config.batch_invariant)
+        runner = Runner(
+            graft,
+            names=self._store.key,
+            batch_sizes=sizes,
+            max_rows=config.max_rows,
+            row_by_row=config.batch_invariant,
+        )
         self._resources.callback(runner.close)
         num_pages = _num_pages(config, runner, longest_context(model))
         self.max_model_len = min(config.max_model_len or longest_context(model), (num_pages - 1) * config.page_size)

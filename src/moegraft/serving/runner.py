@@ -41,6 +41,7 @@ class Runner:
         *,
         names: Callable[[int], str],
         batch_sizes: Sequence[int] = (),
+        max_rows: int = 128,
         row_by_row: bool = False,
     ) -> None:
         self.graft = graft
@@ -49,6 +50,7 @@ class Runner:
         self.pool: KVPool | None = None
         self._names = names
         self._sizes = sorted(batch_sizes)
+        self._max_wanted = max_rows
         self._row_by_row = row_by_row
         self._previous: str = self.model.config._attn_implementation
         self._stack = ExitStack()  # the adapters of the rows that the head is given, until the model returns
@@ -79,16 +81,16 @@ class Runner:
 
     @torch.no_grad()
     def run(self, plan: StepPlan) -> torch.Tensor:
-        """Logits [W, vocabulary] float32 of the chunks that sample, in the plan's order; one row where none does."""
+        """Logits [W, vocabulary] float32: the chunks that sample, in the plan's order, come first."""
         assert self.pool is not None
         step = pack(
             plan,
             self.pool,
-            padded_to=self._padded(plan.num_tokens),
+            padded_to=self._padded(plan),
             device=self.device,
             row_by_row=self._row_by_row,
         )
-        with self._stack, self._adapters(step.lanes):
+        with self._adapters(step.lanes, step.lengths), self._stack:
             self._step = step
             try:
                 logits: torch.Tensor = self.model(
@@ -101,20 +103,25 @@ class Runner:
                 self._step = None
         return logits[:, 0].float()
 
-    def _padded(self, rows: int) -> int:
+    def _padded(self, plan: StepPlan) -> tuple[int, int]:
+        """Rows of the step and of its head, of which there is at least one: not every model takes none."""
+        wanted = max(1, sum(chunk.samples for chunk in plan.chunks))
+        return self._next_size(plan.num_tokens), max(wanted, min(self._next_size(wanted), self._max_wanted))
+
+    def _next_size(self, rows: int) -> int:
         at = bisect_left(self._sizes, rows)
         return self._sizes[at] if at < len(self._sizes) else rows
 
-    def _adapters(self, lanes: tuple[int, ...]) -> AbstractContextManager[Any]:
-        """The one place that says to the layers which adapter each row uses."""
-        return self.graft.batch([None if lane == BASE else self._names(lane) for lane in lanes], len(lanes))
+    def _adapters(self, lanes: tuple[int, ...], lengths: tuple[int, ...]) -> AbstractContextManager[Any]:
+        """The one place that says to the layers which adapter each row uses: lane i the next ``lengths[i]`` rows."""
+        return self.graft.batch([None if lane == BASE else self._names(lane) for lane in lanes], lengths=lengths)
 
     def _keep_wanted_rows(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """In front of the head: only the rows that sample go on, each with its own adapter."""
         step, self._step = self._step, None  # once a step: a copy of the head that an adapter replaces has the hook too
-        if step is None:
+        if step is None or step.rows_W is None:
             return None
-        self._stack.enter_context(self._adapters(step.lanes_W))
+        self._stack.enter_context(self._adapters(step.lanes_W, (1,) * len(step.lanes_W)))
         return args[0][step.rows_W], *args[1:]
 
 

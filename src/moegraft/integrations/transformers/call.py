@@ -1,131 +1,269 @@
-"""The batch in flight, reachable from every layer without an argument: transformers' hooks carry none."""
+"""The call in flight, reachable from every layer without an argument, since transformers' hooks carry none; and the
+hooks that state the rows of every forward pass of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
-from moegraft.core.tables import ExpertsFactor, LinearFactor
-from moegraft.lora.bank import AdapterBatch
-from moegraft.lora.collective_bank import GroupBatch
-from moegraft.lora.mapping import AdapterMapping
+from moegraft.core.errors import BatchError
+from moegraft.integrations.transformers import compiled
+from moegraft.integrations.transformers.scope import HEADS
+from moegraft.lora.call import AdapterCall
+from moegraft.lora.targets import ModelTargets
+
+# Inputs of a forward pass whose first two dimensions are [B, S], in the order in which models prefer them.
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-class ActiveCall:
-    """One batch of adapters while the model runs on it; shared by all layers.
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One ``with`` block: its call, and the block around it."""
 
-    ``fixed_rank``: what runs must also serve batches of other adapters, of ranks up to this, on any module.
-    ``group``: the adapters of all ranks' rows, where experts see those of other ranks; ``group_shared``: its scratch.
-    """
+    state: CallState
+    call: AdapterCall
+    outer: _Block | None
+    thread: int
 
-    def __init__(
-        self,
-        batch: AdapterBatch,
-        device: torch.device,
-        shared: dict[str, Any],
-        *,
-        fixed_rank: int | None = None,
-        group: GroupBatch | None = None,
-        group_shared: dict[str, Any] | None = None,
-    ) -> None:
-        self.batch = batch
-        self.fixed_rank = fixed_rank
-        self.device = device
-        self._mappings: dict[int, AdapterMapping] = {}
-        self._experts_mappings: dict[int, AdapterMapping] = {}
-        self._shared = shared
-        self._group = group
-        self._group_shared = group_shared
 
-    def mapping(self, num_rows: int) -> AdapterMapping:
-        """Slots of ``num_rows`` rows, sequence-major; raises BatchError where the batch does not divide them."""
-        mapping = self._mappings.get(num_rows)
-        if mapping is None:
-            mapping = AdapterMapping.for_rows(self.batch.row_slots, num_rows, self.device, self._shared)
-            self._mappings[num_rows] = mapping
-        return mapping
-
-    def experts_mapping(self, num_rows: int) -> AdapterMapping:
-        """What experts read: where rows travel, with the adapters of all ranks' rows."""
-        if self._group is None:
-            return self.mapping(num_rows)
-        mapping = self._experts_mappings.get(num_rows)
-        if mapping is None:
-            mapping = self._experts_mappings[num_rows] = self._group.mapping(num_rows, self._group_shared)
-        return mapping
-
-    @property
-    def rows_travel(self) -> bool:
-        """Whether ranks exchange rows with adapters: then all of them run every layer with LoRA."""
-        return self._group is not None and self._group.has_adapters
-
-    def touches(self, module: str) -> bool:
-        """Whether some adapter that the batch stands for has LoRA on the module."""
-        return self.fixed_rank is not None or bool(self.batch.max_ranks(module))
-
-    def experts_ranks(self, module: str, num_halves: int) -> tuple[int, int]:
-        """Bounds of the (A13, A2) rows of an experts module with ``num_halves`` halves; zeros where it has no LoRA."""
-        if self.fixed_rank is not None:
-            return num_halves * self.fixed_rank, self.fixed_rank
-        ranks = (self.batch if self._group is None else self._group.union).max_ranks(module)
-        return (ranks[ExpertsFactor.A13], ranks[ExpertsFactor.A2]) if ranks else (0, 0)
-
-    def linear_rank(self, module: str) -> int:
-        """Bound of the rank on a linear map that the batch touches."""
-        return self.batch.max_ranks(module)[LinearFactor.A] if self.fixed_rank is None else self.fixed_rank
+_CURRENT: ContextVar[_Block | None] = ContextVar("moegraft_call", default=None)
 
 
 class CallState:
     """Which call a layer of one grafted model belongs to.
 
     A context variable, so that threads (and tasks) that call one model at once keep apart; and a binding that every
-    thread sees, for engines that run the forward pass on threads of their own.
+    thread sees, for engines that run the forward pass on threads of their own. A call belongs to its block: one whose
+    block was left serves no layer, and blocks of one thread are left in the reverse order.
     """
 
-    def __init__(self) -> None:
-        self._bound: ActiveCall | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._bound: _Block | None = None
+        self._lock = threading.Lock()
+        # What a traced graph reads; see compiled.py.
+        self.order = torch.zeros(1, dtype=torch.int32, device=device)
+        self.version = "0"
+        self.fixed: AdapterCall | None = None
+        self.number = compiled.register(self)
 
-    def current(self) -> ActiveCall | None:
-        entry = _CURRENT.get()
-        if entry is not None and entry[0] is self:
-            return entry[1]
-        return self._bound
+    def refuse_batch(self) -> None:
+        """Of a graph that was traced to compute gradients. Raises BatchError inside a batch of adapters."""
+        if self.current() is not None:
+            raise BatchError(
+                "the model was compiled where gradients were wanted, and such a graph has no adapters: call it under "
+                "torch.no_grad(), which compiles another one"
+            )
+
+    def hooks_changed(self) -> None:
+        """Graphs that were traced before are traced again."""
+        self.version = str(int(self.version) + 1)
+
+    def current(self) -> AdapterCall | None:
+        """Raises BatchError for a call whose block was left meanwhile."""
+        block = _mine(_CURRENT.get(), self) or self._bound
+        if block is None:
+            return None
+        if block.call.is_over:
+            raise BatchError(
+                "this batch was released while the model ran on it, or its block was left on another thread; a layer "
+                "must not use its adapters any more"
+            )
+        return block.call
+
+    def starting(self) -> AdapterCall | None:
+        """The call of a forward pass that starts now: blocks that were left elsewhere are passed over."""
+        block = _CURRENT.get()
+        if block is not None and block.call.is_over:
+            _CURRENT.set(_alive(block))
+        return self.current()
 
     @contextmanager
-    def running(self, call: ActiveCall) -> Iterator[None]:
+    def running(self, call: AdapterCall) -> Iterator[None]:
         """The call of this thread or task inside the block."""
-        token = _CURRENT.set((self, call))
+        block = _Block(self, call, _alive(_CURRENT.get()), threading.get_ident())
+        _CURRENT.set(block)
         try:
             yield
         finally:
-            _CURRENT.reset(token)
+            call.is_over = True
+            if _CURRENT.get() is not block:
+                raise BatchError(_NOT_NESTED)
+            _CURRENT.set(_alive(block.outer))
 
     @contextmanager
-    def bound(self, call: ActiveCall) -> Iterator[None]:
-        """The call of every thread that has none of its own inside the block."""
-        previous, self._bound = self._bound, call
+    def bound(self, call: AdapterCall) -> Iterator[None]:
+        """The call of every thread that has none of its own inside the block; of one thread at a time."""
+        thread = threading.get_ident()
+        with self._lock:
+            outer = _alive(self._bound)
+            if outer is not None and outer.thread != thread:
+                raise BatchError("another thread runs a batch with all_threads=True now; one such batch at a time")
+            block = self._bound = _Block(self, call, outer, thread)
+            self.fixed = call if call.is_static else None
         try:
             yield
         finally:
-            self._bound = previous
+            call.is_over = True
+            with self._lock:
+                is_last = self._bound is block
+                self._bound = _alive(self._bound)
+                around = self._bound.call if self._bound is not None else None
+                self.fixed = around if around is not None and around.is_static else None
+            if not is_last:
+                raise BatchError(_NOT_NESTED)
 
 
-_CURRENT: ContextVar[tuple[CallState, ActiveCall] | None] = ContextVar("moegraft_call", default=None)
+_NOT_NESTED = (
+    "a batch block was left out of order: batches of one thread nest, and each is left on its own thread. Its adapters "
+    "are released"
+)
 
 
-class BatchScratch:
-    """Scratch of a batch, kept while the next one has the same adapters in the same places (a decode loop)."""
+def _mine(block: _Block | None, state: CallState) -> _Block | None:
+    while block is not None and block.state is not state:
+        block = block.outer
+    return block
+
+
+def _alive(block: _Block | None) -> _Block | None:
+    while block is not None and block.call.is_over:
+        block = block.outer
+    return block
+
+
+class ForwardHooks:
+    """States the rows of every forward pass: hooks around the modules that take all tokens, the model itself first."""
+
+    def __init__(self, state: CallState, model: PreTrainedModel, names: Collection[str]) -> None:
+        """``names``: the modules inside ``model`` that are given tokens, [B, S]; the model itself is the empty name."""
+        begun = _Begun()
+        self._hooks = [_ForwardHook(state, begun, model.get_submodule(name), is_root=name == "") for name in names]
+
+    def install(self) -> None:
+        for hook in self._hooks:
+            hook.install()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def remove_hooks(module: nn.Module, owner: object) -> None:
+    """All forward hooks that are methods of ``owner``; no handle of them can be lost to an interrupt."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            hooks.pop(key, None)
+            for extra in (
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                extra.pop(key, None)
+
+
+class _Begun(threading.local):
+    """By thread: the calls whose forward passes run, None for a pass that states nothing."""
 
     def __init__(self) -> None:
-        self._last: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.calls: list[AdapterCall | None] = []
 
-    def of(self, held: AdapterBatch) -> dict[str, Any]:
-        key = tuple(handle.residency for handle in held.handles)
-        last = self._last  # read once: another thread may put its own batch there
-        if last[0] != key:
-            last = self._last = (key, {})
-        return last[1]
+
+class _ForwardHook:
+    """Around the forward passes of one module."""
+
+    def __init__(self, state: CallState, begun: _Begun, module: nn.Module, *, is_root: bool) -> None:
+        self._state = state
+        self._begun = begun
+        self._is_root = is_root
+        parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+        self._positions = tuple(parameters)[1:]  # behind self
+        self._number = compiled.register(self)
+        self._module = module
+
+    def install(self) -> None:
+        self._module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self._module.register_forward_hook(self._after, always_call=True)
+
+    def remove(self) -> None:
+        remove_hooks(self._module, self)
+
+    def begin(self, tokens: torch.Tensor | None, kept: int | torch.Tensor | None) -> None:
+        """A forward pass over tokens [B, S, ...] begins; None: one that says nothing of its rows."""
+        calls = self._begun.calls
+        if self._is_root:
+            calls.clear()  # what an interrupt has left behind
+        calls.append(None)
+        call = self._state.starting()
+        if call is not None and tokens is not None:
+            call.begin(tokens.shape[0], tokens.shape[1], kept, is_outermost=self._is_root)
+            calls[-1] = call
+
+    def end(self) -> None:
+        """The one that began last is over."""
+        call = self._begun.calls.pop()
+        if call is not None:
+            call.end()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens, kept = _tokens(self._positions, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.begin(tokens, kept)
+        elif self._state.fixed is None:
+            count = kept if isinstance(kept, int) else 0 if kept is None else -1
+            which = kept if isinstance(kept, torch.Tensor) else None
+            state = self._state
+            torch.ops.moegraft.graft_begin(tokens, which, count, state.order, self._number, state.version)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.end()
+        elif self._state.fixed is None:
+            torch.ops.moegraft.graft_end(self._state.order, self._number)
+
+
+def _tokens(
+    positions: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[torch.Tensor | None, int | torch.Tensor | None]:
+    """(the input whose first dimensions are [B, S], which of the tokens the head is to see or None)."""
+    given = {**dict(zip(positions, args, strict=False)), **kwargs}
+    kept = given.get("logits_to_keep")
+    if not isinstance(kept, torch.Tensor) and not (isinstance(kept, int) and kept > 0):
+        kept = None
+    for name in _TOKENS:
+        value = given.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return value, kept
+    return None, kept
+
+
+def token_modules(model: PreTrainedModel, targets: ModelTargets) -> list[str]:
+    """The model itself (the empty name) and those inside it that are given tokens and hold what adapters may touch."""
+    owners = {name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    served = {_innermost(owners, name) for name in (*targets.experts, *targets.linears, *targets.embeddings)}
+    return sorted({"", *served})
+
+
+def head_modules(model: PreTrainedModel, targets: ModelTargets) -> frozenset[str]:
+    """Linear maps behind the text stack: they may see the last tokens of each row only."""
+    output = model.get_output_embeddings()
+    return frozenset(
+        name
+        for name in targets.linears
+        if "." not in name or name.rpartition(".")[2] in HEADS or model.get_submodule(name) is output
+    )
+
+
+def _innermost(prefixes: Collection[str], name: str) -> str:
+    """The longest prefix that is ``name`` or one of its ancestors; the root is the empty name."""
+    while name and name not in prefixes:
+        name = name.rpartition(".")[0]
+    return name

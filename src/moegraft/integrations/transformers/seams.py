@@ -6,25 +6,25 @@ left: an untouched module runs exactly as before.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from moegraft.build import punica_for
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.core.tables import LinearFactor
-from moegraft.integrations.transformers.call import ActiveCall, CallState
-from moegraft.integrations.transformers.dtensors import local, whole
+from moegraft.core.tables import LinearFactor, LinearTables
+from moegraft.integrations.transformers import compiled
+from moegraft.integrations.transformers.call import CallState, remove_hooks
+from moegraft.integrations.transformers.dtensors import local
+from moegraft.integrations.transformers.router_weight import RouterWeight
 from moegraft.lora.bank import AdapterBank
-from moegraft.lora.mapping import AdapterMapping
+from moegraft.lora.call import AdapterCall
 from moegraft.lora.punica import PunicaWrapperBase
+from moegraft.lora.punica.embedding import expand_embedding, shrink_embedding
+from moegraft.lora.rows import AdapterRows
 from moegraft.lora.targets import LinearTarget
 from moegraft.parallel import LinearSlice
 from moegraft.parallel.collectives import Communicator
@@ -46,25 +46,35 @@ class Seam(ABC):
     def remove(self) -> None: ...
 
 
-class _HookSeam(Seam):
+class HookSeam(Seam):
     """A seam behind the module's forward pass."""
 
-    _handle: RemovableHandle | None = None
-
     def install(self) -> None:
-        self._handle = self.module.register_forward_hook(self._hook, with_kwargs=True)
+        self.module.register_forward_hook(self._hook, with_kwargs=True)
 
     def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        remove_hooks(self.module, self)
 
-    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call = self.state.current()
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if len(rest) != 2:
+            # Put in or taken out while this pass runs in another thread: torch does not know for an instant that the
+            # hook takes keyword arguments. No adapter of a running batch needs a seam that comes or goes.
+            return
+        kwargs, output = rest
+        is_traced = torch.compiler.is_compiling()
+        if is_traced and self.state.fixed is None:
+            self.trace(args, kwargs, output)
+            return
+        call = self.state.fixed if is_traced else self.state.current()
         if call is not None:
             _without_grad(self.apply, call, args, kwargs, output)
 
     @abstractmethod
-    def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Leave an op in a graph that is being traced, which does what ``apply`` does for the call of its time."""
+
+    @abstractmethod
+    def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Change ``output`` in place in the rows that have an adapter."""
 
 
@@ -87,28 +97,46 @@ class LinearDelta:
         self, target: LinearTarget, bank: AdapterBank, state: CallState, punica: PunicaWrapperBase | None = None
     ) -> None:
         self.target = target
+        self.name = target.name
         self.tables = bank.linear_tables(target.name)
         self.punica = punica or punica_for(self.tables.pool.device)
         self.state = state
+        self.number = compiled.register(self)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the call in flight has LoRA on this map; a graph that is traced serves calls that may."""
+        is_traced = torch.compiler.is_compiling()
+        call = self.state.fixed if is_traced else self.state.current()
+        return is_traced if call is None else call.linear_bound(self.name) > 0
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            if self.state.fixed is None:
+                torch.ops.moegraft.graft_delta(y, x, bias_O, self.state.order, self.number)
+            else:
+                self.add(self.state.fixed, y, x, bias_O)
+        else:
+            self.add_to(y, x, bias_O)
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        """Under the call that runs now, if there is one."""
         call = self.state.current()
-        if call is None or not call.touches(self.target.name):
+        if call is not None:
+            self.add(call, y, x, bias_O)
+
+    def add(self, call: AdapterCall, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        target, rank_bound = self.target, call.linear_bound(self.target.name)
+        if rank_bound == 0:
             return
-        x_MI = x.reshape(-1, self.target.in_features)
-        mapping = call.mapping(x_MI.shape[0])
-        if mapping.has_adapters:
-            self.punica.add_lora_linear(
-                y.view(-1, self.target.out_features),
-                x_MI.to(self.tables.pool.dtype),
-                mapping,
-                self.tables,
-                bias_O=bias_O,
-                rank_bound=call.linear_rank(self.target.name),
-            )
+        rows = call.rows(target.name, x.shape[:-1])
+        if rows.has_adapters:
+            x_MI = x.reshape(-1, target.in_features).to(self.tables.pool.dtype)
+            y_MO = y.view(-1, target.out_features)
+            self.punica.add_lora_linear(y_MO, x_MI, rows, self.tables, rank_bound=rank_bound, bias_O=bias_O)
 
 
-class LinearSeam(_HookSeam):
+class LinearSeam(HookSeam):
     """An nn.Linear; ``target`` has the sizes that this rank sees, and ``punica`` adds what they need."""
 
     def __init__(
@@ -122,12 +150,18 @@ class LinearSeam(_HookSeam):
         super().__init__(target.name, module, bank, state)
         self.delta = LinearDelta(target, bank, state, punica)
 
-    def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.delta.add(call, output, args[0] if args else kwargs["input"], self._bias())
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.delta(output, args[0] if args else kwargs["input"], self._bias())
+
+    def _bias(self) -> torch.Tensor | None:
         bias = getattr(self.module, "bias", None)
-        self.delta(output, args[0] if args else kwargs["input"], None if bias is None else local(bias))
+        return None if bias is None else local(bias)
 
 
-class EmbeddingSeam(_HookSeam):
+class EmbeddingSeam(HookSeam):
     """An nn.Embedding: y[m] += B^T @ A[:, token m].
 
     ``mine``: the tokens whose columns of A this rank holds, None for all; ``ranks`` then hold the others.
@@ -145,24 +179,61 @@ class EmbeddingSeam(_HookSeam):
         super().__init__(name, module, bank, state)
         self.ranks = ranks
         self.pieces = None if mine is None else mine.inputs
+        self.number = compiled.register(self)
+        self.num_embeddings = bank.layout.embeddings[name].num_embeddings
+        self.tables = LinearTables(
+            pool=bank.pool.data,
+            page_table=bank.tables.page_table,
+            factors=bank.tables.factors[:, bank.layout.module_entries(name)],
+            page_elems=bank.pool.page_elems,
+        )
 
-    def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not call.touches(self.name):
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ids = args[0] if args else kwargs["input"]
+        torch.ops.moegraft.graft_delta(output, ids, None, self.state.order, self.number)
+
+    def add_to(self, y: torch.Tensor, ids: torch.Tensor, _: torch.Tensor | None) -> None:
+        """Under the call that runs now, if there is one."""
+        call = self.state.current()
+        if call is not None:
+            self.apply(call, (ids,), {}, y)
+
+    def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        rank_bound = call.linear_bound(self.name)
+        if rank_bound == 0:
             return
-        ids_M = (args[0] if args else kwargs["input"]).reshape(-1)
+        ids = args[0] if args else kwargs["input"]
+        rows, ids_M = call.rows(self.name, ids.shape), ids.reshape(-1)
         y_MD = output.view(-1, output.shape[-1])
-        mapping = call.mapping(ids_M.shape[0])
-        factors = {}
-        for slot in mapping.active_slots:
+        if rows.host is None:
+            v_MR = shrink_embedding(
+                ids_M,
+                rows.slots_M,
+                self.tables,
+                num_embeddings=self.num_embeddings,
+                rank_bound=rank_bound,
+                pieces=self.pieces,
+            )
+            if self.pieces is not None:
+                self.ranks.all_reduce(v_MR)
+            expand_embedding(y_MD, v_MR, rows.slots_M, self.tables)
+        elif rows.has_adapters:
+            self._apply_by_slot(rows, ids_M, y_MD)
+
+    def _apply_by_slot(self, rows: AdapterRows, ids_M: torch.Tensor, y_MD: torch.Tensor) -> None:
+        """One product an adapter, over views of its factors."""
+        factors, low_rank = {}, {}
+        rows_of = dict(rows.segments().rows_of_segments())
+        for slot, rows_L in rows_of.items():
             a_RV = self.bank.factor(slot, self.name, LinearFactor.A)
             b_RD = self.bank.factor(slot, self.name, LinearFactor.B)
             if a_RV is not None and b_RD is not None:
-                factors[slot] = a_RV, b_RD
-        low_rank = {slot: self._low_rank(a_RV, ids_M[mapping.rows_of(slot)]) for slot, (a_RV, _) in factors.items()}
+                factors[slot] = b_RD
+                low_rank[slot] = self._low_rank(a_RV, ids_M[rows_L])
         if self.pieces is not None and factors:
-            low_rank = self._sum(low_rank, mapping)
-        for slot, (_, b_RD) in factors.items():
-            y_MD.index_add_(0, mapping.rows_of(slot), (low_rank[slot] @ b_RD).to(y_MD.dtype))
+            low_rank = self._sum(low_rank, rows_of, rows.num_rows)
+        for slot, b_RD in factors.items():
+            y_MD.index_add_(0, rows_of[slot], (low_rank[slot] @ b_RD).to(y_MD.dtype))
 
     def _low_rank(self, a_RV: torch.Tensor, ids_L: torch.Tensor) -> torch.Tensor:
         """[L, R]; zero for the tokens of other ranks."""
@@ -173,83 +244,21 @@ class EmbeddingSeam(_HookSeam):
         own_LR = a_RV[:, (ids_L - start).clamp(0, stop - start - 1)].transpose(0, 1)
         return own_LR.masked_fill(~is_mine_L[:, None], 0)
 
-    def _sum(self, low_rank: dict[int, torch.Tensor], mapping: AdapterMapping) -> dict[int, torch.Tensor]:
+    def _sum(
+        self, low_rank: dict[int, torch.Tensor], rows_of: dict[int, torch.Tensor], num_rows: int
+    ) -> dict[int, torch.Tensor]:
         """Over the ranks, in one buffer of all rows: ranks may keep an adapter in different slots."""
         widest = max(v_LR.shape[1] for v_LR in low_rank.values())
         some = next(iter(low_rank.values()))
-        all_MR = some.new_zeros(mapping.token_slots.shape[0], widest)
+        all_MR = some.new_zeros(num_rows, widest)
         for slot, v_LR in low_rank.items():
-            all_MR[mapping.rows_of(slot), : v_LR.shape[1]] = v_LR
+            all_MR[rows_of[slot], : v_LR.shape[1]] = v_LR
         self.ranks.all_reduce(all_MR)
-        return {slot: all_MR[mapping.rows_of(slot), : v_LR.shape[1]] for slot, v_LR in low_rank.items()}
-
-
-class SavedSeam(_HookSeam):
-    """A module of which adapters replace parameters (``modules_to_save``): their rows run through the replacement.
-
-    ``is_planned``: a parallel plan of transformers has wrapped the module, whose replacement runs whole on every rank.
-    """
-
-    def __init__(
-        self, name: str, module: nn.Module, bank: AdapterBank, state: CallState, *, is_planned: bool = False
-    ) -> None:
-        super().__init__(name, module, bank, state)
-        self.is_planned = is_planned
-
-    def apply(self, call: ActiveCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        num_rows = first.shape[0]
-        for handle in call.batch.handles:
-            params = [param for module, param in handle.saved if module == self.name]
-            if not params:
-                continue
-            rows_L = call.mapping(num_rows).rows_of(handle.slot)
-            tensors = {param: self.bank.saved(handle, self.name, param) for param in params}
-            mine = _pick((args, kwargs), rows_L, num_rows)
-            _put(output, self._variant(tensors)(*mine[0], **mine[1]), rows_L, num_rows)
-
-    def _variant(self, tensors: dict[str, torch.Tensor | None]) -> nn.Module:
-        """The module with some tensors replaced and without hooks; shares everything else."""
-        variant = copy.copy(self.module)
-        variant._forward_hooks = OrderedDict()
-        if self.is_planned:
-            variant.__dict__.pop("forward", None)  # the plan's, bound to the module and its sharded parameters
-        params = {k: tensors.get(k, None if v is None else whole(v)) for k, v in self.module._parameters.items()}
-        variant._parameters = params  # type: ignore[assignment]
-        variant._buffers = {k: tensors.get(k, v) for k, v in self.module._buffers.items()}
-        return variant
-
-
-def _pick(value: Any, rows_L: torch.Tensor, num_rows: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        # What has one dimension belongs to the experts (a balancing bias), not to the rows.
-        return value[rows_L] if value.dim() > 1 and value.shape[0] == num_rows else value
-    if isinstance(value, dict):
-        return {key: _pick(item, rows_L, num_rows) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_pick(item, rows_L, num_rows) for item in value)
-    return value
-
-
-def _put(output: Any, mine: Any, rows_L: torch.Tensor, num_rows: int) -> None:
-    """A module may flatten its rows on the way: an output has one or several rows for each that went in."""
-    if isinstance(output, torch.Tensor):
-        if output.dim() == 0:
-            return
-        if output.shape[0] % num_rows:
-            raise UnsupportedModelError(
-                f"a module of which an adapter replaces parameters gives {tuple(output.shape)} for {num_rows} rows; "
-                "expected a multiple of the rows"
-            )
-        rows = output.unflatten(0, (num_rows, -1))
-        rows.index_copy_(0, rows_L, mine.to(output.dtype).unflatten(0, (rows_L.shape[0], -1)))
-        return
-    for one, other in zip(output, mine, strict=True):
-        _put(one, other, rows_L, num_rows)
+        return {slot: all_MR[rows_of[slot], : v_LR.shape[1]] for slot, v_LR in low_rank.items()}
 
 
 class RouterSeam(Seam):
-    """A router that keeps its weight as a Parameter: the one F.linear it calls on it gets the delta."""
+    """A router that keeps its weight as a Parameter: every product with it gets the delta."""
 
     def __init__(self, target: LinearTarget, module: nn.Module, bank: AdapterBank, state: CallState) -> None:
         super().__init__(target.name, module, bank, state)
@@ -270,43 +279,3 @@ class RouterSeam(Seam):
             # The model may have been moved to another device or dtype meanwhile.
             self._original.data = current.data
             self.module._parameters[self.param] = self._original
-
-
-class _SeamTensor(torch.Tensor):
-    """A weight whose F.linear is followed by a delta; every other operation sees a plain tensor."""
-
-    _delta: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if func is functional.linear:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if isinstance(weight, _SeamTensor):
-                bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                _without_grad(weight._delta, result, args[0] if args else kwargs["input"], bias)
-        elif func in _CASTS and isinstance(args[0], _SeamTensor) and isinstance(result, torch.Tensor):
-            # Routers cast their weight to float32 first: the cast weight is the same seam.
-            seam = result.as_subclass(_SeamTensor)
-            seam._delta = args[0]._delta
-            return seam
-        return result
-
-
-_CASTS = frozenset({torch.Tensor.to, torch.Tensor.type, torch.Tensor.float, torch.Tensor.double, torch.Tensor.type_as})
-
-
-class RouterWeight(_SeamTensor, nn.Parameter):
-    """The Parameter form of the seam; shares the storage of the Parameter it stands for."""
-
-    @classmethod
-    def over(
-        cls, original: nn.Parameter, delta: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-    ) -> RouterWeight:
-        weight: RouterWeight = torch.Tensor._make_subclass(cls, original.data, original.requires_grad)
-        weight._delta = delta
-        return weight

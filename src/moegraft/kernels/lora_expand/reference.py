@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.core.activation import split_halves
+from moegraft.core.halves import split_halves
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field
 from moegraft.kernels.lora_shrink.reference import lora_shrink_reference
 from moegraft.kernels.reference_lib import read_factor

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from moegraft.lora.peft.inspection import AdapterInspection, ModuleSummary, inspect_peft_adapter
-from moegraft.lora.peft.loader import load_peft_adapter
+from moegraft.lora.peft.loader import PeftAdapter, load_peft_adapter
 from moegraft.lora.peft.report import LoadReport
 
-__all__ = ["AdapterInspection", "LoadReport", "ModuleSummary", "inspect_peft_adapter", "load_peft_adapter"]
+__all__ = [
+    "AdapterInspection",
+    "LoadReport",
+    "ModuleSummary",
+    "PeftAdapter",
+    "inspect_peft_adapter",
+    "load_peft_adapter",
+]

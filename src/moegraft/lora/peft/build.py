@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
+from moegraft.core.cuts import Cuts, cut_axis, cut_tensor
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
+from moegraft.files import TensorInfo
+from moegraft.files.safetensors import all_finite
 from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.factors import Read, cast, widen
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair
-from moegraft.lora.peft.safetensors_file import TensorInfo
-from moegraft.lora.slicing import Cuts, cut_lanes, cut_tensor
 from moegraft.lora.targets import EmbeddingLoRA, LinearLoRA
-from moegraft.parallel.rank_slice import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
+from moegraft.parallel.slices import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
 
 # Rows of a base weight that are widened to float32 at a time (DoRA): bounds the memory for a large vocabulary.
 _NORM_ROWS = 4096
+
+
+class Read(Protocol):
+    """Reads a tensor by its full name, or cuts of it; on the CPU, in the file's dtype."""
+
+    def __call__(self, name: str, cuts: Cuts | None = None, /) -> torch.Tensor: ...
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """To float32 or wider."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
+def scalable(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What may be multiplied by a scale and then cast to ``dtype``, rounded once.
+
+    The tensor itself where it has that dtype, since torch multiplies 16-bit floats by a number in float32; else float32
+    or wider.
+    """
+    return tensor if tensor.dtype is dtype else widen(tensor)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, where: TensorInfo | str, *, is_finite: bool = False) -> torch.Tensor:
+    """To ``dtype``, contiguous. Raises AdapterTensorError where a value does not fit into it.
+
+    ``is_finite``: whether all values are known to be, as those that were read and not scaled.
+    """
+    result = tensor.to(dtype).contiguous()
+    if not (is_finite and tensor.dtype is dtype) and not all_finite(result):
+        raise AdapterTensorError(f"{where}: a value, once scaled, is outside the range of {dtype}")
+    return result
 
 
 def build_linear(
@@ -36,11 +69,11 @@ def build_linear(
         magnitude = read(plan.magnitude.name, _cut(0, mine.outputs))
         gain = magnitude.to(b.dtype) / _square_sums(weight, a, b).sqrt()
         b = b * gain
-        a = cut_tensor(cut_lanes(a, mine.lanes), _cut(1, mine.inputs))
+        a = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs))
     return LinearLoRA(
-        a=cast(a, dtype, plan.pair.a.where),
-        b=cast(b, dtype, plan.pair.b.where),
-        gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude.where),
+        a=cast(a, dtype, plan.pair.a),
+        b=cast(b, dtype, plan.pair.b),
+        gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude),
     )
 
 
@@ -66,7 +99,7 @@ def build_embedding(
 ) -> EmbeddingLoRA:
     """LoRA of an embedding. Raises AdapterTensorError."""
     a, b = _read_pair(plan.pair, read, mine)
-    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a.where), b=cast(b, dtype, plan.pair.b.where))
+    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a), b=cast(b * plan.target.scale, dtype, plan.pair.b))
 
 
 def build_saved(
@@ -82,7 +115,7 @@ def build_saved(
     Raises AdapterTensorError; also where the module has LoRA and another base weight at once.
     """
     cuts = {} if mine is None else {mine.axis: mine.pieces}
-    tensor = cast(read(info.name, cuts), base.dtype, info.where)
+    tensor = cast(read(info.name, cuts), base.dtype, info)
     if not base.is_meta and torch.equal(tensor, cut_tensor(base.detach(), cuts).cpu()):
         return None
     if module in plan.linears or module in plan.embeddings:
@@ -132,3 +165,11 @@ def _square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torc
         delta = b[:, start : start + _NORM_ROWS].T @ a.to(b.dtype)
         sums.append((rows + delta).square_().sum(dim=1))
     return torch.cat(sums)
+
+
+def _own_lanes(a_RI: torch.Tensor, mine: LinearSlice) -> torch.Tensor:
+    """The share of A's rank rows, zero rows behind them up to the common length."""
+    if mine.lanes is None:
+        return a_RI
+    part = mine.lanes.of(a_RI.shape[0])
+    return cut_axis(a_RI, 0, part.start, part.stop, part.padding)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from moegraft.core.cuts import pad_axis
+from moegraft.core.halves import split_halves
 from moegraft.lora.peft import fused
-from moegraft.lora.peft.factors import Read, cast, scalable
+from moegraft.lora.peft.build import Read, cast, scalable
+from moegraft.lora.peft.names import Projection
 from moegraft.lora.peft.plan import ExpertsPlan, FusedPair, Pair
-from moegraft.lora.peft.sites import Projection
-from moegraft.lora.slicing import local_experts_of, pad_axis
 from moegraft.lora.targets import ExpertsLoRA, ExpertsTarget
-from moegraft.parallel.rank_slice import WHOLE_EXPERTS, ExpertsSlice, Pieces
-from moegraft.parallel.slices import half_columns
+from moegraft.parallel.slices import WHOLE_EXPERTS, ExpertsSlice, Pieces, count, half_columns
 
 
 def build_experts(
@@ -24,38 +25,54 @@ def build_experts(
 
     None where it touches none of this rank's experts.
     """
-    experts, _ = local_experts_of(_held_experts(plan), mine)
+    experts, _ = mine.local_experts(_held_experts(plan))
     if not experts:
         return None
     sides = {cut.projection: cut.read(plan, read) for cut in _cuts(plan, mine, dtype)}
     spread = {projection: (_spread(a, experts), _spread(b, experts)) for projection, (a, b) in sides.items()}
     a13, b_gate, b_up, up_lane = _join_gate_and_up(plan, spread)
+    if a13 is not None and mine.low_rank is not None:
+        a13 = pad_axis(a13, 1, mine.low_rank.of(_lanes(plan)).padded)
     a2, b2 = spread.get(Projection.DOWN, (None, None))
     columns, hidden = mine.columns(plan.target.intermediate_size), mine.hidden(plan.target.hidden_size)
-    padded = {
-        "a13": a13 if a13 is None or mine.low_rank is None else pad_axis(a13, 1, mine.low_rank.of(_lanes(plan)).padded),
+    factors = {
+        "a13": a13,
         "b_gate": _padded(b_gate, columns.padded),
         "b_up": _padded(b_up, columns.padded),
         "a2": _padded(a2, columns.padded),
         "b2": _padded(b2, hidden.padded),
     }
-    file = plan.infos()[0].file.name
+    file = next(info.file for info in plan.infos())
     return ExpertsLoRA(
         expert_ids=experts,
         up_lane=up_lane,
         **{
             name: cast(rows, dtype, f"{file}: {name} of {plan.target.name}", is_finite=name in ("a13", "a2"))
-            for name, rows in padded.items()
+            for name, rows in factors.items()
             if rows is not None
         },
     )
+
+
+def num_elems(plan: ExpertsPlan, mine: ExpertsSlice) -> int:
+    """Elements of all factors that ``build_experts`` gives, without padding; from the plan alone."""
+    if mine is WHOLE_EXPERTS:
+        return sum([math.prod(info.shape) for info in plan.infos()])
+    held = len(mine.local_experts(_held_experts(plan))[0])
+    total = 0
+    for cut in _cuts(plan, mine, torch.float32) if held else ():
+        pair = plan.stacked.get(cut.projection)
+        a_experts, b_experts = (held, held) if pair is None else [min(info.shape[0], held) for info in pair.infos]
+        total += a_experts * (cut.lanes[1] - cut.lanes[0]) * count(cut.inputs)
+        total += b_experts * cut.rank * count(cut.outputs)
+    return total
 
 
 def tensors_elsewhere(plan: ExpertsPlan, mine: ExpertsSlice) -> Iterator[str]:
     """Tensors that ``build_experts`` leaves to other ranks as a whole: those of single experts that live there."""
     if mine.experts is None:
         return
-    nobody_here = not local_experts_of(_held_experts(plan), mine)[0]
+    nobody_here = not mine.local_experts(_held_experts(plan))[0]
     for pairs in plan.single.values():
         for expert, pair in pairs.items():
             if nobody_here or expert not in mine.experts:
@@ -104,7 +121,8 @@ class _Cut:
         held = sorted((local[expert], pair) for expert, pair in pairs.items() if expert in local)
         first, last = self.lanes
         stored = {info.dtype for _, pair in held for info in pair.infos}
-        dtype = self.dtype if stored == {self.dtype} else torch.float32
+        wide = torch.float64 if torch.float64 in stored else torch.float32
+        dtype = self.dtype if stored == {self.dtype} else wide
         a_rows = torch.zeros(len(held), last - first, sum(stop - start for start, stop in self.inputs), dtype=dtype)
         b_rows = torch.zeros(len(held), self.rank, sum(stop - start for start, stop in self.outputs), dtype=dtype)
         for position, (_, pair) in enumerate(held):
@@ -180,7 +198,7 @@ def _cuts(plan: ExpertsPlan, mine: ExpertsSlice, dtype: torch.dtype) -> Iterator
 
 def _lanes(plan: ExpertsPlan) -> int:
     """Lanes of A of w13: of gate and up together, or of the one that serves both."""
-    return sum(rank for name, rank in plan.ranks().items() if name != Projection.DOWN)
+    return sum([rank for name, rank in plan.ranks().items() if name != Projection.DOWN])
 
 
 def _held_experts(plan: ExpertsPlan) -> tuple[int, ...]:
@@ -217,7 +235,7 @@ def _join_gate_and_up(
     """a13, b_gate, b_up, up_lane of ExpertsLoRA: one A for both where it was fused, else gate's rows before up's."""
     if Projection.GATE_UP in sides:
         shared, b13 = sides[Projection.GATE_UP]
-        return shared, *fused.split_gate_up(b13, is_interleaved=plan.target.is_interleaved), 0
+        return shared, *split_halves(b13, num_halves=2, is_interleaved=plan.target.is_interleaved), 0
     gate, up = sides.get(Projection.GATE), sides.get(Projection.UP)
     if gate is None or up is None:
         a13 = gate[0] if gate else up[0] if up else None
@@ -228,4 +246,4 @@ def _join_gate_and_up(
 
 
 def _padded(rows: torch.Tensor | None, size: int) -> torch.Tensor | None:
-    return None if rows is None else pad_axis(rows, 2, size)
+    return rows if rows is None or rows.shape[2] == size else pad_axis(rows, 2, size)

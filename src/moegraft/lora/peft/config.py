@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from moegraft.core.errors import AdapterConfigError, AdapterFileError
-from moegraft.lora.peft.folder import CONFIG_FILE, read_small_file
-from moegraft.lora.peft.patterns import ModulePatterns
-from moegraft.lora.peft.strict_json import StrictJSONError, parse_object, shorten
+from moegraft.core.errors import AdapterConfigError
+from moegraft.files import limits, shorten
+from moegraft.files.strict_json import StrictJSONError, parse_object
+from moegraft.lora.peft.patterns import Budget, ModulePatterns
 
-MAX_CONFIG_BYTES = 16 * 2**20
-MAX_RANK = 2**20
+CONFIG_FILE = "adapter_config.json"
 
 # Each changes what the adapter computes, in a way that low-rank pairs next to the base weights cannot express.
 _REFUSED = {
@@ -54,46 +52,41 @@ class PeftConfig:
     use_rslora: bool = False
     use_dora: bool = False
     bias: str = "none"
-    target_parameters: tuple[str, ...] = ()
+    target_parameters: frozenset[str] = frozenset()
     peft_version: str | None = None
-    rank_pattern: ModulePatterns = field(default_factory=lambda: ModulePatterns("rank_pattern", {}))
-    alpha_pattern: ModulePatterns = field(default_factory=lambda: ModulePatterns("alpha_pattern", {}))
+    rank_pattern: ModulePatterns | None = None
+    alpha_pattern: ModulePatterns | None = None
     notes: tuple[str, ...] = ()
 
     def rank(self, module: str) -> tuple[int, str]:
         """Rank of a module, and the field that sets it, for messages."""
-        found = self.rank_pattern.find(module)
+        found = None if self.rank_pattern is None else self.rank_pattern.find(module)
         if found is None:
             return self.r, f"r {self.r}"
         return int(found[1]), f"rank_pattern {shorten(found[0])}: {int(found[1])}"
 
     def scale(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv 2312.03732)."""
-        found = self.alpha_pattern.find(module)
+        found = None if self.alpha_pattern is None else self.alpha_pattern.find(module)
         alpha = self.lora_alpha if found is None else found[1]
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def names_parameter(self, parameter: str) -> bool:
         """Whether ``target_parameters`` names a parameter: its full name or a dotted end of it (PEFT's rule)."""
-        return any(parameter == target or parameter.endswith(f".{target}") for target in self.target_parameters)
+        if not self.target_parameters:
+            return False
+        parts = parameter.split(".")
+        return any(".".join(parts[start:]) in self.target_parameters for start in range(len(parts)))
 
 
-def read_config(folder: Path) -> PeftConfig:
-    """Parses and checks ``adapter_config.json``.
+def read_config(data: bytes) -> PeftConfig:
+    """Parses and checks the bytes of ``adapter_config.json``.
 
-    Raises:
-        AdapterFileError: the file cannot be read.
-        AdapterConfigError: it is malformed, or asks for something that cannot be served; names the field.
+    Raises AdapterConfigError: it is malformed, or asks for something that cannot be served; names the field.
     """
     try:
-        data = read_small_file(folder, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
-    except AdapterFileError as error:
-        raise AdapterConfigError(str(error)) from error
-    try:
         return parse_config(parse_object(data))
-    except StrictJSONError as error:
-        raise AdapterConfigError(f"{CONFIG_FILE}: {error}") from None
-    except AdapterConfigError as error:
+    except (StrictJSONError, AdapterConfigError) as error:
         raise AdapterConfigError(f"{CONFIG_FILE}: {error}") from None
 
 
@@ -109,6 +102,7 @@ def parse_config(raw: Mapping[str, Any]) -> PeftConfig:
     bias = raw.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise AdapterConfigError(f"bias {shorten(bias)}, expected 'none', 'all' or 'lora_only'")
+    budget = Budget() if raw.get("rank_pattern") or raw.get("alpha_pattern") else None
     return PeftConfig(
         r=_rank("r", raw.get("r")),
         lora_alpha=_number("lora_alpha", raw.get("lora_alpha")),
@@ -117,8 +111,8 @@ def parse_config(raw: Mapping[str, Any]) -> PeftConfig:
         bias=bias,
         target_parameters=_names("target_parameters", raw.get("target_parameters")),
         peft_version=_version(raw.get("peft_version")),
-        rank_pattern=_patterns("rank_pattern", raw.get("rank_pattern"), _rank),
-        alpha_pattern=_patterns("alpha_pattern", raw.get("alpha_pattern"), _number),
+        rank_pattern=_patterns("rank_pattern", raw.get("rank_pattern"), _rank, budget),
+        alpha_pattern=_patterns("alpha_pattern", raw.get("alpha_pattern"), _number, budget),
         notes=tuple(_unknown_fields(raw)),
     )
 
@@ -126,7 +120,9 @@ def parse_config(raw: Mapping[str, Any]) -> PeftConfig:
 def _unknown_fields(raw: Mapping[str, Any]) -> list[str]:
     known = _READ | _IGNORED | _REFUSED.keys()
     unknown = [name for name, value in raw.items() if value and name not in known]
-    return [f"{CONFIG_FILE}: unknown field {shorten(name)} was not read" for name in unknown]
+    notes = [f"{CONFIG_FILE}: unknown field {shorten(name)} was not read" for name in unknown[: limits.MAX_NOTES]]
+    more = len(unknown) - len(notes)
+    return [*notes, f"{CONFIG_FILE}: {more} more unknown fields were not read"] if more else notes
 
 
 def _check_init(init: Any) -> None:
@@ -141,8 +137,8 @@ def _check_init(init: Any) -> None:
 
 
 def _rank(name: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise AdapterConfigError(f"{name} {shorten(value)}, expected an integer from 1 to {MAX_RANK}")
+    if type(value) is not int or not 1 <= value <= limits.MAX_RANK:
+        raise AdapterConfigError(f"{name} {shorten(value)}, expected an integer from 1 to {limits.MAX_RANK}")
     return value
 
 
@@ -158,12 +154,14 @@ def _flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _names(name: str, value: Any) -> tuple[str, ...]:
+def _names(name: str, value: Any) -> frozenset[str]:
     if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        return frozenset()
+    if not isinstance(value, list) or any(not isinstance(item, str) or not item for item in value):
         raise AdapterConfigError(f"{name} {shorten(value)}, expected a list of names")
-    return tuple(value)
+    if len(value) > limits.MAX_TARGET_PARAMETERS:
+        raise AdapterConfigError(f"{name}: {len(value)} names, expected at most {limits.MAX_TARGET_PARAMETERS}")
+    return frozenset(value)
 
 
 def _version(value: Any) -> str | None:
@@ -174,9 +172,11 @@ def _version(value: Any) -> str | None:
     return value
 
 
-def _patterns(name: str, value: Any, check: Callable[[str, Any], float]) -> ModulePatterns:
-    if value is None:
-        value = {}
+def _patterns(
+    name: str, value: Any, check: Callable[[str, Any], float], budget: Budget | None
+) -> ModulePatterns | None:
+    if value is None or value == {}:
+        return None
     if not isinstance(value, dict):
         raise AdapterConfigError(f"{name} {shorten(value)}, expected an object of pattern: value")
-    return ModulePatterns(name, {key: check(f"{name}[{shorten(key)}]", item) for key, item in value.items()})
+    return ModulePatterns(name, {key: check(f"{name}[{shorten(key)}]", item) for key, item in value.items()}, budget)

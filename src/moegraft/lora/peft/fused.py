@@ -23,10 +23,9 @@ from dataclasses import dataclass
 import torch
 
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
+from moegraft.files import TensorInfo, shorten
 from moegraft.lora.peft.config import PeftConfig
-from moegraft.lora.peft.safetensors_file import TensorInfo
-from moegraft.lora.peft.sites import Projection, first_projection
-from moegraft.lora.peft.strict_json import shorten
+from moegraft.lora.peft.names import Projection, first_projection
 from moegraft.lora.targets import ExpertsTarget
 
 
@@ -128,14 +127,6 @@ def split_fused(
     # Transposed as one matrix first: torch does that in blocks, many times faster than a copy with three strides.
     b_rows = b.T.contiguous().reshape(b.shape[1] // num_experts, num_experts, b.shape[0]).transpose(0, 1)
     return (a_rows, b_rows) if a_is_input else (b_rows, a_rows)
-
-
-def split_gate_up(rows: torch.Tensor, *, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output rows [E, r, 2F] -> gate [E, r, F], up [E, r, F]."""
-    if is_interleaved:
-        return rows[..., 0::2], rows[..., 1::2]
-    half = rows.shape[-1] // 2
-    return rows[..., :half], rows[..., half:]
 
 
 def _fits(target: ExpertsTarget, projection: Projection, pair: FusedTensors) -> bool:

@@ -11,17 +11,14 @@ from typing import TypeVar
 import torch
 
 from moegraft.core.errors import AdapterError
+from moegraft.files import TensorInfo, WeightFolder, limits
 from moegraft.lora.peft.build import build_embedding, build_linear, build_saved
 from moegraft.lora.peft.build_experts import build_experts
 from moegraft.lora.peft.config import PeftConfig, read_config
-from moegraft.lora.peft.factors import Read
-from moegraft.lora.peft.folder import FolderTensors, open_folder
-from moegraft.lora.peft.keys import Factor, TensorKey, parse_key
+from moegraft.lora.peft.loader import as_adapter_error, open_folder, open_weights, read_config_bytes
+from moegraft.lora.peft.names import Factor, TensorKey, parse_key
 from moegraft.lora.peft.plan import AdapterPlan, plan_adapter
-from moegraft.lora.peft.safetensors_file import TensorInfo
 from moegraft.lora.targets import ModelTargets
-
-MAX_PROBLEMS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +71,15 @@ def inspect_peft_adapter(path: str | os.PathLike[str], targets: ModelTargets | N
     folder = _attempt(lambda: open_folder(path), problems)
     if folder is None:
         return AdapterInspection(path=os.fspath(path), problems=_texts(problems))
-    config = _attempt(lambda: read_config(folder), problems)
-    tensors = _attempt(lambda: FolderTensors(folder), problems)
+    with folder:
+        config = _attempt(lambda: read_config(read_config_bytes(folder)), problems)
+        tensors = _attempt(lambda: open_weights(folder), problems)
     contents = _Contents()
     if tensors is not None:
         with tensors:
             contents = _examine(tensors, config, targets, problems)
     return AdapterInspection(
-        path=str(folder),
+        path=str(folder.path),
         peft_version=config.peft_version if config else None,
         r=config.r if config else None,
         lora_alpha=config.lora_alpha if config else None,
@@ -104,19 +102,22 @@ class _Contents:
 
 
 def _examine(
-    tensors: FolderTensors, config: PeftConfig | None, targets: ModelTargets | None, problems: list[AdapterError]
+    tensors: WeightFolder, config: PeftConfig | None, targets: ModelTargets | None, problems: list[AdapterError]
 ) -> _Contents:
     infos = tensors.infos
     dtypes = tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))
+    notes: list[str] = []
+    if sum(info.nbytes for info in infos.values()) > limits.MAX_EXAMINED_BYTES:
+        notes.append(f"more than {limits.MAX_EXAMINED_BYTES} bytes of tensors: no value was looked at")
     if config is None or targets is None:
-        for name in infos:
-            _attempt(partial(tensors.read, name), problems)
-        return _Contents(dtypes=dtypes, modules=tuple(_modules_by_name(infos.values())))
+        for name in () if notes else infos:
+            _attempt(partial(tensors.check_values, name), problems)
+        return _Contents(dtypes=dtypes, modules=tuple(_modules_by_name(infos.values())), notes=tuple(notes))
     plan = plan_adapter(infos, config, targets)
     problems += plan.problems
-    for build in _builds(plan, targets, tensors.read):
+    for build in () if notes else _builds(plan, targets, tensors):
         _attempt(build, problems)
-    return _Contents(dtypes=dtypes, modules=tuple(_planned_modules(plan)), notes=plan.notes)
+    return _Contents(dtypes=dtypes, modules=tuple(_planned_modules(plan)), notes=(*notes, *plan.notes))
 
 
 _Result = TypeVar("_Result")
@@ -124,28 +125,46 @@ _Result = TypeVar("_Result")
 
 def _attempt(action: Callable[[], _Result], problems: list[AdapterError]) -> _Result | None:
     try:
-        return action()
+        with as_adapter_error():
+            return action()
     except AdapterError as error:
         problems.append(error)
         return None
 
 
 def _texts(problems: list[AdapterError]) -> tuple[str, ...]:
-    texts = [f"{type(error).__name__}: {error}" for error in problems[:MAX_PROBLEMS]]
-    if len(problems) > MAX_PROBLEMS:
-        texts.append(f"and {len(problems) - MAX_PROBLEMS} more problems")
+    texts = [f"{type(error).__name__}: {error}" for error in problems[: limits.MAX_PROBLEMS]]
+    if len(problems) > limits.MAX_PROBLEMS:
+        texts.append(f"and {len(problems) - limits.MAX_PROBLEMS} more problems")
     return tuple(texts)
 
 
-def _builds(plan: AdapterPlan, targets: ModelTargets, read: Read) -> Iterator[Callable[[], object]]:
-    """One build for each module. The result is thrown away: float32, so that only the file can be at fault."""
-    dtype = torch.float32
-    yield from (partial(build_experts, experts, read, dtype) for experts in plan.experts.values())
-    yield from (partial(build_linear, linear, read, dtype) for linear in plan.linears.values())
-    yield from (partial(build_embedding, embedding, read, dtype) for embedding in plan.embeddings.values())
+def _builds(plan: AdapterPlan, targets: ModelTargets, tensors: WeightFolder) -> Iterator[Callable[[], object]]:
+    """One build for each module. The result is thrown away: float32, so that only the file can be at fault.
+
+    Of modules that would take much memory the values are looked at, in pieces.
+    """
+    dtype, read = torch.float32, tensors.read
+    for experts in plan.experts.values():
+        yield from _one_build(tensors, experts.infos(), partial(build_experts, experts, read, dtype))
+    for linear in plan.linears.values():
+        yield from _one_build(tensors, linear.pair.infos, partial(build_linear, linear, read, dtype))
+    for embedding in plan.embeddings.values():
+        yield from _one_build(tensors, embedding.pair.infos, partial(build_embedding, embedding, read, dtype))
     for module, params in plan.saved.items():
         for param, info in params.items():
-            yield partial(build_saved, plan, module, targets.saveable[module][param], info, read)
+            base = targets.saveable[module][param]
+            yield from _one_build(tensors, [info], partial(build_saved, plan, module, base, info, read))
+
+
+def _one_build(
+    tensors: WeightFolder, infos: Iterable[TensorInfo], build: Callable[[], object]
+) -> Iterator[Callable[[], object]]:
+    held = list(infos)
+    if sum(info.nbytes for info in held) <= limits.MAX_BUILT_BYTES:
+        yield build
+    else:
+        yield from (partial(tensors.check_values, info.name) for info in held)
 
 
 def _planned_modules(plan: AdapterPlan) -> Iterator[ModuleSummary]:

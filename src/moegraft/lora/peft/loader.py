@@ -1,27 +1,51 @@
-"""``load_peft_adapter``: from a folder to ``AdapterWeights``, or an error that says what is wrong with it."""
+"""From a folder to ``AdapterWeights``: files opened and checked, names and shapes fitted to a model, values read."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Self
 
 import torch
 
-from moegraft.core.errors import AdapterError, AdapterNameError, AdapterTensorError
+from moegraft.core.errors import (
+    AdapterConfigError,
+    AdapterError,
+    AdapterFileError,
+    AdapterMemoryError,
+    AdapterNameError,
+    AdapterTensorError,
+    FileError,
+    StoredTensorError,
+)
+from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
 from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.build import build_embedding, build_linear, build_saved
-from moegraft.lora.peft.build_experts import build_experts, tensors_elsewhere
-from moegraft.lora.peft.config import read_config
-from moegraft.lora.peft.factors import Read
-from moegraft.lora.peft.folder import FolderTensors, open_folder
-from moegraft.lora.peft.plan import AdapterPlan, plan_adapter
+from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved
+from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
+from moegraft.lora.peft.config import CONFIG_FILE, read_config
+from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
-from moegraft.lora.peft.safetensors_file import TensorInfo
-from moegraft.lora.slicing import Cuts
 from moegraft.lora.targets import AdapterWeights, LinearLoRA, ModelTargets
-from moegraft.parallel.rank_slice import WHOLE_EXPERTS, WHOLE_LINEAR, RankSlice
+from moegraft.parallel.slices import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
+
+ADAPTER_FILES = WeightFiles(
+    weights="adapter_model.safetensors",
+    pickles=("adapter_model.bin", "adapter_model.bin.index.json", "adapter_model.pt", "adapter_model.pth"),
+    advice=(
+        "pickles can run code when they are opened, so they are not read; load the adapter with PEFT where you trust "
+        "it and save it again with save_pretrained(..., safe_serialization=True)"
+    ),
+)
+# What the digest samples of the values: at most 1 MiB in 256 reads, a small part of loading the largest adapters.
+SAMPLED_TENSORS = 256
+SAMPLED_BYTES = 4096
 
 _WHOLE = RankSlice()
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_peft_adapter(
@@ -31,60 +55,185 @@ def load_peft_adapter(
     dtype: torch.dtype,
     name: str | None = None,
     rank_slice: RankSlice = _WHOLE,
+    max_bytes: int | None = None,
 ) -> tuple[AdapterWeights, LoadReport]:
-    """Reads an adapter that PEFT saved and fits it to a base model.
+    """Reads an adapter that PEFT saved and fits it to a base model: ``PeftAdapter`` and its ``build`` in one.
+
+    Raises what they raise.
+    """
+    with PeftAdapter(path, targets, name=name) as adapter:
+        return adapter.build(dtype=dtype, rank_slice=rank_slice, max_bytes=max_bytes)
+
+
+class PeftAdapter:
+    """An adapter whose files are open and whose names and shapes fit a base model; no tensor was read. Close it after.
 
     ``path``: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or its shards with their index.
-    ``dtype``: of the LoRA factors; the scale is folded into B in float32 before the cast. Saved parameters take the
-    dtype of the parameter that they replace. ``name``: for the report; the folder's name by default. ``rank_slice``:
-    what this rank holds; the adapter is checked against ``targets``, the whole model, but only the slice is read and
-    kept, in the sizes of ``local_targets(targets, rank_slice)``. Where a rank has only its columns of a base weight
-    (row parallel), ``finish_dora`` must follow before the bank takes an adapter with DoRA on it.
-
-    Every tensor of the checkpoint is applied, or the adapter is refused with an error that names it.
+    ``targets``: the whole model, also where a rank holds a slice. ``name``: for messages and the report; the folder's
+    name by default. What was checked is what is digested and read, through the same handles.
 
     Raises:
         AdapterFileError: a file is missing, malformed, a pickle, or outside the folder.
         AdapterConfigError: the config is malformed, or asks for something that cannot be served.
-        AdapterTensorError: a tensor has the wrong shape or dtype, is not finite, or has no partner.
+        AdapterTensorError: a tensor has the wrong shape or dtype, or has no partner.
         AdapterMismatchError: a tensor names a module that the base model does not have.
     """
-    folder = open_folder(path)
-    if name is not None and (not isinstance(name, str) or not name):
-        raise AdapterNameError(f"name {name!r}, expected a string that is not empty")
-    config = read_config(folder)
-    with FolderTensors(folder) as tensors:
-        plan = plan_adapter(tensors.infos, config, targets)
-        _raise_first(plan.problems)
-        used: set[str] = set()
 
-        def read(tensor: str, cuts: Cuts | None = None, /) -> torch.Tensor:
-            used.add(tensor)
-            return tensors.read(tensor, cuts)
+    def __init__(self, path: str | os.PathLike[str], targets: ModelTargets, *, name: str | None = None) -> None:
+        with open_folder(path) as folder:
+            if name is not None and (not isinstance(name, str) or not name):
+                raise AdapterNameError(f"name {name!r}, expected a string that is not empty")
+            self.name = name or folder.path.resolve().name
+            self.path = folder.path
+            self._config_bytes = read_config_bytes(folder)
+            self.config = read_config(self._config_bytes)
+            self._tensors = open_weights(folder)
+        try:
+            self._targets = targets
+            self.plan = plan_adapter(self._tensors.infos, self.config, targets)
+            _raise_first(self.plan.problems)
+        except BaseException:
+            self.close()
+            raise
 
-        weights, notes = _build(plan, targets, read, dtype, rank_slice)
-        elsewhere = _tensors_elsewhere(plan, rank_slice)
-        unused = tensors.infos.keys() - used - elsewhere
+    def digest(self) -> str:
+        """As ``adapter_digest``."""
+        return _digest(self._config_bytes, self._tensors)
+
+    def build(
+        self, *, dtype: torch.dtype, rank_slice: RankSlice = _WHOLE, max_bytes: int | None = None
+    ) -> tuple[AdapterWeights, LoadReport]:
+        """Reads the values. Every tensor of the checkpoint is applied, or the adapter is refused with an error.
+
+        ``dtype``: of the LoRA factors; the scale is folded into B in float32 before the cast. Saved parameters take the
+        dtype of the parameter that they replace. ``rank_slice``: what this rank holds: only that is read and kept, in
+        the sizes of ``local_targets(targets, rank_slice)``. Where a rank has only its columns of a base weight (row
+        parallel), ``finish_dora`` must follow before the bank takes an adapter with DoRA on it. ``max_bytes``: what
+        the factors may take.
+
+        Raises AdapterMemoryError before anything is read; AdapterTensorError where a value is not finite, or does not
+        fit into ``dtype``; AdapterFileError where a file has changed.
+        """
+        self._check_size(dtype, rank_slice, max_bytes)
+        infos = self._tensors.infos
+        self._tensors.unread = set(infos)
+        with as_adapter_error():
+            weights, notes = _build(self.plan, self._targets, self._tensors.read, dtype, rank_slice)
+        unread = self._tensors.unread
+        elsewhere = _tensors_elsewhere(self.plan, rank_slice) & unread
+        unused = unread - elsewhere
         if unused:
-            raise AdapterTensorError(f"{tensors.infos[min(unused)].where}: was not applied")
-        notes = [*config.notes, *plan.notes, *_cast_notes(tensors.infos.values(), dtype), *notes]
+            raise AdapterTensorError(f"{infos[min(unused)].where}: was not applied")
         report = LoadReport(
-            name=name or folder.resolve().name,
-            path=str(folder),
-            peft_version=config.peft_version,
-            tensors_in_file=len(tensors.infos),
-            tensors_applied=len(used),
-            tensors_elsewhere=len(elsewhere - used),
-            bytes_in_file=tensors.nbytes,
-            bytes_read=tensors.bytes_read,
+            name=self.name,
+            path=str(self.path),
+            peft_version=self.config.peft_version,
+            tensors_in_file=len(infos),
+            tensors_applied=len(infos) - len(unread),
+            tensors_elsewhere=len(elsewhere),
+            bytes_in_file=self._tensors.nbytes,
+            bytes_read=self._tensors.bytes_read,
             bytes_held=weights.num_bytes,
-            experts={module: experts.ranks() for module, experts in plan.experts.items()},
-            linears={module: linear.pair.rank for module, linear in plan.linears.items()},
-            embeddings={module: embedding.pair.rank for module, embedding in plan.embeddings.items()},
+            experts={module: experts.ranks() for module, experts in self.plan.experts.items()},
+            linears={module: linear.pair.rank for module, linear in self.plan.linears.items()},
+            embeddings={module: embedding.pair.rank for module, embedding in self.plan.embeddings.items()},
             saved={module: tuple(params) for module, params in weights.saved.items()},
-            notes=tuple(notes),
+            notes=(*self.config.notes, *self.plan.notes, *_cast_notes(infos.values(), dtype), *notes),
         )
-    return weights, report
+        return weights, report
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._tensors.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_size(self, dtype: torch.dtype, mine: RankSlice, max_bytes: int | None) -> None:
+        needed = dtype.itemsize * (
+            sum([num_elems(plan, mine.experts.get(name, WHOLE_EXPERTS)) for name, plan in self.plan.experts.items()])
+            + sum([_num_elems(plan, mine.linears.get(name, WHOLE_LINEAR)) for name, plan in self.plan.linears.items()])
+            + sum(
+                [_num_elems(plan, mine.linears.get(name, WHOLE_LINEAR)) for name, plan in self.plan.embeddings.items()]
+            )
+        )
+        if max_bytes is not None and needed > max_bytes:
+            raise AdapterMemoryError(
+                f"adapter {self.name!r} needs {needed} bytes at least, the adapter memory has {max_bytes} bytes"
+            )
+
+
+@contextmanager
+def as_adapter_error() -> Iterator[None]:
+    """What the readers of files refuse, as an error of the adapter."""
+    try:
+        yield
+    except StoredTensorError as error:
+        raise AdapterTensorError(str(error)) from error
+    except FileError as error:
+        raise AdapterFileError(str(error)) from error
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+    """The adapter's folder. Raises AdapterFileError where it is missing, a file, or the id of a hub repository."""
+    try:
+        return Folder(path)
+    except FileError as error:
+        hint = f"; expected the folder that holds {CONFIG_FILE}"
+        if not os.path.lexists(path) and _HUB_ID.fullmatch(os.fspath(path)):
+            hint = "; ids of hub repositories are not supported: download it first and pass the folder"
+        raise AdapterFileError(f"{error}{hint}") from None
+
+
+def read_config_bytes(folder: Folder) -> bytes:
+    """``adapter_config.json`` as it is. Raises AdapterConfigError."""
+    try:
+        return folder.read(CONFIG_FILE, max_bytes=limits.MAX_CONFIG_BYTES)
+    except FileError as error:
+        raise AdapterConfigError(str(error)) from error
+
+
+def open_weights(folder: Folder) -> WeightFolder:
+    """The tensors, from one file or from shards. Raises AdapterFileError or AdapterTensorError."""
+    with as_adapter_error():
+        return WeightFolder(folder, ADAPTER_FILES)
+
+
+def adapter_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 over the config, name, dtype and shape of every tensor, and the first bytes of a sample of them.
+
+    Ranks compare it, so that none of them loads another version of an adapter. Another step of one training differs in
+    nearly every tensor, so in the sample too: tensors at even steps of the sorted names, which are those of all layers.
+    Files that differ elsewhere only are not told apart. Raises AdapterError.
+    """
+    with open_folder(path) as folder:
+        config = read_config_bytes(folder)
+        with open_weights(folder) as tensors:
+            return _digest(config, tensors)
+
+
+def _digest(config: bytes, tensors: WeightFolder) -> str:
+    digest = hashlib.sha256(config)
+    names = sorted(tensors.infos)
+    for name in names:
+        info = tensors.infos[name]
+        digest.update(f"\0{name}\0{info.dtype}\0{list(info.shape)}".encode())
+    with as_adapter_error():
+        for name in names[:: -(-len(names) // SAMPLED_TENSORS) or 1]:
+            digest.update(tensors.read_start(name, SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def _num_elems(plan: LinearPlan | EmbeddingPlan, mine: LinearSlice) -> int:
+    """Of A and B, without padding."""
+    if mine is WHOLE_LINEAR:
+        return math.prod(plan.pair.a.shape) + math.prod(plan.pair.b.shape)
+    size_in, size_out = plan.pair.a.shape[1], plan.pair.b.shape[0]
+    lanes = plan.pair.rank if mine.lanes is None else mine.lanes.of(plan.pair.rank).size
+    return lanes * mine.num_inputs(size_in) + plan.pair.rank * mine.num_outputs(size_out)
 
 
 def _raise_first(problems: tuple[AdapterError, ...]) -> None:

@@ -11,19 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from moegraft.core.errors import AdapterConfigError, AdapterError, AdapterFileError, AdapterTensorError
+from moegraft.files import TensorInfo, limits, shorten
 from moegraft.lora.peft import fused
 from moegraft.lora.peft.config import PeftConfig
 from moegraft.lora.peft.fused import FusedTensors
-from moegraft.lora.peft.keys import Factor, TensorKey, parse_key
-from moegraft.lora.peft.safetensors_file import TensorInfo
-from moegraft.lora.peft.sites import Kind, Projection, Site, SiteFinder
-from moegraft.lora.peft.strict_json import shorten
+from moegraft.lora.peft.names import Factor, Kind, Projection, Site, SiteFinder, TensorKey, parse_key
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
-
-# Zero rows that pad experts to one rank; an adapter that needs more of them is an attempt to exhaust memory.
-MAX_PADDING = 16
-# Tensors of unknown place after which no more are looked up: nobody reads on, and each costs time.
-MAX_STRAY = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,8 +134,8 @@ def _sort_by_module(
         try:
             site = finder.find(key)
         except AdapterError as error:
-            problems.append(type(error)(f"{info.file.name}: {error}"))
-            if len(problems) >= MAX_STRAY:
+            problems.append(type(error)(f"{info.file}: {error}"))
+            if len(problems) >= limits.MAX_STRAY:
                 break
         else:
             groups.setdefault((site.kind, site.module), []).append(_Member(key=key, site=site, info=info))
@@ -347,11 +340,12 @@ def _check_padding(plan: ExpertsPlan) -> None:
     count = plan.target.num_experts if plan.stacked or plan.fused else len(held)
     for projection, pairs in plan.single.items():
         ranks = [pair.rank for pair in pairs.values()]
-        if count * max(ranks) > MAX_PADDING * sum(ranks):
+        if count * max(ranks) > limits.MAX_PADDING * sum(ranks):
             largest = max(pairs.values(), key=lambda pair: pair.rank)
             raise AdapterTensorError(
                 f"{largest.a.where}: rank {largest.rank} of one expert pads {plan.target.name} {projection} to "
-                f"{count} * {max(ranks)} rows, more than {MAX_PADDING} times the {sum(ranks)} that the file holds"
+                f"{count} * {max(ranks)} rows, more than {limits.MAX_PADDING} times the "
+                f"{sum(ranks)} that the file holds"
             )
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from moegraft.core.tables import ExpertsTables, LinearTables
 from moegraft.kernels.records import LayerSizes
-from moegraft.lora.mapping import AdapterMapping
+from moegraft.lora.context import MoELoRAContext
+from moegraft.lora.rows import AdapterRows, LoRASegments
+
+if TYPE_CHECKING:
+    from moegraft.kernels.lora_expand.host import RoutedRows
+
+Segments: TypeAlias = "LoRASegments | RoutedRows"
+"""Routed rows sorted by adapter and expert: as the host groups them, or as a kernel has on the device."""
 
 
 class PunicaWrapperBase(ABC):
@@ -17,24 +24,16 @@ class PunicaWrapperBase(ABC):
 
     Contract: outputs are changed in place and only in rows that have an adapter; the low-rank vector is rounded once,
     to the dtype of the activations; nothing depends on which other rows are in the batch but summation order, which
-    is fixed.
+    is fixed. A wrapper reads the segments that it has made itself.
     """
 
     @abstractmethod
     def moe_lora_align_block_size(
-        self,
-        expert_N: torch.Tensor,
-        slot_N: torch.Tensor,
-        mapping: AdapterMapping,
-        tables: ExpertsTables,
-        *,
-        sizes: LayerSizes | None = None,
-        ranks: tuple[int, int] | None = None,
-    ) -> Any:
+        self, expert_N: torch.Tensor, slot_N: torch.Tensor, context: MoELoRAContext, sizes: LayerSizes
+    ) -> Segments:
         """Segments of N routed rows with expert ids and slots (-1 = base) [N]; ids outside [0, E) take no part.
 
-        A record of the wrapper's own, for the two adds. Kernels need ``sizes`` of the layer and ``ranks``, bounds of
-        the (A13, A2) rows of the adapters that the call, or a graph that captured it, may meet.
+        The name is the field's; no size is aligned to a block here, kernels do that themselves. ``sizes`` of the layer.
         """
 
     @abstractmethod
@@ -42,8 +41,7 @@ class PunicaWrapperBase(ABC):
         self,
         u_NGF: torch.Tensor,
         x_ND: torch.Tensor,
-        segments: Any,
-        mapping: AdapterMapping,
+        segments: Segments,
         tables: ExpertsTables,
         *,
         num_halves: int = 2,
@@ -52,14 +50,7 @@ class PunicaWrapperBase(ABC):
         """Semantics: u[n] += B13[a, e] @ (A13[a, e] @ x[n]) for rows n of every segment (a, e)."""
 
     @abstractmethod
-    def add_lora_w2(
-        self,
-        y_ND: torch.Tensor,
-        h_NF: torch.Tensor,
-        segments: Any,
-        mapping: AdapterMapping,
-        tables: ExpertsTables,
-    ) -> None:
+    def add_lora_w2(self, y_ND: torch.Tensor, h_NF: torch.Tensor, segments: Segments, tables: ExpertsTables) -> None:
         """Semantics: y[n] += B2[a, e] @ (A2[a, e] @ h[n]) for the rows n of every segment (a, e)."""
 
     @abstractmethod
@@ -67,13 +58,13 @@ class PunicaWrapperBase(ABC):
         self,
         y_MO: torch.Tensor,
         x_MI: torch.Tensor,
-        mapping: AdapterMapping,
+        rows: AdapterRows,
         tables: LinearTables,
         *,
+        rank_bound: int,
         bias_O: torch.Tensor | None = None,
-        rank_bound: int | None = None,
     ) -> None:
         """Semantics: y[m] += B[a] @ (A[a] @ x[m]), and for DoRA + (gain[a] - 1) * (y[m] - bias), a = slot of row m.
 
-        ``rank_bound``: no adapter of the call has a larger rank here, where the host knows it; sizes buffers.
+        ``rank_bound``: no adapter that the call, or a graph that captured it, may meet has a larger rank here.
         """

@@ -14,23 +14,22 @@ from __future__ import annotations
 
 import torch
 
+from moegraft.core.cuts import cut_tensor, pad_axis
 from moegraft.core.errors import BatchError
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
-from moegraft.lora.mapping import AdapterMapping, LoRASegments
+from moegraft.lora.paged import FactorIndex
+from moegraft.lora.punica.base import Segments
 from moegraft.lora.punica.cpu import (
     PunicaWrapperCPU,
     add_expanded,
     add_rows,
-    factors_of,
     linear_delta,
     shrink_linear,
     shrink_rows,
 )
-from moegraft.lora.punica.paged import FactorIndex
-from moegraft.lora.slicing import cut_tensor, pad_axis
+from moegraft.lora.rows import AdapterRows, LoRASegments
 from moegraft.parallel.collectives import Communicator
-from moegraft.parallel.rank_slice import LinearSlice
-from moegraft.parallel.slices import Shard, shard
+from moegraft.parallel.slices import LinearSlice, Shard, shard
 
 
 class ShardedExpertsPunica(PunicaWrapperCPU):
@@ -45,28 +44,20 @@ class ShardedExpertsPunica(PunicaWrapperCPU):
         self._tp = tp
         self._hidden: Shard = shard(hidden_size, tp.size, tp.rank)
 
-    def _shrink13(
-        self, x_ND: torch.Tensor, segments: LoRASegments, mapping: AdapterMapping, tables: ExpertsTables
-    ) -> torch.Tensor | None:
-        v_LR = super()._shrink13(x_ND, segments, mapping, tables)
-        index = factors_of(mapping).index(tables, ExpertsFactor.A13, x_ND.shape[1])
+    def _shrink13(self, x_ND: torch.Tensor, segments: LoRASegments, tables: ExpertsTables) -> torch.Tensor | None:
+        v_LR = super()._shrink13(x_ND, segments, tables)
+        index = segments.factors.index(tables, ExpertsFactor.A13, x_ND.shape[1], segments.slots)
         return None if v_LR is None or index is None else gather_lanes(v_LR, index, segments, self._tp)
 
-    def add_lora_w2(
-        self,
-        y_ND: torch.Tensor,
-        h_NF: torch.Tensor,
-        segments: LoRASegments,
-        mapping: AdapterMapping,
-        tables: ExpertsTables,
-    ) -> None:
+    def add_lora_w2(self, y_ND: torch.Tensor, h_NF: torch.Tensor, segments: Segments, tables: ExpertsTables) -> None:
+        assert isinstance(segments, LoRASegments), "segments come from this wrapper"
         # Partial sums are added up before the one rounding of the low-rank vector.
-        v_LR = shrink_rows(h_NF, segments, mapping, tables, ExpertsFactor.A2, dtype=torch.float32)
+        v_LR = shrink_rows(h_NF, segments, tables, ExpertsFactor.A2, dtype=torch.float32)
         if v_LR is None:
             return
         v_LR = self._tp.all_reduce(v_LR.contiguous()).to(h_NF.dtype)
         mine_ND = y_ND.narrow(1, self._hidden.start, self._hidden.size)
-        add_expanded(mine_ND, v_LR, segments, mapping, tables, ExpertsFactor.B2, row_len=self._hidden.padded)
+        add_expanded(mine_ND, v_LR, segments, tables, ExpertsFactor.B2, row_len=self._hidden.padded)
 
 
 class ShardedLinearPunica(PunicaWrapperCPU):
@@ -86,22 +77,23 @@ class ShardedLinearPunica(PunicaWrapperCPU):
         self,
         y_MO: torch.Tensor,
         x_MI: torch.Tensor,
-        mapping: AdapterMapping,
+        rows: AdapterRows,
         tables: LinearTables,
         *,
+        rank_bound: int,
         bias_O: torch.Tensor | None = None,
-        rank_bound: int | None = None,
     ) -> None:
         """See the base class. A partial y is without its bias, and ``bias_O`` None."""
-        mine, rows_L = self._mine, mapping.segments.rows_L
+        mine, segments = self._mine, rows.segments()
+        rows_L = segments.rows_L
         is_wide = mine.outputs is not None and (self._is_reduced or mine.inputs is not None)
         own_MO, own_bias_O = y_MO, bias_O
         if is_wide and mine.outputs is not None:
             own_MO = cut_tensor(y_MO, {1: mine.outputs})
             own_bias_O = None if bias_O is None else cut_tensor(bias_O, {0: mine.outputs})
-        v_LR = self._low_rank(x_MI, mapping, tables)
-        self._check_gain(mapping, tables)
-        delta_LO = linear_delta(own_MO, v_LR, mapping, tables, bias_O=own_bias_O)
+        v_LR = self._low_rank(x_MI, segments, tables)
+        self._check_gain(segments, tables)
+        delta_LO = linear_delta(own_MO, v_LR, segments, tables, bias_O=own_bias_O)
         if delta_LO is None:
             return
         if not is_wide or mine.outputs is None:
@@ -116,21 +108,21 @@ class ShardedLinearPunica(PunicaWrapperCPU):
             own_LO = (own_MO.index_select(0, rows_L) + delta_LO).to(y_MO.dtype)
             y_MO.index_copy_(0, rows_L, gather_columns(own_LO, y_MO.shape[1], self._tp))
 
-    def _low_rank(self, x_MI: torch.Tensor, mapping: AdapterMapping, tables: LinearTables) -> torch.Tensor | None:
-        v_LR = shrink_linear(x_MI, mapping, tables)
-        index = factors_of(mapping).index(tables, LinearFactor.A, x_MI.shape[1])
+    def _low_rank(self, x_MI: torch.Tensor, segments: LoRASegments, tables: LinearTables) -> torch.Tensor | None:
+        v_LR = shrink_linear(x_MI, segments, tables)
+        index = segments.factors.index(tables, LinearFactor.A, x_MI.shape[1], segments.slots)
         if v_LR is None or index is None:
             return None
         if self._mine.inputs is not None and (self._is_reduced or self._mine.outputs is not None):
             v_LR = self._tp.all_reduce(v_LR.contiguous())
         v_LR = v_LR.to(x_MI.dtype)
-        return v_LR if self._mine.lanes is None else gather_lanes(v_LR, index, mapping.segments, self._tp)
+        return v_LR if self._mine.lanes is None else gather_lanes(v_LR, index, segments, self._tp)
 
-    def _check_gain(self, mapping: AdapterMapping, tables: LinearTables) -> None:
+    def _check_gain(self, segments: LoRASegments, tables: LinearTables) -> None:
         """DoRA scales all columns of a partial y, of which this rank's gain has only some."""
         if self._mine.inputs is None or self._mine.outputs is None or self._is_reduced:
             return
-        if tables.factors[list(mapping.active_slots), LinearFactor.GAIN, Field.RANK].any():
+        if tables.factors[list(segments.slots), LinearFactor.GAIN, Field.RANK].any():
             raise BatchError(
                 "DoRA on a fully sharded row-parallel map needs the reduced output: apply it behind the all-reduce"
             )

@@ -18,7 +18,7 @@ from moegraft.moe.expert_parallel.exchange import (
 )
 from moegraft.moe.expert_parallel.packing import RowCodec
 from moegraft.moe.expert_parallel.routed_rows import ReceivedRows, join_rows, pack_routed_rows, unpack_routed_rows
-from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows, weigh_input, weighted_sum
+from moegraft.moe.layer import ExpertsOutput, PreparedRows, weigh_input, weighted_sum
 from moegraft.parallel.expert_map import NOWHERE
 
 
@@ -62,7 +62,7 @@ class AllGatherPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
             )
 
         def gather(p: int, codec: RowCodec) -> ReceivedRows:
-            fields = (x_TD, place_TK, weights_TK, parts.adapter_T)
+            fields = (x_TD, weights_TK, place_TK, parts.adapter_T)
             mine = fields if tokens is None else tuple(field.index_select(0, tokens[p]) for field in fields)
             packed_MB = self.ep.all_gather(pack_routed_rows(codec, *mine), counts[p])
             return unpack_routed_rows(codec, packed_MB, top_k=K, hidden_size=x_TD.shape[1], dtype=x_TD.dtype)
@@ -73,8 +73,9 @@ class AllGatherPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
         return GatheredRows(
             x_MD=rows.x_MD,
             unquantised_MD=rows.unquantised_MD,
-            topk_ids_MK=torch.where(is_here_MK, rows.ids_MK - first, NOWHERE),
+            is_quantised=rows.is_quantised,
             topk_weights_MK=rows.weights_MK,
+            topk_ids_MK=torch.where(is_here_MK, rows.ids_MK - first, NOWHERE),
             slots_M=slots_of(rows.adapter_M, lora_context),
             expected_choices=-(-sum(tokens_R) * K // self.ep.size),
             counts=tuple(map(tuple, counts)),

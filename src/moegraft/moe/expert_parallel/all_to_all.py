@@ -19,7 +19,7 @@ from moegraft.moe.expert_parallel.exchange import (
 )
 from moegraft.moe.expert_parallel.packing import RowCodec
 from moegraft.moe.expert_parallel.routed_rows import ReceivedRows, join_rows, pack_routed_rows, unpack_routed_rows
-from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows, weigh_input, weighted_sum
+from moegraft.moe.layer import ExpertsOutput, PreparedRows, weigh_input, weighted_sum
 from moegraft.parallel.dispatch import RowRoutes, combine_partials, local_choices, plan_routes, ranks_needed
 
 
@@ -71,8 +71,9 @@ class AllToAllPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
         return DispatchedRows(
             x_MD=rows.x_MD,
             unquantised_MD=rows.unquantised_MD,
-            topk_ids_MK=rows.ids_MK,
+            is_quantised=rows.is_quantised,
             topk_weights_MK=rows.weights_MK,
+            topk_ids_MK=rows.ids_MK,
             slots_M=slots_of(rows.adapter_M, lora_context),
             expected_choices=-(-sum(tokens_R) * K // self.ep.size),
             sent=tuple(map(tuple, sent)),
@@ -107,8 +108,8 @@ class AllToAllPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
         packed_SB = pack_routed_rows(
             codec,
             x_TD.index_select(0, routes.token_S),
-            ids_SK,
             weights_SK,
+            ids_SK,
             parts.adapter_T.index_select(0, routes.token_S),
         )
         packed_MB = self.ep.all_to_all(packed_SB, routes.counts, received)

@@ -7,7 +7,7 @@ from moegraft.formats.base import ExpertsWeights
 from moegraft.moe.expert_parallel.all_gather import AllGatherPrepareAndFinalize
 from moegraft.moe.expert_parallel.all_to_all import AllToAllPrepareAndFinalize
 from moegraft.moe.expert_parallel.replicated import ReplicatedPrepareAndFinalize
-from moegraft.moe.prepare_finalize import FusedMoEPrepareAndFinalize
+from moegraft.moe.layer import FusedMoEPrepareAndFinalize
 from moegraft.moe.tensor_parallel import TensorParallelPrepareAndFinalize
 from moegraft.parallel.expert_map import ExpertMap
 from moegraft.parallel.groups import ParallelGroups

@@ -13,9 +13,9 @@ from moegraft.core.config import MoEConfig
 from moegraft.core.errors import BatchError
 from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.mapping import BASE_SLOT, GroupMapping
+from moegraft.lora.rows import BASE_SLOT, base_slots
 from moegraft.moe.expert_parallel.packing import PlainRows, RowCodec, codec_for
-from moegraft.moe.prepare_finalize import FusedMoEPrepareAndFinalize, weighs_input
+from moegraft.moe.layer import FusedMoEPrepareAndFinalize, weighs_input
 from moegraft.parallel.collectives import Communicator
 from moegraft.parallel.expert_map import ExpertMap, ExpertPlacement
 from moegraft.parallel.groups import ParallelGroups
@@ -63,18 +63,18 @@ class RowParts:
 def split_rows(codec: RowCodec, num_rows: int, context: MoELoRAContext | None, device: torch.device) -> RowParts:
     """Base rows as the format sends them; rows with an adapter unquantised, since LoRA reads them so.
 
-    What receives a row with an adapter quantises it itself: no row is sent twice. Raises BatchError for a mapping that
-    has no adapter ids to send.
+    What receives a row with an adapter quantises it itself: no row is sent twice. Raises BatchError for a context
+    that has no adapter ids to send.
     """
     if context is None:
-        base_T = torch.full((num_rows,), BASE_SLOT, dtype=torch.int32, device=device)
-        return RowParts(has_adapters=False, codecs=(codec,), is_in_part_PT=None, adapter_T=base_T)
-    mapping = context.mapping
-    if not isinstance(mapping, GroupMapping):
+        adapter_T = base_slots(num_rows, device)
+        return RowParts(has_adapters=False, codecs=(codec,), is_in_part_PT=None, adapter_T=adapter_T)
+    group = context.group
+    if group is None:
         raise BatchError("rows that travel between ranks need adapter ids: acquire the batch from a CollectiveBank")
-    adapter_T = mapping.token_ids
-    if isinstance(codec, PlainRows) or not mapping.has_adapters:
-        return RowParts(has_adapters=mapping.has_adapters, codecs=(codec,), is_in_part_PT=None, adapter_T=adapter_T)
+    adapter_T, has_adapters = group.id_of_slot[context.rows.slots_M.long()], bool(group.ids)
+    if isinstance(codec, PlainRows) or not has_adapters:
+        return RowParts(has_adapters=has_adapters, codecs=(codec,), is_in_part_PT=None, adapter_T=adapter_T)
     has_adapter_T = adapter_T != BASE_SLOT
     return RowParts(
         has_adapters=True,
@@ -84,11 +84,11 @@ def split_rows(codec: RowCodec, num_rows: int, context: MoELoRAContext | None, d
     )
 
 
-def slots_of(adapter_M: torch.Tensor, context: MoELoRAContext | None) -> torch.Tensor | None:
+def slots_of(adapter_M: torch.Tensor, context: MoELoRAContext | None) -> torch.Tensor:
     """[M] int32: this rank's slots of the adapters that rows brought along."""
-    if context is None or not isinstance(context.mapping, GroupMapping):
-        return None
-    return context.mapping.group.slot_of_id[adapter_M.long()]
+    if context is None or context.group is None:
+        return base_slots(adapter_M.shape[0], adapter_M.device)
+    return context.group.slot_of_id[adapter_M.long()]
 
 
 def exchange_counts(ep: Communicator, sent_PR: torch.Tensor, parts: RowParts) -> tuple[list[list[int]], ...]:
@@ -107,6 +107,6 @@ def exchange_counts(ep: Communicator, sent_PR: torch.Tensor, parts: RowParts) ->
         kinds = ("without", "with") if parts.has_adapters else ("with", "without")
         raise BatchError(
             f"ranks {other} run a batch {kinds[0]} adapters, rank {ep.ranks[ep.rank]} one {kinds[1]}; acquire it on "
-            "all ranks together, and pass its mapping on every rank"
+            "all ranks together, and pass its group on every rank"
         )
     return sent, theirs[2 : 2 + len(sent)], theirs[1:2]

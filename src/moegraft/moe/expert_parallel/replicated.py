@@ -8,7 +8,7 @@ from moegraft.core.config import MoEConfig
 from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.context import MoELoRAContext
 from moegraft.moe.expert_parallel.exchange import ExpertParallelPrepareAndFinalize
-from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows, weigh_input, weighted_sum
+from moegraft.moe.layer import ExpertsOutput, PreparedRows, slots_of_call, weigh_input, weighted_sum
 from moegraft.parallel.expert_map import NOWHERE, ExpertMap
 from moegraft.parallel.groups import ParallelGroups
 
@@ -35,9 +35,9 @@ class ReplicatedPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
         return PreparedRows(
             x_MD=x_TD,
             unquantised_MD=x_TD,
-            topk_ids_MK=torch.where(rank_TK == self.ep.rank, local_TK, NOWHERE).int(),
             topk_weights_MK=weights_TK,
-            slots_M=None if lora_context is None else lora_context.mapping.token_slots,
+            topk_ids_MK=torch.where(rank_TK == self.ep.rank, local_TK, NOWHERE).int(),
+            slots_M=slots_of_call(x_TD, lora_context),
             expected_choices=-(-T * K // self.ep.size),
         )
 

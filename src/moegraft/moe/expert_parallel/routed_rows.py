@@ -15,17 +15,17 @@ from moegraft.moe.expert_parallel.packing import PlainRows, RowCodec, pack_rows,
 
 @dataclass(frozen=True, kw_only=True)
 class ReceivedRows:
-    """One part: ids [M, K] int32 of local experts (-1: elsewhere), weights [M, K], adapter ids [M], encoded fields."""
+    """One part: weights [M, K], ids [M, K] int32 of local experts (-1: elsewhere), adapter ids [M], encoded fields."""
 
     codec: RowCodec
-    ids_MK: torch.Tensor
     weights_MK: torch.Tensor
+    ids_MK: torch.Tensor
     adapter_M: torch.Tensor
     encoded: tuple[torch.Tensor, ...]
 
 
 def pack_routed_rows(
-    codec: RowCodec, x_SD: torch.Tensor, ids_SK: torch.Tensor, weights_SK: torch.Tensor, adapter_S: torch.Tensor
+    codec: RowCodec, x_SD: torch.Tensor, weights_SK: torch.Tensor, ids_SK: torch.Tensor, adapter_S: torch.Tensor
 ) -> torch.Tensor:
     """uint8 [S, B]: a header of 8 K + 4 bytes (router weights, expert ids, adapter id), then the activations."""
     return pack_rows([weights_SK.float(), ids_SK.int(), adapter_S.int()[:, None], *codec.encode(x_SD)])
@@ -38,19 +38,21 @@ def unpack_routed_rows(
     header = ((torch.float32, top_k), (torch.int32, top_k), (torch.int32, 1))
     weights_MK, ids_MK, adapter_M1, *encoded = unpack_rows(packed_MB, (*header, *codec.fields(hidden_size, dtype)))
     return ReceivedRows(
-        codec=codec, ids_MK=ids_MK, weights_MK=weights_MK, adapter_M=adapter_M1.squeeze(1), encoded=tuple(encoded)
+        codec=codec, weights_MK=weights_MK, ids_MK=ids_MK, adapter_M=adapter_M1.squeeze(1), encoded=tuple(encoded)
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedRows:
-    """All parts, one after the other. x and unquantised are one tensor where nothing was quantised."""
+    """All parts, one after the other. ``is_quantised``: x is what the format makes of the unquantised rows; base rows
+    of those that came quantised are not read."""
 
     x_MD: torch.Tensor
     unquantised_MD: torch.Tensor
-    ids_MK: torch.Tensor
     weights_MK: torch.Tensor
+    ids_MK: torch.Tensor
     adapter_M: torch.Tensor
+    is_quantised: bool
 
 
 def join_rows(parts: Sequence[ReceivedRows], codec: RowCodec, dtype: torch.dtype) -> JoinedRows:
@@ -65,14 +67,14 @@ def join_rows(parts: Sequence[ReceivedRows], codec: RowCodec, dtype: torch.dtype
                 for part, rows in zip(parts, plain, strict=True)
             ]
         )
-        # Never the tensor x itself, which would say that nothing is quantised yet; base rows of it are not read.
-        unquantised_MD = _join(plain) if len(plain) > 1 else x_MD.view_as(x_MD)
+        unquantised_MD = _join(plain) if len(plain) > 1 else x_MD
     return JoinedRows(
         x_MD=x_MD,
         unquantised_MD=unquantised_MD,
-        ids_MK=_join([part.ids_MK for part in parts]),
         weights_MK=_join([part.weights_MK for part in parts]),
+        ids_MK=_join([part.ids_MK for part in parts]),
         adapter_M=_join([part.adapter_M for part in parts]),
+        is_quantised=not isinstance(codec, PlainRows),
     )
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,12 +15,14 @@ from moegraft.core.config import BackendRequest
 from moegraft.formats import FORMAT_NAMES
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
-from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.mapping import BASE_SLOT, LoRASegments
-from moegraft.lora.mixin import LoRAExpertsMixin
-from moegraft.lora.punica.paged import fits_torch_grouped_mm
-from moegraft.moe.experts.base import FusedMoEExpertsModular
-from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows
+from moegraft.lora.context import LoRAExpertsMixin, MoELoRAContext
+from moegraft.lora.punica.base import Segments
+from moegraft.lora.punica.cpu import fits_torch_grouped_mm
+from moegraft.lora.rows import BASE_SLOT
+from moegraft.moe.layer import ExpertsOutput, FusedMoEExpertsModular, PreparedRows
+
+if TYPE_CHECKING:
+    from moegraft.kernels.workspace import Workspace
 
 # A BLAS picks its kernel, and with it the order of a row's sum, by the number of rows. Blocks of these sizes keep a
 # row's bits independent of how many rows share its expert (docs/numerics.md has the measurement).
@@ -90,17 +93,23 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
             return False, "its GEMMs are a BLAS's, which sums a row in another order where more rows are with it"
         return True, ""
 
-    def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
+    def apply(
+        self,
+        rows: PreparedRows,
+        lora_context: MoELoRAContext | None = None,
+        *,
+        out_MD: torch.Tensor | None = None,
+        workspace: Workspace | None = None,
+    ) -> ExpertsOutput:
+        """See the base class; the output is not reduced and its memory torch's own."""
         context = self.active_context(lora_context)
         M, K = rows.topk_ids_MK.shape
         plan = _plan_rows(rows.topk_ids_MK, self.weights.num_experts, rows.x_MD.dtype, rows.expected_choices)
-        is_quantised = rows.unquantised_MD is not rows.x_MD
-        x_MD = rows.x_MD if is_quantised else self.weights.quantise_input(rows.x_MD)
+        x_MD = rows.x_MD if rows.is_quantised else self.weights.quantise_input(rows.x_MD)
         x_PD = x_MD.index_select(0, plan.token_P)
         segments = None
         if context is not None:
-            slots_M = context.mapping.token_slots if rows.slots_M is None else rows.slots_M
-            slot_P = slots_M.index_select(0, plan.token_P).long()
+            slot_P = rows.slots_M.index_select(0, plan.token_P)
             slot_P[plan.padding] = BASE_SLOT
             segments = self.lora_segments(context, plan.expert_P, slot_P)
 
@@ -177,7 +186,7 @@ def _seed(
     bias_EO: torch.Tensor | None,
     expert_P: torch.Tensor,
     width: int,
-    segments: LoRASegments | None,
+    segments: Segments | None,
 ) -> torch.Tensor | None:
     """What the GEMM accumulates onto; None where that is nothing."""
     if bias_EO is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -14,13 +14,14 @@ from moegraft.formats.dense import DenseExperts
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.formats.scaled import BLOCK, ScaledExperts
 from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
-from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.mixin import LoRAExpertsMixin
-from moegraft.moe.experts.base import FusedMoEExpertsModular
-from moegraft.moe.prepare_finalize import ExpertsOutput, PreparedRows
+from moegraft.lora.context import LoRAExpertsMixin, MoELoRAContext
+from moegraft.moe.layer import ExpertsOutput, FusedMoEExpertsModular, PreparedRows
 from moegraft.tuning.heuristic import batch_invariant_tiles
 from moegraft.tuning.table import choose_tiles
 from moegraft.tuning.tiles import MoETiles
+
+if TYPE_CHECKING:
+    from moegraft.kernels.workspace import Workspace
 
 MIN_CAPABILITY = (8, 0)
 """Ampere: bfloat16 matrix units and asynchronous copies. How much shared memory there is, tile choice asks the GPU."""
@@ -78,7 +79,14 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
             return False, "it has no tiles that give a row the same bits in any batch"
         return True, ""
 
-    def apply(self, rows: PreparedRows, lora_context: MoELoRAContext | None = None) -> ExpertsOutput:
+    def apply(
+        self,
+        rows: PreparedRows,
+        lora_context: MoELoRAContext | None = None,
+        *,
+        out_MD: torch.Tensor | None = None,
+        workspace: Workspace | None = None,
+    ) -> ExpertsOutput:
         from moegraft.kernels.moe_forward.host import fused_moe_lora
 
         lora = self._lora_batch(rows, self.active_context(lora_context))
@@ -89,6 +97,8 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
             rows.topk_weights_MK.contiguous(),
             lora=lora,
             tiles=self._tiles(rows, lora),
+            workspace=workspace,
+            out_TD=out_MD,
         )
         return ExpertsOutput(y=out_MD, is_reduced=True)
 
@@ -100,13 +110,12 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     def _lora_batch(self, rows: PreparedRows, context: MoELoRAContext | None) -> LoRABatch | None:
         if context is None:
             return None
-        slots_M = context.mapping.token_slots if rows.slots_M is None else rows.slots_M
         return LoRABatch(
             tables=context.tables,
-            token_slots_T=slots_M,
-            rank13=context.rank_bound,
-            rank2=context.rank2,
-            x_TD=None if rows.unquantised_MD is rows.x_MD else rows.unquantised_MD.contiguous(),
+            token_slots_T=rows.slots_M,
+            rank13=context.bounds.a13,
+            rank2=context.bounds.a2,
+            x_TD=rows.unquantised_MD.contiguous() if rows.is_quantised else None,
         )
 
 
@@ -117,7 +126,7 @@ def tiles_of_batch(rows: PreparedRows, weights: MoEWeights, lora: LoRABatch | No
     """
     if rows.expected_choices is None:
         return None
-    from moegraft.kernels.moe_forward.run import tuning_shape
+    from moegraft.kernels.moe_forward.host import tuning_shape
 
     shape = tuning_shape(rows.x_MD, weights, rows.topk_ids_MK, lora)
     return choose_tiles(replace(shape, num_tokens=-(-rows.expected_choices // shape.top_k)))

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -15,6 +21,8 @@ from moegraft.core.errors import CheckpointError
 from moegraft.integrations.transformers.storage import empty_experts
 
 METHOD = "moegraft"
+# Models of more kinds of input first.
+_AUTO_CLASSES: tuple[Any, ...] = (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM)
 
 
 @register_quantization_config(METHOD)
@@ -56,9 +64,22 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The class of transformers that builds and loads the model of a config: a text model where there is one."""
-    has_text_model = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if has_text_model else AutoModelForImageTextToText
+    """The class of transformers that builds and loads the model of a config, with all parts that the config describes.
+
+    What the config names as its architecture; otherwise, of a config with towers the model that has them. For
+    Qwen3.5-MoE transformers knows a text model under the same config: it would take no images.
+    """
+    found = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
+    named = [auto for auto in found if _model_name(auto, config) in (config.architectures or ())]
+    if config.get_text_config() is config:
+        found.reverse()
+    return (*named, *found, AutoModelForCausalLM)[0]
+
+
+def _model_name(auto: Any, config: PreTrainedConfig) -> str:
+    model_class = auto._model_mapping[type(config)]
+    name: str = (model_class[0] if isinstance(model_class, tuple) else model_class).__name__
+    return name
 
 
 def hollow_structure(config: PreTrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""The files of a model's checkpoint, read under the rules of the adapter loader: safetensors only, none outside."""
+"""The files of a model's checkpoint, read under the same rules as an adapter's: safetensors only, none outside."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-from moegraft.core.errors import AdapterError, CheckpointError
-from moegraft.lora.peft.folder import FolderTensors, WeightFiles, file_inside, read_small_file
-from moegraft.lora.peft.safetensors_file import DTYPES, TensorInfo
-from moegraft.lora.peft.strict_json import StrictJSONError, parse_object
+from moegraft.core.errors import CheckpointError, FileError
+from moegraft.files import Folder, WeightFiles, WeightFolder, limits
+from moegraft.files.safetensors import DTYPES
 
 CONFIG_FILE = "config.json"
-MAX_JSON_BYTES = 64 * 2**20
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 # What quantised checkpoints store beside the dtypes of plain weights, by safetensors' names.
 _STORED: Mapping[str, torch.dtype] = {
@@ -38,56 +37,39 @@ _FILES = WeightFiles(
 
 @contextmanager
 def as_checkpoint_error() -> Iterator[None]:
-    """The readers that are shared with the adapter loader raise AdapterError; here the same words mean a checkpoint."""
+    """What the readers of files refuse, as an error of the checkpoint."""
     try:
         yield
-    except AdapterError as error:
+    except FileError as error:
         raise CheckpointError(str(error)) from error
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The folder. Raises CheckpointError where there is none, or no config in it."""
-    folder = Path(path)
-    if not os.path.isdir(folder):
-        found = "is a file" if os.path.exists(folder) else "does not exist; download a hub repository first"
-        raise CheckpointError(f"{folder}: {found}, expected the folder that holds {CONFIG_FILE}")
-    with as_checkpoint_error():
-        file_inside(folder, CONFIG_FILE)
-    return folder
+class Checkpoint(Folder):
+    """The open folder of a checkpoint; a context manager. Raises CheckpointError where there is none, or no config."""
 
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            super().__init__(path)
+        except FileError:
+            found = "is a file" if os.path.lexists(path) else "does not exist; download a hub repository first"
+            raise CheckpointError(f"{Path(path)}: {found}, expected the folder that holds {CONFIG_FILE}") from None
+        if not self.has(CONFIG_FILE):
+            self.close()
+            raise CheckpointError(f"{self.path}: {CONFIG_FILE} is missing")
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """One object. Raises CheckpointError."""
-    with as_checkpoint_error():
-        data = read_small_file(folder, name, max_bytes=MAX_JSON_BYTES)
-    try:
-        return parse_object(data)
-    except StrictJSONError as error:
-        raise CheckpointError(f"{folder / name}: {error}") from None
-
-
-class CheckpointTensors:
-    """All tensors of a checkpoint, from one file or from shards; use as a context manager.
-
-    Raises CheckpointError: no weights, a pickle, a header that lies, or an index that disagrees with its shards.
-    """
-
-    def __init__(self, folder: Path) -> None:
+    def config(self) -> dict[str, Any]:
+        """``config.json``. Raises CheckpointError."""
         with as_checkpoint_error():
-            self._tensors = FolderTensors(folder, _FILES)
-        self.infos: Mapping[str, TensorInfo] = self._tensors.infos
-        self.unread = set(self.infos)
+            return self.read_object(CONFIG_FILE, max_bytes=limits.MAX_CONFIG_BYTES)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, as stored. Raises CheckpointError where a value is NaN or infinite."""
+    def generation_config(self) -> dict[str, Any] | None:
+        """``generation_config.json``, None where there is none. Raises CheckpointError."""
+        if not self.has(GENERATION_CONFIG_FILE):
+            return None
         with as_checkpoint_error():
-            tensor = self._tensors.read(name)
-        self.unread.discard(name)
-        return tensor
+            return self.read_object(GENERATION_CONFIG_FILE, max_bytes=limits.MAX_GENERATION_CONFIG_BYTES)
 
-    def __enter__(self) -> Self:
-        self._tensors.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tensors.__exit__(*error)
+    def tensors(self) -> WeightFolder:
+        """All tensors, headers checked; a context manager. Raises CheckpointError."""
+        with as_checkpoint_error():
+            return WeightFolder(self, _FILES)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from moegraft.core.errors import CheckpointError, UnsupportedModelError
+from moegraft.files import TensorInfo, WeightFolder
 from moegraft.formats.int4 import refuse_act_order
 from moegraft.integrations.transformers.checkpoint.build import (
     PackedConfig,
     build_model,
     hollow_structure,
-    plain_config,
 )
+from moegraft.integrations.transformers.checkpoint.config import model_of_fields
 from moegraft.integrations.transformers.checkpoint.files import (
     CONFIG_FILE,
-    CheckpointTensors,
-    open_checkpoint,
-    read_json,
+    GENERATION_CONFIG_FILE,
+    Checkpoint,
+    as_checkpoint_error,
 )
 from moegraft.integrations.transformers.checkpoint.plan import CheckpointPlan, PackedLayer, plan_checkpoint
 from moegraft.integrations.transformers.checkpoint.scheme import (
@@ -36,6 +38,7 @@ from moegraft.integrations.transformers.checkpoint.weights import read_layer
 from moegraft.integrations.transformers.experts import IMPLEMENTATION, guard_implementation
 from moegraft.integrations.transformers.storage import WEIGHT_DTYPES, pack_experts
 from moegraft.integrations.transformers.targets import experts_targets
+from moegraft.lora.targets import ExpertsTarget
 
 _LOG = logging.getLogger("moegraft")
 
@@ -51,13 +54,14 @@ class CheckpointStructure:
 
 def is_quantised(path: str | os.PathLike[str]) -> bool:
     """Whether the checkpoint is quantised by a method of which moegraft reads layouts. Raises CheckpointError."""
-    folder = open_checkpoint(path)
-    return bool(find_schemes(read_json(folder, CONFIG_FILE)))
+    with Checkpoint(path) as folder:
+        return bool(find_schemes(folder.config()))
 
 
 def check_method(path: str | os.PathLike[str]) -> None:
     """Raises CheckpointError where the checkpoint is quantised, and not in a layout that moegraft reads."""
-    config = read_json(open_checkpoint(path), CONFIG_FILE)
+    with Checkpoint(path) as folder:
+        config = folder.config()
     if quantisation_fields(config) is not None:
         read_schemes(config)
 
@@ -73,17 +77,11 @@ def load_quantised(
 
     The model is for inference and cannot be saved. Raises CheckpointError or UnsupportedModelError.
     """
-    folder = open_checkpoint(path)
-    with CheckpointTensors(folder) as tensors:
+    with as_checkpoint_error(), Checkpoint(path) as folder, folder.tensors() as tensors:
         structure = _structure(folder, tensors)
         plan, target_dtype = structure.plan, _dtype(structure.model.config, dtype)
-        state = {name: tensors.read(name) for name in plan.plain}
-        for module, linear in plan.linears.items():
-            read = {part: tensors.read(name) for part, name in linear.parts.items()}
-            state[f"{module}.weight"] = dequantise_linear(linear.scheme, read, module).to(target_dtype)
-        model = build_model(structure.model, PackedConfig(plan.formats), state, target_dtype)
-        del state
-        model = model.to(device)
+        generation_config = _read_generation_config(folder, structure.model)
+        model = _build(structure, tensors, target_dtype).to(device)
         for name, layer in plan.experts.items():
             weights = read_layer(layer, tensors.read, dtype=target_dtype, device=torch.device(device))
             pack_experts(model.get_submodule(name), weights, target_dtype)
@@ -92,11 +90,12 @@ def load_quantised(
         if unread:
             raise CheckpointError(f"{tensors.infos[min(unread)].where}: was not applied")
     model.set_experts_implementation(IMPLEMENTATION)
-    model.config.name_or_path = str(folder)
-    _load_generation_config(model, folder)
+    model.config.name_or_path = str(folder.path)
+    if generation_config is not None:
+        model.generation_config = generation_config
     _LOG.info(
         "%s: experts of %d layers read by moegraft and kept packed (%s); %d linear maps dequantised to %s",
-        folder,
+        folder.path,
         len(plan.experts),
         plan.description,
         len(plan.linears),
@@ -110,15 +109,14 @@ def read_structure(path: str | os.PathLike[str]) -> CheckpointStructure:
 
     Raises as it does, but for what only weights tell.
     """
-    folder = open_checkpoint(path)
-    with CheckpointTensors(folder) as tensors:
+    with as_checkpoint_error(), Checkpoint(path) as folder, folder.tensors() as tensors:
         structure = _structure(folder, tensors)
         for layer in structure.plan.experts.values():
             _refuse_act_order(layer, tensors)
         return structure
 
 
-def _refuse_act_order(layer: PackedLayer, tensors: CheckpointTensors) -> None:
+def _refuse_act_order(layer: PackedLayer, tensors: WeightFolder) -> None:
     """From the group indices of one expert: no header says whether they are in order."""
     part = GROUP_ORDER.get(layer.scheme.layout, "")
     names = [parts[part] for (expert, _), parts in layer.matrices.items() if expert == 0 and part in parts]
@@ -128,34 +126,55 @@ def _refuse_act_order(layer: PackedLayer, tensors: CheckpointTensors) -> None:
             refuse_act_order(part, group_of, group_of.numel(), max(layer.scheme.group_size, 0))
 
 
-def _structure(folder: Path, tensors: CheckpointTensors) -> CheckpointStructure:
-    schemes = read_schemes(read_json(folder, CONFIG_FILE))
-    try:
-        config = plain_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-        model = hollow_structure(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no config of a model that transformers knows: {error}") from error
+def _structure(folder: Checkpoint, tensors: WeightFolder) -> CheckpointStructure:
+    fields = folder.config()
+    schemes = read_schemes(fields)
+    model = model_of_fields(fields, hollow_structure)
     targets = experts_targets(model)
     if not targets:
-        raise UnsupportedModelError(f"{folder}: {type(model).__name__} has no experts that moegraft can reach")
+        raise UnsupportedModelError(f"{folder.path}: {type(model).__name__} has no experts that moegraft can reach")
+    stored = model.state_dict()
     plan = plan_checkpoint(
         tensors.infos,
         schemes,
         targets,
         model_type=model.config.model_type,
         ignore=sorted(model._keys_to_ignore_on_load_unexpected or ()),
+        integers={name.rpartition(".")[2] for name, tensor in stored.items() if not tensor.is_floating_point()},
     )
-    return CheckpointStructure(folder=folder, model=model, plan=plan)
+    _check_size(stored.values(), targets.values(), tensors.infos.values())
+    return CheckpointStructure(folder=folder.path, model=model, plan=plan)
 
 
-def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
+def _check_size(model: Iterable[torch.Tensor], experts: Iterable[ExpertsTarget], stored: Iterable[TensorInfo]) -> None:
+    """Before anything is allocated. 4-bit numbers are stored two a byte, and a tied vocabulary once for two tensors."""
+    wanted = sum(tensor.numel() for tensor in model)
+    in_files = 2 * 2 * sum(info.nbytes for info in stored)
+    if wanted > in_files:
+        raise CheckpointError(
+            f"{CONFIG_FILE} describes a model of {wanted} numbers, but the weight files hold {in_files // 4} bytes"
+        )
+
+
+def _build(structure: CheckpointStructure, tensors: WeightFolder, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its packed experts, on the CPU."""
+    plan = structure.plan
+    state = {name: tensors.read(name) for name in plan.plain}
+    for module, linear in plan.linears.items():
+        read = {part: tensors.read(name) for part, name in linear.parts.items()}
+        state[f"{module}.weight"] = dequantise_linear(linear.scheme, read, module).to(dtype)
+    return build_model(structure.model, PackedConfig(plan.formats), state, dtype)
+
+
+def _read_generation_config(folder: Checkpoint, model: PreTrainedModel) -> GenerationConfig | None:
     """As ``from_pretrained`` of a folder does: its file, where there is one."""
-    if not (folder / "generation_config.json").exists() or not model.can_generate():
-        return
+    fields = folder.generation_config() if model.can_generate() else None
+    if fields is None:
+        return None
     try:
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
+        return GenerationConfig.from_dict(fields)
+    except Exception as error:  # of whatever kind a field of an odd type leads to
+        raise CheckpointError(f"{GENERATION_CONFIG_FILE}: {type(error).__name__}: {error}") from error
 
 
 def _dtype(config: PreTrainedConfig, wanted: torch.dtype | None) -> torch.dtype:

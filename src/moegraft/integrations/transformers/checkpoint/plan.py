@@ -7,13 +7,13 @@ that transformers places by itself, or an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moegraft.core.errors import CheckpointError
+from moegraft.files import TensorInfo
+from moegraft.files.renames import DOWN_NAMES, GATE_NAMES, UP_NAMES, Renamer
 from moegraft.integrations.transformers.checkpoint.scheme import PARTS, Layout, Parts, Scheme
-from moegraft.lora.peft.renames import DOWN_NAMES, GATE_NAMES, UP_NAMES, Renamer
-from moegraft.lora.peft.safetensors_file import TensorInfo
 from moegraft.lora.targets import ExpertsTarget
 
 _EXPERT = re.compile(r"(?P<experts>.+)\.(?P<index>0|[1-9][0-9]{0,5})\.(?P<proj>\w+)", re.ASCII)
@@ -74,8 +74,10 @@ def plan_checkpoint(
     *,
     model_type: str,
     ignore: Iterable[str] = (),
+    integers: Collection[str] = (),
 ) -> CheckpointPlan:
     """``targets``: the experts of the model, by module name. ``ignore``: expressions that name tensors to leave out.
+    ``integers``: last names of what the model itself stores as integers.
 
     Raises CheckpointError for a tensor that fits nowhere, an expert that is not complete, or a layer of which only a
     part is quantised; names the file and the tensor.
@@ -111,6 +113,7 @@ def plan_checkpoint(
         else:
             plain += fused.get(name, {}).values()
             plain += [tensor for parts in matrices.get(name, {}).values() for tensor in parts.values()]
+    _refuse_unscaled([infos[name] for name in plain], integers)
     if not experts:
         words = "; ".join(scheme.description for scheme in schemes)
         raise CheckpointError(
@@ -118,6 +121,18 @@ def plan_checkpoint(
             "transformers"
         )
     return CheckpointPlan(experts=experts, linears=linears, plain=tuple(sorted(plain)), ignored=ignored)
+
+
+def _refuse_unscaled(plain: Iterable[TensorInfo], integers: Collection[str]) -> None:
+    """A weight in integers or 8-bit floats means nothing without its scales, and no model has such norms or biases."""
+    for info in sorted(plain, key=lambda info: info.name):
+        if info.dtype.itemsize > 1 and info.dtype.is_floating_point:
+            continue
+        if info.dtype.is_floating_point or info.name.rpartition(".")[2] not in integers:
+            raise CheckpointError(
+                f"{info.where}: is stored as {info.dtype}, without the scales that say what its numbers stand for; "
+                "expected a floating point dtype of 16 bits or more, or the scales beside it"
+            )
 
 
 class _ExpertsFinder:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from moegraft.core.errors import CheckpointError
-from moegraft.lora.peft.strict_json import shorten
+from moegraft.files import shorten
 
 GROUP_SIZES = (32, 64, 128)
 WHOLE_CHANNEL = -1
+QUANTISATION_FIELDS = ("quantization_config", "compression_config")
 
 
 class Layout(enum.StrEnum):
@@ -150,7 +151,7 @@ def quantisation_fields(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """``quantization_config`` of the model or of its text stack; None where there is none."""
     text = config.get("text_config")
     for holder in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTISATION_FIELDS:
             fields = holder.get(key)
             if isinstance(fields, Mapping):
                 return fields

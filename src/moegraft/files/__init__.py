@@ -1,0 +1,7 @@
+"""Checked readers of untrusted files. Adapters and base checkpoints are their clients, each with errors of its own."""
+
+from moegraft.files.folder import Folder
+from moegraft.files.safetensors import TensorInfo, WeightFiles, WeightFolder
+from moegraft.files.strict_json import shorten
+
+__all__ = ["Folder", "TensorInfo", "WeightFiles", "WeightFolder", "shorten"]
