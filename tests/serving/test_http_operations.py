@@ -261,9 +261,11 @@ def test_a_person_sees_the_state(server: Running, served: Served) -> None:
     hostile = "<img src=x onerror=alert(1)>"
     load = {"lora_name": hostile, "lora_path": str(served.adapters["head"])}
     assert post(server, "load_lora_adapter", load).status_code == 200
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium is not None, "no chromium is installed (apt-get install chromium)"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
+            executable_path=chromium,
             args=["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"],
         )
         page = browser.new_page()
