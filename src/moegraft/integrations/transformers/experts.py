@@ -13,22 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moegraft.build import build_fused_moe, build_fused_moe_with_lora, build_parallel_moe, take_slice
+from moegraft.build import build_fused_moe, build_fused_moe_with_lora, build_parallel_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.formats.base import ExpertsWeights
 from moegraft.integrations.transformers.call import CallState
 from moegraft.integrations.transformers.parallel_layout import RankLayout
-from moegraft.integrations.transformers.scope import HookedExperts
-from moegraft.integrations.transformers.storage import (
-    PackedExperts,
-    experts_sizes,
-    experts_weights,
-    give_up_experts,
-    moved,
-    packed_experts,
-)
-from moegraft.integrations.transformers.targets import experts_activation
+from moegraft.integrations.transformers.storage import HostExperts, PackedExperts, packed_experts
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.targets import ExpertsTarget
@@ -137,7 +127,7 @@ def _packed_forward(
             "the model under torch.no_grad()"
         )
     if packed.base_layer is None:
-        config = moe_config(module, topk_ids_TK.shape[1], packed.dtype)
+        config = HostExperts.of(module).config(topk_ids_TK.shape[1], packed.dtype)
         layer, _ = build_fused_moe(config, packed.weights, lora_experts=False)
         packed.keep_layer(layer)
     assert packed.base_layer is not None
@@ -155,17 +145,7 @@ def _original_forward(module: nn.Module, site: ExpertsSite | None) -> Any:
 
 def moe_config(module: nn.Module, top_k: int, dtype: torch.dtype, *, batch_invariant: bool = False) -> MoEConfig:
     """Sizes and options of an experts module. ``dtype``: of its activations."""
-    num_experts, hidden_size, intermediate_size = experts_sizes(module)
-    return MoEConfig(
-        num_experts=num_experts,
-        top_k=top_k,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        activation=experts_activation(cast("HookedExperts", module)),
-        has_bias=bool(module.has_bias),
-        dtype=dtype,
-        batch_invariant=batch_invariant,
-    )
+    return HostExperts.of(module).config(top_k, dtype, batch_invariant=batch_invariant)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +169,11 @@ def decide_backends(
 ) -> dict[str, Decision]:
     """What would serve whole layers on ``options.device``, where they may not lie yet. Raises NoBackendError."""
     decisions = {}
-    for name, target in targets.items():
+    for name in targets:
         request = BackendRequest(
             config=options.configs[name],
             device=DeviceTarget.of(options.device),
-            format_name=experts_weights(model.get_submodule(name), target).format_name,
+            format_name=HostExperts.of(model.get_submodule(name)).weights().format_name,
             adapters_touch_experts=options.lora_experts,
         )
         decisions[name] = select_experts(request, backend=options.backend)
@@ -203,15 +183,15 @@ def decide_backends(
 def build_site(module: nn.Module, target: ExpertsTarget, options: SiteOptions) -> ExpertsSite:
     """The layers of one experts module; changes nothing. Raises NoBackendError."""
     layout, name, backend = options.layout, target.name, options.backend
-    weights = experts_weights(module, target)
+    host = HostExperts.of(module)
     config = options.configs[name]
     expert_map = layout.expert_maps.get(name)
     if expert_map is None:
+        weights = host.weights()
         local = replace(config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
         base, decision = build_fused_moe(local, weights, backend=backend, lora_experts=options.lora_experts)
     else:
-        kept = take_slice(weights, layout.mine.experts[name], adds_bias=layout.groups.tp_rank == 0)
-        kept = cast("ExpertsWeights", moved(kept, options.device))
+        kept = host.take(layout.mine.experts[name], options.device, adds_bias=layout.groups.tp_rank == 0)
         base, decision = build_parallel_moe(
             config, kept, layout.groups, expert_map, backend=backend, lora_experts=options.lora_experts
         )
@@ -235,7 +215,7 @@ def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> N
     model.set_experts_implementation(IMPLEMENTATION)
     for name, site in sites.items():
         if site.is_cut:
-            give_up_experts(model.get_submodule(name))
+            HostExperts.of(model.get_submodule(name)).give_up()
 
 
 def experts_configs(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> list[PreTrainedConfig]:

@@ -35,7 +35,7 @@ from moegraft.integrations.transformers.parallel_layout import (
     planned,
     with_whole_parameters,
 )
-from moegraft.integrations.transformers.storage import check_uniform, packed_experts
+from moegraft.integrations.transformers.storage import HostExperts, check_uniform, packed_experts
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.call import AdapterCall, CallMemory
@@ -425,7 +425,7 @@ def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:
     if ranks.device is not None and torch.device(ranks.device).type == "meta":
         raise UnsupportedModelError("device='meta' would throw the weights away; expected a device that has memory")
     targets = discover_targets(model)
-    device, dtype = check_uniform(model, [model.get_submodule(name) for name in targets.experts])
+    device, dtype = check_uniform(model, [HostExperts.of(model.get_submodule(name)) for name in targets.experts])
     return ModelFacts(
         targets=targets,
         device=device if ranks.device is None else torch.device(ranks.device),
