@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, SupportsIndex, cast
 
 import torch
@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora, build_parallel_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.integrations.transformers import compiled
 from moegraft.integrations.transformers.call import CallState
 from moegraft.integrations.transformers.parallel_layout import RankLayout
 from moegraft.integrations.transformers.storage import HostExperts, PackedExperts, packed_experts
@@ -41,6 +42,15 @@ class ExpertsSite:
     state: CallState
     previous_implementation: str | None
     is_cut: bool = False  # to this rank's slice: the module has no parameters any more
+    number: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", compiled.register(self))
+
+    def run(self, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        """As ``forward``, under the call that runs now."""
+        with torch.no_grad():
+            return self.forward(self.state.current(), x_TD, topk_weights_TK, topk_ids_TK).contiguous()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise UnsupportedModelError(
@@ -80,6 +90,8 @@ def experts_forward(
             f"{type(module).__name__} was cut to a rank's slice by attach(parallel=...): it runs while the model is "
             "grafted, under torch.no_grad(), and cannot be given back; load the model again"
         )
+    if torch.compiler.is_compiling() and site is not None:
+        return _traced_forward(module, site, hidden_states, top_k_weights, top_k_index)
     call = None if site is None else site.state.current()
     if site is None or (call is None and _wants_grad(module, hidden_states)):
         packed = packed_experts(module)
@@ -88,6 +100,19 @@ def experts_forward(
         return _original_forward(module, site)(module, hidden_states, top_k_index, top_k_weights)
     with torch.no_grad():
         return site.forward(call, hidden_states, top_k_weights, top_k_index)
+
+
+def _traced_forward(
+    module: nn.Module, site: ExpertsSite, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+) -> torch.Tensor:
+    """What a graph has of the module. One that computes gradients runs transformers' own code, and no batch."""
+    state = site.state
+    if state.fixed is not None:
+        return site.forward(state.fixed, x_TD, topk_weights_TK, topk_ids_TK)
+    if _wants_grad(module, x_TD) and packed_experts(module) is None:
+        torch.ops.moegraft.graft_no_batch(state.order, state.number)
+        return cast("torch.Tensor", _original_forward(module, site)(module, x_TD, topk_ids_TK, topk_weights_TK))
+    return torch.ops.moegraft.graft_experts(x_TD, topk_weights_TK, topk_ids_TK, state.order, site.number, state.version)
 
 
 def guard_implementation(module: nn.Module) -> None:
