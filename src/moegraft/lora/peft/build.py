@@ -112,15 +112,39 @@ def build_saved(
 ) -> torch.Tensor | None:
     """A saved parameter in the base's dtype; None where it equals the base's own, which PEFT saves along with LoRA.
 
-    Raises AdapterTensorError; also where the module has LoRA and another base weight at once.
+    A module with LoRA whose base weight is another one than the model's (a vocabulary that was resized, whose new rows
+    are drawn anew each time): as PEFT, the file's weight, and the LoRA merged into it in float32. Raises
+    AdapterTensorError.
     """
     cuts = {} if mine is None else {mine.axis: mine.pieces}
-    tensor = cast(read(info.name, cuts), base.dtype, info)
-    if not base.is_meta and torch.equal(tensor, cut_tensor(base.detach(), cuts).cpu()):
-        return None
-    if module in plan.linears or module in plan.embeddings:
+    stored = read(info.name, cuts)
+    has_lora = module in plan.linears or module in plan.embeddings
+    if not base.is_meta:
+        own = cut_tensor(base.detach(), cuts).cpu()
+        # Beside LoRA the copy may have been rounded to another dtype: it is the base's own in the narrower one.
+        if torch.equal(stored.to(own.dtype), own) or (has_lora and torch.equal(stored, own.to(stored.dtype))):
+            return None
+    if not has_lora:
+        return cast(stored, base.dtype, info)
+    if mine is not None or not _is_merged(plan, module, info):
         raise AdapterTensorError(f"{info.where}: differs from the base model's, and {module} has LoRA besides")
-    return tensor
+    return cast(widen(stored) + _whole_delta(plan, module, read), base.dtype, info)
+
+
+def _is_merged(plan: AdapterPlan, module: str, info: TensorInfo) -> bool:
+    """Whether this parameter is the weight that the LoRA of its module is on, and can take it."""
+    linear = plan.linears.get(module)
+    param = "weight" if linear is None else linear.target.param
+    return len(info.shape) == 2 and info.name.endswith(f".{param}") and (linear is None or linear.magnitude is None)
+
+
+def _whole_delta(plan: AdapterPlan, module: str, read: Read) -> torch.Tensor:
+    """scale * B A, as the weight of the module is stored: [out, in], or [V, D] of an embedding."""
+    if module in plan.linears:
+        a, b = _read_pair(plan.linears[module].pair, read, WHOLE_LINEAR)
+        return b.T @ a
+    a, b = _read_pair(plan.embeddings[module].pair, read, WHOLE_LINEAR)
+    return a.T @ b
 
 
 def _read_pair(pair: Pair, read: Read, mine: LinearSlice) -> tuple[torch.Tensor, torch.Tensor]:

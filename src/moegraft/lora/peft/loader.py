@@ -22,7 +22,7 @@ from moegraft.core.errors import (
     FileError,
     StoredTensorError,
 )
-from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
+from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits, shorten
 from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved
 from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
@@ -116,8 +116,11 @@ class PeftAdapter:
         """
         self._check_size(dtype, rank_slice, max_bytes)
         infos = self._tensors.infos
-        self._tensors.unread = set(infos)
+        self._tensors.unread = set(infos) - set(self.plan.unused)
         with as_adapter_error():
+            for one, other in self.plan.twins:
+                if not torch.equal(self._tensors.read(one.name), self._tensors.read(other.name)):
+                    raise AdapterTensorError(f"{one.where}: differs from {shorten(other.name)}, the same parameter")
             weights, notes = _build(self.plan, self._targets, self._tensors.read, dtype, rank_slice)
         unread = self._tensors.unread
         elsewhere = _tensors_elsewhere(self.plan, rank_slice) & unread
@@ -249,6 +252,8 @@ def _build(
     plan: AdapterPlan, targets: ModelTargets, read: Read, dtype: torch.dtype, mine: RankSlice
 ) -> tuple[AdapterWeights, list[str]]:
     saved, notes = _build_saved(plan, targets, read, mine)
+    merged = saved.keys() & (plan.linears.keys() | plan.embeddings.keys())
+    notes += [f"{module} is another one than the base model's: LoRA was merged into it" for module in sorted(merged)]
     experts = {
         module: build_experts(item, read, dtype, mine.experts.get(module, WHOLE_EXPERTS))
         for module, item in plan.experts.items()
@@ -256,6 +261,7 @@ def _build(
     linears = {
         module: build_linear(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
         for module, item in plan.linears.items()
+        if module not in merged
     }
     weights = AdapterWeights(
         experts={module: lora for module, lora in experts.items() if lora is not None},
@@ -264,6 +270,7 @@ def _build(
         embeddings={
             module: build_embedding(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
             for module, item in plan.embeddings.items()
+            if module not in merged
         },
         saved=saved,
     )

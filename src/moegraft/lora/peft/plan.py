@@ -84,12 +84,17 @@ class EmbeddingPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterPlan:
-    """The whole adapter; ``saved``: module -> parameter -> tensor."""
+    """The whole adapter; ``saved``: module -> parameter -> tensor.
+
+    ``twins``: tensors that must be equal, since both are one parameter. ``unused``: names of tensors that change nothing.
+    """
 
     experts: Mapping[str, ExpertsPlan]
     linears: Mapping[str, LinearPlan]
     embeddings: Mapping[str, EmbeddingPlan]
     saved: Mapping[str, Mapping[str, TensorInfo]]
+    twins: tuple[tuple[TensorInfo, TensorInfo], ...]
+    unused: tuple[str, ...]
     problems: tuple[AdapterError, ...]
     notes: tuple[str, ...]
 
@@ -118,9 +123,11 @@ def plan_adapter(infos: Mapping[str, TensorInfo], config: PeftConfig, targets: M
         experts=experts,
         linears=planner.linears,
         embeddings=planner.embeddings,
-        saved=planner.saved,
+        saved={module: params for module, params in planner.saved.items() if params},
+        twins=tuple(planner.twins),
+        unused=tuple(planner.unused),
         problems=tuple(problems),
-        notes=tuple(notes),
+        notes=(*notes, *planner.notes()),
     )
 
 
@@ -150,6 +157,16 @@ class _Planner:
         self.linears: dict[str, LinearPlan] = {}
         self.embeddings: dict[str, EmbeddingPlan] = {}
         self.saved: dict[str, dict[str, TensorInfo]] = {}
+        self.twins: list[tuple[TensorInfo, TensorInfo]] = []
+        self.unused: list[str] = []
+
+    def notes(self) -> list[str]:
+        """What was left unused, in words."""
+        if not self.unused:
+            return []
+        return [
+            f"{len(self.unused)} tensors change nothing, such as {shorten(self.unused[0])}: copies of the base's, empty"
+        ]
 
     def add(self, kind: Kind, module: str, members: list[_Member]) -> None:
         """Plans one module. Raises AdapterError."""
@@ -201,8 +218,11 @@ class _Planner:
         params: dict[str, TensorInfo] = {}
         for member in members:
             param, info = member.site.param, member.info
+            if member.key.factor is Factor.ORIGINAL:  # PEFT reads it into a module that no one calls
+                self.unused.append(info.name)
+                continue
             if param in params:
-                raise AdapterTensorError(f"{info.where}: is {module}.{param}, as is {shorten(params[param].name)}")
+                self.twins.append((params[param], info))
             base = self._targets.saveable[module][param]
             if info.shape != tuple(base.shape):
                 raise AdapterTensorError(
@@ -219,6 +239,9 @@ class _Planner:
         slots: dict[tuple[Projection | None, int | None, bool, int], list[_Member]] = {}
         for member in members:
             site = member.site
+            if not target.has_gate and member.info.nbytes == 0 and member.key.module.endswith(".w3"):
+                self.unused.append(member.info.name)  # Tinker's place for an up projection beside a gate
+                continue
             depth = member.key.depth if site.is_fused else 0
             slots.setdefault((site.projection, site.expert, site.is_fused, depth), []).append(member)
         single: dict[Projection, dict[int, Pair]] = {}
