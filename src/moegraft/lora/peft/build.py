@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
-from moegraft.files import TensorInfo
+from moegraft.files import TensorInfo, shorten
 from moegraft.files.safetensors import Cuts, all_finite, cut_tensor
 from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair
-from moegraft.lora.slicing import cut_lanes
-from moegraft.lora.targets import EmbeddingLoRA, LinearLoRA
+from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair, TokensPlan
+from moegraft.lora.slicing import cut_lanes, slice_embedding, slice_linear
+from moegraft.lora.targets import EmbeddingLoRA, EmbeddingTarget, LinearLoRA
 from moegraft.parallel.rank_slice import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
 
 # Rows of a base weight that are widened to float32 at a time (DoRA): bounds the memory for a large vocabulary.
@@ -100,6 +101,35 @@ def build_embedding(
     """LoRA of an embedding. Raises AdapterTensorError."""
     a, b = _read_pair(plan.pair, read, mine)
     return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a), b=cast(b * plan.target.scale, dtype, plan.pair.b))
+
+
+def check_twins(twins: Iterable[tuple[TensorInfo, TensorInfo]], read: Read) -> None:
+    """Tensors that are one parameter under two names. Raises AdapterTensorError where they differ."""
+    for one, other in twins:
+        if not torch.equal(read(one.name), read(other.name)):
+            raise AdapterTensorError(f"{one.where}: differs from {shorten(other.name)}, the same parameter")
+
+
+def build_tokens(
+    plan: TokensPlan, base: torch.Tensor, read: Read, dtype: torch.dtype, mine: LinearSlice = WHOLE_LINEAR
+) -> EmbeddingLoRA | LinearLoRA:
+    """Rows of an embedding or head as LoRA: one lane a row, which adds what the row differs from the base's.
+
+    So a few rows cost no copy of the vocabulary. ``base``: the whole weight. Raises AdapterConfigError or
+    AdapterTensorError.
+    """
+    target, tokens = plan.target, torch.tensor(plan.tokens)
+    rows = target.num_embeddings if isinstance(target, EmbeddingTarget) else target.out_features
+    if base.is_meta or base.shape[0] != rows or hasattr(base, "to_local"):
+        raise AdapterConfigError(f"trainable_token_indices: {plan.info.where} needs the base weight of {target.name}")
+    stored = read(plan.info.name)
+    difference = widen(stored) - widen(base.detach()[tokens.to(base.device)].cpu())
+    lanes = torch.zeros(len(tokens), rows, dtype=dtype)
+    lanes[torch.arange(len(tokens)), tokens] = 1
+    if isinstance(target, EmbeddingTarget):
+        embedding = EmbeddingLoRA(a=lanes, b=cast(difference * target.scale, dtype, plan.info))
+        return slice_embedding(embedding, mine)
+    return slice_linear(LinearLoRA(a=cast(difference, dtype, plan.info), b=lanes), mine)
 
 
 def build_saved(

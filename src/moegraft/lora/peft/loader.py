@@ -22,14 +22,14 @@ from moegraft.core.errors import (
     FileError,
     StoredTensorError,
 )
-from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits, shorten
+from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
 from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved
+from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved, build_tokens, check_twins
 from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
 from moegraft.lora.peft.config import CONFIG_FILE, read_config
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
-from moegraft.lora.targets import AdapterWeights, LinearLoRA, ModelTargets
+from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModelTargets
 from moegraft.parallel.rank_slice import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
 
 ADAPTER_FILES = WeightFiles(
@@ -118,9 +118,7 @@ class PeftAdapter:
         infos = self._tensors.infos
         self._tensors.unread = set(infos) - set(self.plan.unused)
         with as_adapter_error():
-            for one, other in self.plan.twins:
-                if not torch.equal(self._tensors.read(one.name), self._tensors.read(other.name)):
-                    raise AdapterTensorError(f"{one.where}: differs from {shorten(other.name)}, the same parameter")
+            check_twins(self.plan.twins, self._tensors.read)
             weights, notes = _build(self.plan, self._targets, self._tensors.read, dtype, rank_slice)
         unread = self._tensors.unread
         elsewhere = _tensors_elsewhere(self.plan, rank_slice) & unread
@@ -138,8 +136,9 @@ class PeftAdapter:
             bytes_read=self._tensors.bytes_read,
             bytes_held=weights.num_bytes,
             experts={module: experts.ranks() for module, experts in self.plan.experts.items()},
-            linears={module: linear.pair.rank for module, linear in self.plan.linears.items()},
-            embeddings={module: embedding.pair.rank for module, embedding in self.plan.embeddings.items()},
+            linears={module: plan.pair.rank for module, plan in self.plan.linears.items()},
+            embeddings={module: plan.pair.rank for module, plan in self.plan.embeddings.items()},
+            tokens={module: plan.tokens for module, plan in self.plan.tokens.items()},
             saved={module: tuple(params) for module, params in weights.saved.items()},
             notes=(*self.config.notes, *self.plan.notes, *_cast_notes(infos.values(), dtype), *notes),
         )
@@ -263,15 +262,22 @@ def _build(
         for module, item in plan.linears.items()
         if module not in merged
     }
+    tokens = {
+        module: build_tokens(
+            item, targets.saveable[module][item.param], read, dtype, mine.linears.get(module, WHOLE_LINEAR)
+        )
+        for module, item in plan.tokens.items()
+    }
     weights = AdapterWeights(
         experts={module: lora for module, lora in experts.items() if lora is not None},
-        linears={module: lora for module, lora in linears.items() if isinstance(lora, LinearLoRA)},
+        linears={module: lora for module, lora in {**linears, **tokens}.items() if isinstance(lora, LinearLoRA)},
         unfinished={module: part for module, part in linears.items() if isinstance(part, UnfinishedDora)},
         embeddings={
             module: build_embedding(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
             for module, item in plan.embeddings.items()
             if module not in merged
-        },
+        }
+        | {module: lora for module, lora in tokens.items() if isinstance(lora, EmbeddingLoRA)},
         saved=saved,
     )
     return weights, notes

@@ -25,7 +25,11 @@ _PROJECTION = re.compile(r"(?P<parent>.+)\.(?P<proj>\w+)", re.ASCII)
 
 
 class Factor(enum.StrEnum):
-    """What a tensor is to its module. SAVED: no LoRA factor but a whole parameter. ORIGINAL: PEFT's copy of the base's."""
+    """What a tensor is to its module.
+
+    TOKENS: rows of an embedding or head. SAVED: no LoRA factor but a whole parameter. ORIGINAL: PEFT's copy of the
+    base's.
+    """
 
     A = "lora_A"
     B = "lora_B"
@@ -34,6 +38,7 @@ class Factor(enum.StrEnum):
     EMBEDDING_A = "lora_embedding_A"
     EMBEDDING_B = "lora_embedding_B"
     MAGNITUDE = "lora_magnitude_vector"
+    TOKENS = "trainable_tokens_delta"
     SAVED = "saved"
     ORIGINAL = "original_module"
 
@@ -47,6 +52,7 @@ _SUFFIXES = {
     ".lora_embedding_B": Factor.EMBEDDING_B,
     ".lora_magnitude_vector": Factor.MAGNITUDE,
     ".lora_magnitude_vector.weight": Factor.MAGNITUDE,  # PEFT before 0.12
+    ".token_adapter.trainable_tokens_delta": Factor.TOKENS,
 }
 # What torch.compile, FSDP and checkpointing put between the names of modules.
 _WRAPPERS = re.compile(r"(?:\A|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
