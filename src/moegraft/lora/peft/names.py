@@ -259,6 +259,13 @@ class SiteFinder:
                 f"tensor {shorten(key.name)}: holds {shorten(other[2])}, the name of an adapter, as in the state of a "
                 "model in training; save the adapter with save_pretrained, which leaves it out"
             )
+        for name in self._candidates(key.module):
+            left_out = next((part for part in _with_parents(name) if part in self._targets.left_out), None)
+            if left_out is not None:
+                reason = self._targets.left_out[left_out]
+                raise AdapterMismatchError(
+                    f"tensor {shorten(key.name)}: no adapter may touch {shorten(left_out)}: it {reason}"
+                )
         wanted = key.module if key.factor is not Factor.SAVED else f"{key.module}.{key.param}"
         what = "no parameter that may be replaced" if key.factor is Factor.SAVED else "no module"
         nearest = self._nearest(key, wanted)
@@ -283,3 +290,10 @@ class SiteFinder:
 
     def _all_names(self) -> Iterator[str]:
         return itertools.chain(self._module_names(), self._saved_names())
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    """A module's name, then those of the modules around it: of an expert, its experts module."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
