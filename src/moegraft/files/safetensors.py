@@ -17,13 +17,11 @@ from typing import Any, Self
 
 import torch
 
+from moegraft.core.cuts import Cuts, cut_tensor
 from moegraft.core.errors import FileError, StoredTensorError
 from moegraft.files import limits
 from moegraft.files.folder import Folder
 from moegraft.files.strict_json import StrictJSONError, parse_object, shorten
-
-Cuts = Mapping[int, Sequence[tuple[int, int]]]
-"""Axis -> the intervals [start, stop) of it that are read, in this order."""
 
 # Shorter runs are not skipped over but read along: a disk gives no less, and a call costs more than their bytes.
 MIN_RUN_BYTES = 512
@@ -63,6 +61,9 @@ class TensorInfo:
     def where(self) -> str:
         """File and tensor, as every message names them."""
         return f"{self.file}: tensor {shorten(self.name)}"
+
+    def __str__(self) -> str:
+        return self.where
 
 
 class SafetensorsFile:
@@ -248,6 +249,8 @@ class WeightFiles:
 class WeightFolder:
     """All tensors of a folder, from one file or from shards; a context manager. ``names``: how the files are called.
 
+    ``unread``: tensors of which nothing was read yet, so that a client can tell whether it applied all of them.
+
     Raises:
         FileError: no weights, only pickles, or an index that disagrees with its shards.
         StoredTensorError: a dtype that is not served; while reading, values that are not finite.
@@ -269,6 +272,7 @@ class WeightFolder:
             for name, shard in (index or {}).items():
                 if name not in self.infos:
                     raise FileError(f"{names.index}: tensor {shorten(name)} is not in {shard}")
+            self.unread = set(self.infos)
         except BaseException:
             self._stack.close()
             raise
@@ -285,6 +289,7 @@ class WeightFolder:
 
     def read(self, name: str, cuts: Cuts | None = None) -> torch.Tensor:
         """One tensor or ``cuts`` of it, on the CPU, in the file's dtype, finite."""
+        self.unread.discard(name)
         return self._file_of[name].read(name, cuts)
 
     def read_start(self, name: str, nbytes: int) -> bytes:
@@ -337,15 +342,6 @@ def _weight_map(folder: Folder, names: WeightFiles) -> Mapping[str, str] | None:
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             raise FileError(f"{names.index}: tensor {shorten(name)}: {shorten(file)} is no safetensors file")
     return weight_map
-
-
-def cut_tensor(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """The tensor with only the given intervals of some axes; a copy where anything is cut off."""
-    for axis, pieces in cuts.items():
-        if tuple(pieces) != ((0, tensor.shape[axis]),):
-            parts = [tensor.narrow(axis, start, stop - start) for start, stop in pieces]
-            tensor = torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0).clone()
-    return tensor
 
 
 def _split_cuts(info: TensorInfo, cuts: Cuts) -> tuple[Cuts, Cuts]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 
+from moegraft.core.cuts import Cuts, cut_axis, cut_tensor
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
-from moegraft.files import TensorInfo
-from moegraft.files.safetensors import Cuts, all_finite, cut_tensor
+from moegraft.files import TensorInfo, shorten
+from moegraft.files.safetensors import all_finite
 from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair
-from moegraft.lora.slicing import cut_lanes
-from moegraft.lora.targets import EmbeddingLoRA, LinearLoRA
-from moegraft.parallel.rank_slice import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
+from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair, TokensPlan
+from moegraft.lora.targets import EmbeddingLoRA, EmbeddingTarget, LinearLoRA
+from moegraft.parallel.slices import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
 
 # Rows of a base weight that are widened to float32 at a time (DoRA): bounds the memory for a large vocabulary.
 _NORM_ROWS = 4096
@@ -39,7 +40,7 @@ def scalable(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype is dtype else widen(tensor)
 
 
-def cast(tensor: torch.Tensor, dtype: torch.dtype, where: str, *, is_finite: bool = False) -> torch.Tensor:
+def cast(tensor: torch.Tensor, dtype: torch.dtype, where: TensorInfo | str, *, is_finite: bool = False) -> torch.Tensor:
     """To ``dtype``, contiguous. Raises AdapterTensorError where a value does not fit into it.
 
     ``is_finite``: whether all values are known to be, as those that were read and not scaled.
@@ -69,11 +70,11 @@ def build_linear(
         magnitude = read(plan.magnitude.name, _cut(0, mine.outputs))
         gain = magnitude.to(b.dtype) / _square_sums(weight, a, b).sqrt()
         b = b * gain
-        a = cut_tensor(cut_lanes(a, mine.lanes), _cut(1, mine.inputs))
+        a = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs))
     return LinearLoRA(
-        a=cast(a, dtype, plan.pair.a.where),
-        b=cast(b, dtype, plan.pair.b.where),
-        gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude.where),
+        a=cast(a, dtype, plan.pair.a),
+        b=cast(b, dtype, plan.pair.b),
+        gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude),
     )
 
 
@@ -99,7 +100,38 @@ def build_embedding(
 ) -> EmbeddingLoRA:
     """LoRA of an embedding. Raises AdapterTensorError."""
     a, b = _read_pair(plan.pair, read, mine)
-    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a.where), b=cast(b * plan.target.scale, dtype, plan.pair.b.where))
+    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a), b=cast(b * plan.target.scale, dtype, plan.pair.b))
+
+
+def check_twins(twins: Iterable[tuple[TensorInfo, TensorInfo]], read: Read) -> None:
+    """Tensors that are one parameter under two names. Raises AdapterTensorError where they differ."""
+    for one, other in twins:
+        if not torch.equal(read(one.name), read(other.name)):
+            raise AdapterTensorError(f"{one.where}: differs from {shorten(other.name)}, the same parameter")
+
+
+def build_tokens(
+    plan: TokensPlan, base: torch.Tensor, read: Read, dtype: torch.dtype, mine: LinearSlice = WHOLE_LINEAR
+) -> EmbeddingLoRA | LinearLoRA:
+    """Rows of an embedding or head as LoRA: one lane a row, which adds what the row differs from the base's.
+
+    So a few rows cost no copy of the vocabulary. ``base``: the whole weight. Raises AdapterConfigError or
+    AdapterTensorError.
+    """
+    target, tokens = plan.target, torch.tensor(plan.tokens)
+    rows = target.num_embeddings if isinstance(target, EmbeddingTarget) else target.out_features
+    if base.is_meta or base.shape[0] != rows or hasattr(base, "to_local"):
+        raise AdapterConfigError(f"trainable_token_indices: {plan.info.where} needs the base weight of {target.name}")
+    stored = read(plan.info.name)
+    difference = widen(stored) - widen(base.detach()[tokens.to(base.device)].cpu())
+    lanes = torch.zeros(len(tokens), rows, dtype=dtype)
+    lanes[torch.arange(len(tokens)), tokens] = 1
+    if isinstance(target, EmbeddingTarget):
+        a, b = lanes, cast(difference * target.scale, dtype, plan.info)
+    else:
+        a, b = cast(difference, dtype, plan.info), lanes
+    a, b = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs)), cut_tensor(b, _cut(1, mine.outputs))
+    return EmbeddingLoRA(a=a, b=b) if isinstance(target, EmbeddingTarget) else LinearLoRA(a=a, b=b)
 
 
 def build_saved(
@@ -112,15 +144,39 @@ def build_saved(
 ) -> torch.Tensor | None:
     """A saved parameter in the base's dtype; None where it equals the base's own, which PEFT saves along with LoRA.
 
-    Raises AdapterTensorError; also where the module has LoRA and another base weight at once.
+    A module with LoRA whose base weight is another one than the model's (a vocabulary that was resized, whose new rows
+    are drawn anew each time): as PEFT, the file's weight, and the LoRA merged into it in float32. Raises
+    AdapterTensorError.
     """
     cuts = {} if mine is None else {mine.axis: mine.pieces}
-    tensor = cast(read(info.name, cuts), base.dtype, info.where)
-    if not base.is_meta and torch.equal(tensor, cut_tensor(base.detach(), cuts).cpu()):
-        return None
-    if module in plan.linears or module in plan.embeddings:
+    stored = read(info.name, cuts)
+    has_lora = module in plan.linears or module in plan.embeddings
+    if not base.is_meta:
+        own = cut_tensor(base.detach(), cuts).cpu()
+        # Beside LoRA the copy may have been rounded to another dtype: it is the base's own in the narrower one.
+        if torch.equal(stored.to(own.dtype), own) or (has_lora and torch.equal(stored, own.to(stored.dtype))):
+            return None
+    if not has_lora:
+        return cast(stored, base.dtype, info)
+    if mine is not None or not _is_merged(plan, module, info):
         raise AdapterTensorError(f"{info.where}: differs from the base model's, and {module} has LoRA besides")
-    return tensor
+    return cast(widen(stored) + _whole_delta(plan, module, read), base.dtype, info)
+
+
+def _is_merged(plan: AdapterPlan, module: str, info: TensorInfo) -> bool:
+    """Whether this parameter is the weight that the LoRA of its module is on, and can take it."""
+    linear = plan.linears.get(module)
+    param = "weight" if linear is None else linear.target.param
+    return len(info.shape) == 2 and info.name.endswith(f".{param}") and (linear is None or linear.magnitude is None)
+
+
+def _whole_delta(plan: AdapterPlan, module: str, read: Read) -> torch.Tensor:
+    """scale * B A, as the weight of the module is stored: [out, in], or [V, D] of an embedding."""
+    if module in plan.linears:
+        a, b = _read_pair(plan.linears[module].pair, read, WHOLE_LINEAR)
+        return b.T @ a
+    a, b = _read_pair(plan.embeddings[module].pair, read, WHOLE_LINEAR)
+    return a.T @ b
 
 
 def _read_pair(pair: Pair, read: Read, mine: LinearSlice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,3 +221,11 @@ def _square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torc
         delta = b[:, start : start + _NORM_ROWS].T @ a.to(b.dtype)
         sums.append((rows + delta).square_().sum(dim=1))
     return torch.cat(sums)
+
+
+def _own_lanes(a_RI: torch.Tensor, mine: LinearSlice) -> torch.Tensor:
+    """The share of A's rank rows, zero rows behind them up to the common length."""
+    if mine.lanes is None:
+        return a_RI
+    part = mine.lanes.of(a_RI.shape[0])
+    return cut_axis(a_RI, 0, part.start, part.stop, part.padding)

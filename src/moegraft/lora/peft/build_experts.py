@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from moegraft.core.cuts import pad_axis
 from moegraft.core.halves import split_halves
 from moegraft.lora.peft import fused
 from moegraft.lora.peft.build import Read, cast, scalable
 from moegraft.lora.peft.names import Projection
 from moegraft.lora.peft.plan import ExpertsPlan, FusedPair, Pair
-from moegraft.lora.slicing import local_experts_of, pad_axis
 from moegraft.lora.targets import ExpertsLoRA, ExpertsTarget
-from moegraft.parallel.rank_slice import WHOLE_EXPERTS, ExpertsSlice, Pieces
-from moegraft.parallel.slices import count, half_columns
+from moegraft.parallel.slices import WHOLE_EXPERTS, ExpertsSlice, Pieces, count, half_columns
 
 
 def build_experts(
@@ -25,28 +25,30 @@ def build_experts(
 
     None where it touches none of this rank's experts.
     """
-    experts, _ = local_experts_of(_held_experts(plan), mine)
+    experts, _ = mine.local_experts(_held_experts(plan))
     if not experts:
         return None
     sides = {cut.projection: cut.read(plan, read) for cut in _cuts(plan, mine, dtype)}
     spread = {projection: (_spread(a, experts), _spread(b, experts)) for projection, (a, b) in sides.items()}
     a13, b_gate, b_up, up_lane = _join_gate_and_up(plan, spread)
+    if a13 is not None and mine.low_rank is not None:
+        a13 = pad_axis(a13, 1, mine.low_rank.of(_lanes(plan)).padded)
     a2, b2 = spread.get(Projection.DOWN, (None, None))
     columns, hidden = mine.columns(plan.target.intermediate_size), mine.hidden(plan.target.hidden_size)
-    padded = {
-        "a13": a13 if a13 is None or mine.low_rank is None else pad_axis(a13, 1, mine.low_rank.of(_lanes(plan)).padded),
+    factors = {
+        "a13": a13,
         "b_gate": _padded(b_gate, columns.padded),
         "b_up": _padded(b_up, columns.padded),
         "a2": _padded(a2, columns.padded),
         "b2": _padded(b2, hidden.padded),
     }
-    file = plan.infos()[0].file
+    file = next(info.file for info in plan.infos())
     return ExpertsLoRA(
         expert_ids=experts,
         up_lane=up_lane,
         **{
             name: cast(rows, dtype, f"{file}: {name} of {plan.target.name}", is_finite=name in ("a13", "a2"))
-            for name, rows in padded.items()
+            for name, rows in factors.items()
             if rows is not None
         },
     )
@@ -54,15 +56,15 @@ def build_experts(
 
 def num_elems(plan: ExpertsPlan, mine: ExpertsSlice) -> int:
     """Elements of all factors that ``build_experts`` gives, without padding; from the plan alone."""
-    held = len(local_experts_of(_held_experts(plan), mine)[0])
+    if mine is WHOLE_EXPERTS:
+        return sum([math.prod(info.shape) for info in plan.infos()])
+    held = len(mine.local_experts(_held_experts(plan))[0])
     total = 0
     for cut in _cuts(plan, mine, torch.float32) if held else ():
-        pairs = [plan.stacked[cut.projection]] if cut.projection in plan.stacked else []
-        is_shared = [[info.shape[0] == 1 for info in pair.infos] for pair in pairs] or [[False, False]]
-        a_experts, b_experts = (1 if shared else held for shared in is_shared[0])
-        total += a_experts * (cut.lanes[1] - cut.lanes[0]) * count(cut.inputs) + b_experts * cut.rank * count(
-            cut.outputs
-        )
+        pair = plan.stacked.get(cut.projection)
+        a_experts, b_experts = (held, held) if pair is None else [min(info.shape[0], held) for info in pair.infos]
+        total += a_experts * (cut.lanes[1] - cut.lanes[0]) * count(cut.inputs)
+        total += b_experts * cut.rank * count(cut.outputs)
     return total
 
 
@@ -70,7 +72,7 @@ def tensors_elsewhere(plan: ExpertsPlan, mine: ExpertsSlice) -> Iterator[str]:
     """Tensors that ``build_experts`` leaves to other ranks as a whole: those of single experts that live there."""
     if mine.experts is None:
         return
-    nobody_here = not local_experts_of(_held_experts(plan), mine)[0]
+    nobody_here = not mine.local_experts(_held_experts(plan))[0]
     for pairs in plan.single.values():
         for expert, pair in pairs.items():
             if nobody_here or expert not in mine.experts:
@@ -196,7 +198,7 @@ def _cuts(plan: ExpertsPlan, mine: ExpertsSlice, dtype: torch.dtype) -> Iterator
 
 def _lanes(plan: ExpertsPlan) -> int:
     """Lanes of A of w13: of gate and up together, or of the one that serves both."""
-    return sum(rank for name, rank in plan.ranks().items() if name != Projection.DOWN)
+    return sum([rank for name, rank in plan.ranks().items() if name != Projection.DOWN])
 
 
 def _held_experts(plan: ExpertsPlan) -> tuple[int, ...]:
@@ -244,4 +246,4 @@ def _join_gate_and_up(
 
 
 def _padded(rows: torch.Tensor | None, size: int) -> torch.Tensor | None:
-    return None if rows is None else pad_axis(rows, 2, size)
+    return rows if rows is None or rows.shape[2] == size else pad_axis(rows, 2, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -22,15 +23,14 @@ from moegraft.core.errors import (
     StoredTensorError,
 )
 from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
-from moegraft.files.safetensors import Cuts
 from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved
+from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved, build_tokens, check_twins
 from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
 from moegraft.lora.peft.config import CONFIG_FILE, read_config
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
-from moegraft.lora.targets import AdapterWeights, LinearLoRA, ModelTargets
-from moegraft.parallel.rank_slice import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
+from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModelTargets
+from moegraft.parallel.slices import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
 
 ADAPTER_FILES = WeightFiles(
     weights="adapter_model.safetensors",
@@ -115,17 +115,14 @@ class PeftAdapter:
         fit into ``dtype``; AdapterFileError where a file has changed.
         """
         self._check_size(dtype, rank_slice, max_bytes)
-        used: set[str] = set()
         infos = self._tensors.infos
-
-        def read(tensor: str, cuts: Cuts | None = None, /) -> torch.Tensor:
-            used.add(tensor)
-            return self._tensors.read(tensor, cuts)
-
+        self._tensors.unread = set(infos) - set(self.plan.unused)
         with as_adapter_error():
-            weights, notes = _build(self.plan, self._targets, read, dtype, rank_slice)
-        elsewhere = _tensors_elsewhere(self.plan, rank_slice)
-        unused = infos.keys() - used - elsewhere
+            check_twins(self.plan.twins, self._tensors.read)
+            weights, notes = _build(self.plan, self._targets, self._tensors.read, dtype, rank_slice)
+        unread = self._tensors.unread
+        elsewhere = _tensors_elsewhere(self.plan, rank_slice) & unread
+        unused = unread - elsewhere
         if unused:
             raise AdapterTensorError(f"{infos[min(unused)].where}: was not applied")
         report = LoadReport(
@@ -133,14 +130,15 @@ class PeftAdapter:
             path=str(self.path),
             peft_version=self.config.peft_version,
             tensors_in_file=len(infos),
-            tensors_applied=len(used),
-            tensors_elsewhere=len(elsewhere - used),
+            tensors_applied=len(infos) - len(unread),
+            tensors_elsewhere=len(elsewhere),
             bytes_in_file=self._tensors.nbytes,
             bytes_read=self._tensors.bytes_read,
             bytes_held=weights.num_bytes,
             experts={module: experts.ranks() for module, experts in self.plan.experts.items()},
-            linears={module: linear.pair.rank for module, linear in self.plan.linears.items()},
-            embeddings={module: embedding.pair.rank for module, embedding in self.plan.embeddings.items()},
+            linears={module: plan.pair.rank for module, plan in self.plan.linears.items()},
+            embeddings={module: plan.pair.rank for module, plan in self.plan.embeddings.items()},
+            tokens={module: plan.tokens for module, plan in self.plan.tokens.items()},
             saved={module: tuple(params) for module, params in weights.saved.items()},
             notes=(*self.config.notes, *self.plan.notes, *_cast_notes(infos.values(), dtype), *notes),
         )
@@ -233,6 +231,8 @@ def _digest(config: bytes, tensors: WeightFolder) -> str:
 
 def _num_elems(plan: LinearPlan | EmbeddingPlan, mine: LinearSlice) -> int:
     """Of A and B, without padding."""
+    if mine is WHOLE_LINEAR:
+        return math.prod(plan.pair.a.shape) + math.prod(plan.pair.b.shape)
     size_in, size_out = plan.pair.a.shape[1], plan.pair.b.shape[0]
     lanes = plan.pair.rank if mine.lanes is None else mine.lanes.of(plan.pair.rank).size
     return lanes * mine.num_inputs(size_in) + plan.pair.rank * mine.num_outputs(size_out)
@@ -251,6 +251,8 @@ def _build(
     plan: AdapterPlan, targets: ModelTargets, read: Read, dtype: torch.dtype, mine: RankSlice
 ) -> tuple[AdapterWeights, list[str]]:
     saved, notes = _build_saved(plan, targets, read, mine)
+    merged = saved.keys() & (plan.linears.keys() | plan.embeddings.keys())
+    notes += [f"{module} is another one than the base model's: LoRA was merged into it" for module in sorted(merged)]
     experts = {
         module: build_experts(item, read, dtype, mine.experts.get(module, WHOLE_EXPERTS))
         for module, item in plan.experts.items()
@@ -258,15 +260,24 @@ def _build(
     linears = {
         module: build_linear(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
         for module, item in plan.linears.items()
+        if module not in merged
+    }
+    tokens = {
+        module: build_tokens(
+            item, targets.saveable[module][item.param], read, dtype, mine.linears.get(module, WHOLE_LINEAR)
+        )
+        for module, item in plan.tokens.items()
     }
     weights = AdapterWeights(
         experts={module: lora for module, lora in experts.items() if lora is not None},
-        linears={module: lora for module, lora in linears.items() if isinstance(lora, LinearLoRA)},
+        linears={module: lora for module, lora in {**linears, **tokens}.items() if isinstance(lora, LinearLoRA)},
         unfinished={module: part for module, part in linears.items() if isinstance(part, UnfinishedDora)},
         embeddings={
             module: build_embedding(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
             for module, item in plan.embeddings.items()
-        },
+            if module not in merged
+        }
+        | {module: lora for module, lora in tokens.items() if isinstance(lora, EmbeddingLoRA)},
         saved=saved,
     )
     return weights, notes
