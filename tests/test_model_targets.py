@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.adapters import write_adapter
 from support.families import FAMILIES, build
 from support.zoo import tiny_config, tiny_model
 from torch import nn
@@ -26,8 +28,9 @@ from transformers import (
 
 import moegraft
 from moegraft.core.config import Activation, ActivationKind
-from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.targets import discover_targets, experts_activation, find_unsupported
+from moegraft.core.errors import AdapterMismatchError, UnsupportedModelError
+from moegraft.integrations.transformers.storage import HostExperts
+from moegraft.integrations.transformers.targets import discover_targets, find_unsupported
 
 TINY = {
     "vocab_size": 96,
@@ -251,6 +254,21 @@ def test_modules_whose_rows_are_not_the_tokens_are_left_out_with_the_reason(mode
     assert not described & targets.left_out.keys()
 
 
+@pytest.mark.parametrize("model_type", LEFT_OUT)
+def test_an_adapter_for_a_module_that_is_left_out_is_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    with moegraft.attach(model, adapter_memory="4MiB") as graft:
+        for i, (name, reason) in enumerate(LEFT_OUT[model_type].items()):
+            norm = {f"base_model.model.{name}.weight": torch.ones(8)}
+            factors = {f"base_model.model.{name}.lora_{ab}.weight": torch.ones(2, 2) for ab in "AB"}
+            folder = write_adapter(tmp_path / str(i), norm if name.endswith("norm") else factors)
+            with pytest.raises(AdapterMismatchError) as caught:
+                graft.load_adapter(folder)
+            assert f"no adapter may touch '{name}': it " in str(caught.value)
+            assert reason in str(caught.value)
+            assert not graft.adapters
+
+
 @pytest.mark.parametrize(
     ("model_type", "head"),
     [("nemotron_h_omni", "language_model.lm_head"), ("dots3_note", "lm_head"), ("qwen3_5_moe", "lm_head")],
@@ -289,16 +307,16 @@ def test_activation_is_recognised_by_what_it_computes(family: str, act_fn: objec
     experts = model.get_submodule(next(iter(discover_targets(model).experts)))
     del experts.act_fn
     experts.act_fn = act_fn
-    assert experts_activation(experts) == Activation(kind=kind, gated=family == "mixtral")
+    assert HostExperts.of(experts).activation == Activation(kind=kind, gated=family == "mixtral")
 
 
 def test_alpha_and_limit_are_read_and_checked() -> None:
     experts = build("gpt_oss").model.layers[0].mlp.experts
     experts.alpha, experts.limit = 1.5, 3.0
-    assert experts_activation(experts) == Activation(kind=ActivationKind.SWIGLU_OAI, alpha=1.5, limit=3.0)
+    assert HostExperts.of(experts).activation == Activation(kind=ActivationKind.SWIGLU_OAI, alpha=1.5, limit=3.0)
     experts.is_concatenated = True  # a lie about where gate and up stand
     with pytest.raises(UnsupportedModelError, match="GptOssExperts computes an activation"):
-        experts_activation(experts)
+        _ = HostExperts.of(experts).activation
 
 
 @pytest.mark.parametrize(
@@ -313,14 +331,14 @@ def test_alpha_and_limit_are_read_and_checked() -> None:
 def test_clamped_and_soft_capped_activations(model_type: str, activation: Activation) -> None:
     model = tiny_model(model_type)
     for name in discover_targets(model).experts:
-        assert experts_activation(model.get_submodule(name)) == activation
+        assert HostExperts.of(model.get_submodule(name)).activation == activation
 
 
 def test_an_unknown_gate_is_named_as_such() -> None:
     experts = build("mixtral").model.layers[0].mlp.experts
     experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0]
     with pytest.raises(UnsupportedModelError, match=r"not know \(MixtralExperts\._apply_gate, with act_fn SiLU"):
-        experts_activation(experts)
+        _ = HostExperts.of(experts).activation
 
 
 @pytest.mark.parametrize("act_fn", [nn.Tanh(), nn.ReLU(), lambda x: torch.sigmoid(1.702 * x) * x])

@@ -230,6 +230,13 @@ class SiteFinder:
             return found[0]
         if found:
             raise AdapterMismatchError(f"tensor {shorten(key.name)}: might belong to {' or '.join(found)}")
+        for name in self._candidates(key.module):
+            left_out = next((part for part in _with_parents(name) if part in self._targets.left_out), None)
+            if left_out is not None:
+                reason = self._targets.left_out[left_out]
+                raise AdapterMismatchError(
+                    f"tensor {shorten(key.name)}: no adapter may touch {shorten(left_out)}: it {reason}"
+                )
         wanted = key.module if key.factor is not Factor.SAVED else f"{key.module}.{key.param}"
         what = "no parameter that may be replaced" if key.factor is Factor.SAVED else "no module"
         nearest = self._nearest(key, wanted)
@@ -254,3 +261,10 @@ class SiteFinder:
 
     def _all_names(self) -> Iterator[str]:
         return itertools.chain(self._module_names(), self._saved_names())
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    """A module's name, then those of the modules around it: of an expert, its experts module."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
