@@ -76,13 +76,13 @@ def table(verdicts: Iterable[Verdict]) -> str:
     return "\n".join([BEGIN, "", *head, *served, "", *refused_head, *refused, "", END])
 
 
-def _places(targets: ModelTargets) -> dict[str, None]:
-    """The towers that are left out, and single modules, layers and places in a list as stars."""
+def _places(targets: ModelTargets) -> list[str]:
+    """The towers that are left out, and single modules; layers and places in a list as stars."""
     places: dict[str, None] = {}
     for name, reason in targets.left_out.items():
         owner = re.match(r"belongs to '([^']+)'", reason)
         places[owner[1] if owner else re.sub(r"\b\d+\b", "*", name)] = None
-    return places
+    return [name for name in places if not any(name.startswith(f"{other}.") for other in places)]
 
 
 def mixed_batch_error(model_type: str, inputs: Inputs) -> float:
