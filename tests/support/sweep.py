@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import moegraft
-from moegraft.integrations.transformers.targets import discover_targets, find_unsupported
+from moegraft.integrations.transformers.host.targets import discover_targets, find_unsupported
 from moegraft.lora.targets import ModelTargets
 from support.family_adapters import NOT_FOR_PEFT, PEFT_MISTAKES, output_of, save_all_of
 from support.zoo import IMAGE_TOKEN, NO_IMAGES, image_inputs, moe_model_types, text_inputs, tiny_model
@@ -81,7 +82,17 @@ def _places(targets: ModelTargets) -> list[str]:
     places: dict[str, None] = {}
     for name, reason in targets.left_out.items():
         owner = re.match(r"belongs to '([^']+)'", reason)
-        places[owner[1] if owner else re.sub(r"\b\d+\b", "*", name)] = None
+        stack = re.match(r"stands outside of the text stack '([^']*)'", reason)
+        if stack:
+            shared = sum(
+                1
+                for _ in takewhile(
+                    lambda pair: pair[0] == pair[1], zip(name.split("."), stack[1].split("."), strict=False)
+                )
+            )
+            places[".".join(name.split(".")[: shared + 1])] = None
+        else:
+            places[owner[1] if owner else re.sub(r"\b\d+\b", "*", name)] = None
     return [name for name in places if not any(name.startswith(f"{other}.") for other in places)]
 
 

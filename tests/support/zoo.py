@@ -93,6 +93,7 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
         "mlp_layer_types": ["hash_moe", "moe"],
         "o_groups": 2, "o_lora_rank": 8, "swiglu_limit": 0.5,
     },
+    "doge": {"is_moe": True},
     "dots3_note_audio_encoder": {
         "adapter_input_size": 32, "adapter_out_dim": 32, "num_key_value_heads": 4, "head_dim": 8,
         "downsample_hidden_size": 8, "feature_size": 16,
