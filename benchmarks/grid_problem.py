@@ -22,8 +22,8 @@ from moegraft.formats.int4 import Int4Experts, Int4Matrix
 from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
 from moegraft.formats.scaled import Granularity
-from moegraft.kernels.four_bit_product.weights import four_bit_weights
 from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
+from moegraft.kernels.weights import four_bit_weights
 from moegraft.lora.bank.layout import ALIGN_BYTES, DEFAULT_PAGE_BYTES, choose_page_elems
 
 DTYPE = torch.bfloat16

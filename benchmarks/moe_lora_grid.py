@@ -60,8 +60,7 @@ from grid_report import (
 from stopwatch import cold_us, graph_us, measure_ceilings, run_facts
 
 from moegraft.formats.base import ExpertsWeights
-from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.moe_forward.run import tuning_shape
+from moegraft.kernels.moe_forward.host import fused_moe_lora, tuning_shape
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.tuning.heuristic import heuristic_tiles
 

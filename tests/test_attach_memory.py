@@ -123,7 +123,7 @@ class TestMemory:
         assert entered.wait(timeout=30)
         try:
             assert graft.adapters["fused"].in_use
-            with pytest.raises(AdapterInUseError, match="'fused' serves 1 batches and cannot be unloaded now"):
+            with pytest.raises(AdapterInUseError, match="'fused' serves a batch and cannot be unloaded now"):
                 graft.unload_adapter("fused")
             graft.unload_adapter("dora")
         finally:

@@ -365,7 +365,7 @@ def test_pinned_and_used_adapters_stay_and_are_named():
         assert f"'pinned' {page} bytes (pinned); 'used' {page} bytes (in use)" in str(caught.value)
         assert bank.get("idle").resident
         for call in (bank.evict, bank.unload):
-            with pytest.raises(AdapterInUseError, match="'used' serves 1 batches"):
+            with pytest.raises(AdapterInUseError, match="'used' serves a batch"):
                 call("used")
     with pytest.raises(AdapterInUseError, match="'pinned' is pinned"):
         bank.evict("pinned")

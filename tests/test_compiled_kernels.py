@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moegraft.tuning.device import H200, TuningDevice
-from moegraft.tuning.heuristic import fit_device
+from moegraft.core import config
+from moegraft.core.config import DeviceTarget
+from moegraft.tuning.heuristic import H200, fit_device, tuning_device
 from moegraft.tuning.tiles import GemmTile
 
 SCRIPT = Path(__file__).parent / "support" / "ahead_of_time.py"
@@ -100,18 +102,22 @@ def test_an_h200_gets_the_tiles_that_were_measured_on_it(block_m: int) -> None:
 
 
 def test_the_device_is_asked_for_its_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
-    from moegraft.tuning.device import tuning_device
-
-    found = SimpleNamespace(name="NVIDIA L4", major=8, minor=9, shared_memory_per_multiprocessor=100 * KIB)
+    found = SimpleNamespace(
+        name="NVIDIA L4", major=8, minor=9, multi_processor_count=58, total_memory=24 << 30,
+        shared_memory_per_multiprocessor=100 * KIB,
+    )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: found)
-    tuning_device.cache_clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {torch.device("cuda", 5): found}.__getitem__)
+    config._target_of.cache_clear()
     try:
-        assert tuning_device() == TuningDevice(name="NVIDIA L4", capability=(8, 9), shared_memory=99 * KIB)
+        device = tuning_device()
+        assert DeviceTarget.of(torch.device("cuda:5")) is device  # what the oracle and the launches ask
     finally:
-        tuning_device.cache_clear()
+        config._target_of.cache_clear()
+    expected = {"kind": "cuda", "name": "NVIDIA L4", "capability": (8, 9), "has_triton": True, "num_sms": 58}
+    assert device == DeviceTarget(**expected, shared_memory=99 * KIB, memory=24 << 30)
+    assert not device.has_hopper_features and not device.has_wgmma
 
 
 def test_scales_and_biases_round_alike_with_lanes_and_without(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moegraft.tuning.eight_bit import FP8_BLOCK, fit_tiles, stores_h, stores_x, writes_groups
 from moegraft.tuning.heuristic import batch_invariant_tiles, heuristic_tiles
 from moegraft.tuning.table import choose_tiles, write_table
 from moegraft.tuning.tiles import GemmTile, TuningShape
+from moegraft.tuning.weight_formats import FP8_BLOCK, fit_tiles, stores_h, stores_x, writes_groups
 
 QWEN = TuningShape(
     num_tokens=8,

@@ -13,8 +13,7 @@ import torch
 from support.kernels import DEVICE, MODULE, load, make_bank, make_lora_batch, make_weights
 
 from moegraft.core.config import MoEConfig
-from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.moe_forward.run import tuning_shape
+from moegraft.kernels.moe_forward.host import fused_moe_lora, tuning_shape
 from moegraft.kernels.records import LoRABatch
 from moegraft.kernels.workspace import Workspace
 from moegraft.lora.bank import AdapterBank

@@ -18,8 +18,7 @@ from support.layers import dense_weights, dequantised
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
-from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.moe_forward.op import op_args
+from moegraft.kernels.moe_forward.host import fused_moe_lora, op_args
 from moegraft.kernels.moe_quantise.host import moe_quantise
 from moegraft.kernels.moe_quantise.reference import moe_quantise_reference
 from moegraft.moe.experts.triton_experts import kernel_weights
@@ -31,7 +30,7 @@ from moegraft.testing import (
     make_inputs,
 )
 from moegraft.testing.cases import Routing
-from moegraft.tuning import eight_bit
+from moegraft.tuning import weight_formats
 from moegraft.tuning.heuristic import batch_invariant_tiles
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile
 
@@ -119,7 +118,7 @@ def test_tiles_that_know_no_format(name: str) -> None:
 
 def test_gemm13_quantises_x(monkeypatch: pytest.MonkeyPatch) -> None:
     """A choice of the tuning that is not taken now; the workspace's plans are cached by shape."""
-    monkeypatch.setattr(eight_bit, "X_IN_GEMM", 32)
+    monkeypatch.setattr(weight_formats, "X_IN_GEMM", 32)
     check(replace(CASE, num_tokens=7), "fp8 block", tiles(block_m=32))
 
 

@@ -10,6 +10,7 @@ import torch
 from support.kernels import DEVICE, make_lora_batch, make_weights, reference, run_poisoned
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
+from moegraft.kernels.device import groups
 from moegraft.kernels.lora_shrink.device import shrink_kernel
 from moegraft.kernels.moe_forward.reference import fused_moe_lora_reference
 from moegraft.kernels.records import LoRABatch, MoEWeights
@@ -81,10 +82,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def note(self: object, *args: object, **options: object) -> object:
         name = getattr(self, "fn").__name__.removesuffix("_kernel")
-        if "HAS_LORA" in options:
-            name += " with lanes" if options["HAS_LORA"] else ""
-            waits_first = options.get("WAIT_FIRST", not options["HAS_LORA"])
-            name += ", waits first" if waits_first else ""
+        for lanes in (arg for arg in args if isinstance(arg, groups.Expand)):
+            name += "" if lanes.u is None else " with lanes"
+            name += ", waits first" if options.get("WAIT_FIRST", lanes.u is None) else ""
         launches.append(name)
         return run_kernel(self, *args, **options)
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs triton")
 from support.kernels import DEVICE, make_lora_batch, make_weights
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
-from moegraft.kernels.moe_forward import run
+from moegraft.kernels.moe_forward import host
 from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.testing.cases import LoRASpec, MoECase, Routing, make_inputs
 from moegraft.testing.errors import assert_close
@@ -48,7 +48,7 @@ def test_one_launch_gives_what_two_give(config: MoEConfig, routing: Routing, slo
             )
 
     expected = layer(TWO_LAUNCHES)
-    with patch.object(run, "lora_shrink13", side_effect=AssertionError("a launch of its own")):
+    with patch.object(host, "lora_shrink13", side_effect=AssertionError("a launch of its own")):
         found = layer(ONE_LAUNCH)
     if slot < 0:
         assert torch.equal(found, expected)

@@ -12,8 +12,7 @@ import torch
 from moegraft.kernels.workspace import Workspace, layer_buffers
 from moegraft.testing.poison import poison_allocations
 from moegraft.tuning import table
-from moegraft.tuning.device import H200
-from moegraft.tuning.heuristic import heuristic_tiles
+from moegraft.tuning.heuristic import H200, heuristic_tiles
 from moegraft.tuning.table import TABLES, choose_tiles, forget_tables
 from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
 

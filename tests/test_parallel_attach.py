@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -183,7 +182,7 @@ def _load_badly_alone(case: ModelCase) -> torch.Tensor:
 
 def test_ranks_with_different_adapters(qwen3: ModelCase, world2: WorldPool) -> None:
     for found in world2.run(load_badly, qwen3, TP2, {1: qwen3.adapters["experts"]}):
-        assert "differ between ranks" in found["message"]
+        assert "differ in the files of adapter" in found["message"]
         assert found["names"] == ["part"]
         assert found["as before"]
 
@@ -192,28 +191,30 @@ def test_ranks_that_do_not_act_alike(world2: WorldPool) -> None:
     first, second = world2.run(act_differently, TP2)
     for errors in (first, second):
         for what, message in {
-            "inputs": f"{BatchError.__name__}: ranks [0, 1] share their rows, but were given different inputs",
-            "prompts": "were given different inputs",
-            "order": "were given different inputs",
-            "masks": "were given different inputs",
-            "options": "were given different inputs",
-            "with and without": "were given different inputs",
+            "inputs": f"{BatchError.__name__}: ranks [0, 1] share their rows, but differ in their inputs",
+            "prompts": "differ in their inputs",
+            "order": "differ in their inputs",
+            "masks": "differ in their inputs",
+            "options": "differ in their inputs",
+            "with and without": "differ in their inputs",
             "names": "no adapter 'x' is loaded",
-            "sampling": "different random states",
+            "sampling": "differ in their random states",
             "models": "differ in their models",
             "dtypes": "differ in their models",
             "spreads": "differ in expert_maps",
             "backends": "differ in lora_experts",
-            "cuts": "was started with",
+            "cuts": "differ in the ParallelConfig that they were started with",
             "world": "tp = 3 and ep = 1 need 3 processes, but the world of torch.distributed has 2",
             "maps": f"{UnsupportedModelError.__name__}: expert_maps names 'model.x'",
         }.items():
             assert message in errors[what], (what, errors[what])
         assert errors["a model of its own"] == ""
-    for what, kind in {"one rank cannot": "NoBackendError", "memory": "", "no model": ""}.items():
-        assert first[what].startswith(f"{ParallelError.__name__}: rank 1: "), first[what]
-        assert second[what].startswith(kind)
-        assert not second[what].startswith(ParallelError.__name__)
+    for what, kind in {"one rank cannot": "NoBackendError", "no model": "UnsupportedModelError"}.items():
+        assert first[what] == second[what]
+        assert first[what].startswith(f"{kind}: rank 1: "), first[what]
+    # What is no error of moegraft's is itself on its rank alone.
+    assert first["memory"].startswith(f"{ParallelError.__name__}: rank 1: ValueError: found the size"), first["memory"]
+    assert second["memory"].startswith("ValueError: found the size"), second["memory"]
     assert first["sampled"] == second["sampled"]
 
 
@@ -285,26 +286,3 @@ def test_generate_ends_where_a_rank_has_left_it() -> None:
     error, seconds = first
     assert error.startswith("ParallelError: rank 0"), error
     assert seconds < 12.0
-
-
-def test_an_adapter_is_unloaded_without_the_lock_that_loading_takes_last(qwen3: ModelCase) -> None:
-    """A thread that loads holds the banks' lock when it takes the model's: one that unloads must not hold that."""
-    with moegraft.attach(build(qwen3.family), adapter_memory="64MiB") as graft:
-        graft.load_adapter(qwen3.adapters["everything"], name="a")
-        unload, entered = graft._ranks.unload, []
-
-        def watch(name: str) -> None:
-            thread = threading.Thread(target=enter)
-            thread.start()
-            thread.join()
-            unload(name)
-
-        def enter() -> None:
-            entered.append(graft._lock.acquire(timeout=5.0))
-            if entered[-1]:
-                graft._lock.release()
-
-        graft._ranks.unload = watch
-        graft.unload_adapter("a")
-        assert entered == [True]
-        assert not graft.adapters

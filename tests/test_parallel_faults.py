@@ -19,7 +19,6 @@ from test_expert_parallel import case_of
 
 from moegraft.core.errors import ParallelError
 from moegraft.lora.peft import load_peft_adapter
-from moegraft.lora.peft.loader import adapter_digest
 from moegraft.moe.experts import TorchExperts
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.config import Dispatch
@@ -131,18 +130,19 @@ def _load(path: Path, where: str, fault: str) -> Survivor:
     rank.load(path, "kept")
     is_victim = rank.groups.rank == VICTIM
 
-    def read() -> Any:
+    def read(step: Any) -> Any:
         if is_victim and where == "reading":
             FAULTS[fault]()
         return load_peft_adapter(path, rank.targets, dtype=torch.float32, rank_slice=rank.slice)
 
-    def install(weights: Any) -> None:
-        rank.local.load("lost", weights)
-        if is_victim and where == "installed":
+    def fit() -> None:
+        if is_victim and where == "installed" and len(rank.local.handles(coming=True)) > 1:
             FAULTS[fault]()
 
+    rank.bank._fit = fit
+
     def load() -> None:
-        rank.bank.load("lost", read, digest=lambda: adapter_digest(path), install=install)
+        rank.bank.load("lost", read)
 
     survivor = endure(load, lambda: rank.bank.acquire(["kept"]), rank.local)
     assert rank.bank.ids == {"kept": 0}

@@ -146,7 +146,7 @@ def test_ranks_with_different_configs(world2: WorldPool) -> None:
     configs = (ParallelConfig(tp=2), ParallelConfig(tp=2, fully_sharded=True))
     for outcome in world2.outcomes(_create_differently, per_rank=[(config,) for config in configs]):
         assert isinstance(outcome.error, ParallelError)
-        assert "was started with" in str(outcome.error)
+        assert "the ranks differ in the ParallelConfig that they were started with" in str(outcome.error)
 
 
 def _meet(victim: int, fault: str) -> list[str]:

@@ -183,7 +183,7 @@ def test_a_model_that_attach_moves_takes_its_experts_along(layout: str, tmp_path
     module = model.model.layers[1].mlp.experts
     with moegraft.attach(model, adapter_memory="1MiB", device="meta") as graft:
         assert {choice.device for choice in graft.explain()} == {"meta"}
-        packed, site = packed_experts(module), graft._sites["model.layers.1.mlp.experts"]
+        packed, site = packed_experts(module), graft._fittings.sites["model.layers.1.mlp.experts"]
         assert packed is not None and packed.weights.device.type == "meta"
         assert site.base.method.experts.weights is packed.weights
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

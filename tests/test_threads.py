@@ -248,15 +248,15 @@ class TestLoading:
     ) -> None:
         with moegraft.attach(mixed.model, adapter_memory="4MiB") as graft:
             seen = {}
-            load = graft.bank.load
+            install = graft.bank.install
 
-            def load_and_call(name: str, *args: Any, **kwargs: Any) -> Any:
-                handle = load(name, *args, **kwargs)
+            def install_and_call(new: Any) -> Any:
+                handle = install(new)
                 # What a second thread would get at this moment, before load_adapter has returned.
-                seen[name] = graft(input_ids=mixed.input_ids[:1], adapters=[name]).logits
+                seen[handle.name] = graft(input_ids=mixed.input_ids[:1], adapters=[handle.name]).logits
                 return handle
 
-            monkeypatch.setattr(graft.bank, "load", load_and_call)
+            monkeypatch.setattr(graft.bank, "install", install_and_call)
             for name, path in mixed.adapters.items():
                 graft.load_adapter(path, name=name)
                 later = graft(input_ids=mixed.input_ids[:1], adapters=[name]).logits
@@ -269,7 +269,7 @@ class TestLoading:
             def refuse(*args: Any, **kwargs: Any) -> Any:
                 raise AdapterMemoryError("planted")
 
-            monkeypatch.setattr(graft.bank, "load", refuse)
+            monkeypatch.setattr(graft.bank, "install", refuse)
             before = _hooks(mixed.model)  # transformers leaves some of its own behind
             for path in mixed.adapters.values():
                 with pytest.raises(AdapterMemoryError, match="planted"):

@@ -16,18 +16,14 @@ import torch
 from support.families import build
 from typer.testing import CliRunner, Result
 
-from moegraft.build.tile_compiler import TileCompiler
-from moegraft.build.tile_timer import TileTimer, TunedLayer
 from moegraft.cli import tune as tune_module
 from moegraft.cli.app import app
 from moegraft.cli.console import CommandError
 from moegraft.cli.tune import make_request, parse_layer, run_tune, state_path
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.kernels.moe_forward import host
-from moegraft.tuning import table
-from moegraft.tuning.device import H200, tuning_device
-from moegraft.tuning.heuristic import heuristic_tiles
-from moegraft.tuning.search import (
+from moegraft.tuner.compiler import TileCompiler
+from moegraft.tuner.search import (
     BLOCK_MS,
     MAX_DEFAULT_RATIO,
     MIN_GAIN,
@@ -41,6 +37,9 @@ from moegraft.tuning.search import (
     block_ms,
     candidates,
 )
+from moegraft.tuner.timer import TileTimer, TunedLayer
+from moegraft.tuning import table
+from moegraft.tuning.heuristic import H200, heuristic_tiles, tuning_device
 from moegraft.tuning.table import TileTableError, choose_tiles, forget_tables, read_table, use_tables, write_table
 from moegraft.tuning.tiles import MoETiles, TuningShape
 

@@ -11,8 +11,7 @@ from support.kernels import make_lora_batch, reference, run_invariant, run_poiso
 from support.layers import dense_weights, dequantised
 
 from moegraft.core.config import MoEConfig
-from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.moe_forward.op import op_args
+from moegraft.kernels.moe_forward.host import fused_moe_lora, op_args
 from moegraft.kernels.records import LoRABatch, MoEWeights, WeightFormat
 from moegraft.moe.experts.triton_experts import kernel_weights
 from moegraft.testing.cases import LoRASpec, MoECase, MoEInputs, Routing, make_inputs

@@ -10,8 +10,7 @@ from support.four_bit import FORMATS, quantised_case
 from support.kernels import make_lora_batch, reference, run_poisoned
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
-from moegraft.kernels.moe_forward.host import fused_moe_lora
-from moegraft.kernels.moe_forward.op import op_args
+from moegraft.kernels.moe_forward.host import fused_moe_lora, op_args
 from moegraft.testing.cases import LoRASpec, MoECase, Routing
 from moegraft.testing.errors import assert_close, assert_close_delta
 from moegraft.tuning.heuristic import heuristic_tiles

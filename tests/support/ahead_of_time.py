@@ -14,14 +14,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moegraft.core.config import Activation, ActivationKind
+from moegraft.core.config import Activation, ActivationKind, DeviceTarget
 from moegraft.core.tables import NUM_FIELDS, ExpertsFactor, ExpertsTables
-from moegraft.kernels import launch, tma
-from moegraft.kernels.base_product import host as base_product_host
+from moegraft.kernels.device import groups
 from moegraft.kernels.moe_forward.host import fused_moe_lora
 from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
 from moegraft.tuning import heuristic, table
-from moegraft.tuning.device import TuningDevice
 
 PAGE_ELEMS = 32768
 
@@ -45,11 +43,12 @@ class AbsentDriver:
 def pretend(capability: int, shared_memory: int) -> None:
     """Host functions see this GPU, and launches compile."""
     driver.set_active(AbsentDriver(capability))
-    device = TuningDevice(name="absent", capability=divmod(capability, 10), shared_memory=shared_memory)
+    device = DeviceTarget(
+        kind="cuda", capability=divmod(capability, 10), has_triton=True, name="absent", shared_memory=shared_memory
+    )
     for module in (heuristic, table):
         module.tuning_device = lambda: device
-    for module in (launch, tma, base_product_host):
-        module.has_hopper_features = lambda device: capability >= 90
+    DeviceTarget.of = staticmethod(lambda torch_device: device)
 
 
 def layer(E: int, D: int, F: int, *, as_gpt_oss: bool) -> MoEWeights:
@@ -95,7 +94,7 @@ def adapters(E: int, T: int, rank: int, slots: int = 8) -> LoRABatch:
     return LoRABatch(tables=tables, token_slots_T=ints(T), rank13=2 * rank, rank2=rank)
 
 
-def describe(name: str, kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
+def describe(name: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     ptx = kernel.asm["ptx"].splitlines()
 
     def first(*instructions: str) -> int | None:
@@ -104,8 +103,8 @@ def describe(name: str, kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {
         "kernel": name.removesuffix("_kernel"),
         "shared": kernel.metadata.shared,
-        "has_lora": options.get("HAS_LORA"),
-        "splits": options.get("SPLITS"),
+        "has_lora": any(isinstance(arg, groups.Expand) and arg.u is not None for arg in args),
+        "splits": getattr(options.get("TILE"), "SPLITS", None),
         "async_copies": sum("cp.async.cg" in line for line in ptx),
         "waits": first("griddepcontrol.wait"),
         "reads": first("ld.global", "cp.async", "cp.async.bulk"),
@@ -121,7 +120,7 @@ def main() -> None:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        print(json.dumps(describe(self.__name__, kernel, options)), flush=True)
+        print(json.dumps(describe(self.__name__, kernel, args, options)), flush=True)
         return kernel
 
     JITFunction.run = compile_only

@@ -9,8 +9,8 @@ import torch
 from moegraft.formats.four_bit import FourBitExperts
 from moegraft.formats.int4 import Int4Experts
 from moegraft.formats.mxfp4 import MXFP4Experts
-from moegraft.kernels.four_bit_product.weights import four_bit_weights
 from moegraft.kernels.records import MoEWeights
+from moegraft.kernels.weights import four_bit_weights
 from moegraft.testing.cases import MoECase, MoEInputs, make_inputs
 
 FORMATS = ("int4 g128", "int4 g64", "int4 g32 zeros", "int4 channel", "int4 channel zeros", "mxfp4")

@@ -12,7 +12,7 @@ import torch
 from moegraft.core.config import Activation
 from moegraft.core.halves import split_halves
 from moegraft.core.tables import Field, LinearFactor
-from moegraft.lora.bank.device_tables import DeviceTables
+from moegraft.lora.bank.pool import DeviceTables
 from moegraft.lora.peft.config import PeftConfig
 from moegraft.lora.punica import PunicaWrapperCPU
 from moegraft.lora.rows import BASE_SLOT, AdapterRows

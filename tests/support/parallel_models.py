@@ -98,7 +98,7 @@ def _run(graft: GraftedModel, case: ModelCase, rows: list[int]) -> ModelResult:
         plain=graft(**batch, adapters=[None] * len(rows)).logits.cpu(),
         mixed=graft(**batch, adapters=names).logits.cpu(),
         tokens=graft.generate(**prompts, **GENERATE, adapters=names).cpu(),
-        experts_bytes=sum(site.base.method.experts.weights.num_bytes for site in graft._sites.values()),
+        experts_bytes=sum(site.base.method.experts.weights.num_bytes for site in graft._fittings.sites.values()),
         adapter_bytes={name: graft.adapters[name].num_bytes for name in graft.adapters},
         pages={name: graft.adapters[name].num_pages for name in graft.adapters},
         backends={choice.backend for choice in graft.explain()},

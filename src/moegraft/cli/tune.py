@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from moegraft.build.tile_compiler import TileCompiler
-from moegraft.build.tile_timer import TileTimer, TunedLayer
 from moegraft.cli.console import CommandError, first_line, progress_bars
 from moegraft.core.config import DeviceTarget, MoEConfig
-from moegraft.tuning.search import Journal, Measure, TileSearch, Trial, Verdict
+from moegraft.tuner.compiler import TileCompiler
+from moegraft.tuner.search import Journal, Measure, TileSearch, Trial, Verdict
+from moegraft.tuner.timer import TileTimer, TunedLayer
 from moegraft.tuning.table import USER_TABLES, check_writable, forget_tables, write_table
 from moegraft.tuning.tiles import TuningShape
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
+
+_RESERVED_SHARED_MEMORY = 1024
+"""Bytes of a multiprocessor's, the system's own in every program (CUDA C++ Programming Guide, 16.7)."""
 
 
 class ActivationKind(enum.StrEnum):
@@ -64,20 +68,57 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTarget:
-    """Where a layer runs, as data. ``capability`` is CUDA's (major, minor); ``has_triton``: triton can be imported."""
+    """Where a layer runs, as data: what the oracle, tile choice and launches ask of a device.
+
+    ``capability``: CUDA's (major, minor) · ``has_triton``: triton can be imported · ``name``: as torch gives it ·
+    ``num_sms``: multiprocessors · ``shared_memory``: bytes of it that a program may have · ``memory``: bytes of the
+    device. Of anything but a GPU, or where nobody asks, the last three are 0.
+    """
 
     kind: str
     capability: tuple[int, int] | None = None
     has_triton: bool = False
+    name: str = ""
+    num_sms: int = 0
+    shared_memory: int = 0
+    memory: int = 0
 
     @classmethod
     def of(cls, device: torch.device) -> DeviceTarget:
-        """The target behind a torch device."""
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        return cls(kind=device.type, capability=capability, has_triton=find_spec("triton") is not None)
+        """The target behind a torch device. Cached: a launch pays for a dictionary lookup."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return _target_of(device)
+
+    @property
+    def has_hopper_features(self) -> bool:
+        """Programmatic dependent launch and TMA."""
+        return self.capability is not None and self.capability >= (9, 0)
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Matrix instructions of four warps, which read both operands from shared memory."""
+        return self.capability is not None and self.capability[0] == 9
 
     def __str__(self) -> str:
         return self.kind if self.capability is None else f"{self.kind} sm{self.capability[0]}{self.capability[1]}"
+
+
+@lru_cache(maxsize=64)
+def _target_of(device: torch.device) -> DeviceTarget:
+    has_triton = find_spec("triton") is not None
+    if device.type != "cuda":
+        return DeviceTarget(kind=device.type, has_triton=has_triton, name=device.type)
+    found = torch.cuda.get_device_properties(device)
+    return DeviceTarget(
+        kind="cuda",
+        capability=(found.major, found.minor),
+        has_triton=has_triton,
+        name=found.name,
+        num_sms=found.multi_processor_count,
+        shared_memory=found.shared_memory_per_multiprocessor - _RESERVED_SHARED_MEMORY,
+        memory=found.total_memory,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,21 +92,3 @@ class MoERouting:
     top_k: int
     block_m: int
     tile_m: int
-
-    @property
-    def max_blocks(self) -> int:
-        """Grid bound of the base GEMMs."""
-        return self.blocks.shape[0]
-
-    @property
-    def max_tiles(self) -> int:
-        """Grid bound of the shrinks."""
-        return self.tiles.shape[0]
-
-
-def max_groups(num_rows: int, num_keys: int, group_rows: int) -> int:
-    """A bound of the groups of at most ``group_rows`` rows that ``num_rows`` rows of ``num_keys`` kinds form.
-
-    sum over kinds of ceil(n / g) <= floor(N / g) + kinds hit.
-    """
-    return num_rows // group_rows + min(num_rows, num_keys)

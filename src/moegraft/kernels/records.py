@@ -1,4 +1,4 @@
-"""Tensors that the MoE kernels take together.
+"""What host functions share: tensors that kernels take together, and what every launch needs to know.
 
 Shape letters: T tokens · K experts per token · N = T*K routed rows · E experts · D hidden size · F intermediate size ·
 G = 2 (gate and up) or 1 · S adapter slots · L lanes · W columns of the low-rank rows
@@ -6,16 +6,19 @@ G = 2 (gate and up) or 1 · S adapter slots · L lanes · W columns of the low-r
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import torch
 
-from moegraft.core.config import Activation
+from moegraft.core.config import Activation, DeviceTarget
 from moegraft.core.halves import half_strides
 from moegraft.core.routing import LANE_GRANULE, Lanes
 from moegraft.core.tables import ExpertsTables
+from moegraft.kernels.device import groups
+from moegraft.tuning.weight_formats import WeightFormat as WeightFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +29,6 @@ class LayerSizes:
     hidden_size: int
     intermediate_size: int
     gated: bool = True
-
-
-class WeightFormat(enum.StrEnum):
-    """How the numbers of w13 and w2 are stored; ``base_product/device.py`` numbers them in this order."""
-
-    DENSE = "dense"
-    INT8 = "int8"
-    FP8 = "fp8"
-    INT4 = "int4"
-    MXFP4 = "mxfp4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +69,18 @@ class MoEWeights:
     is_transposed: bool = False
     is_interleaved: bool = False
     quantisation: Quantisation | None = None
+    format: WeightFormat = field(init=False)
+    sizes: LayerSizes = field(init=False)
 
-    @property
-    def format(self) -> WeightFormat:
-        return WeightFormat.DENSE if self.quantisation is None else self.quantisation.format
+    def __post_init__(self) -> None:
+        quantisation, gated = self.quantisation, self.activation.gated
+        if quantisation is None:
+            D, F = self.w13_EGFD.shape[2], self.w13_EGFD.shape[1] // (1 + gated)
+        else:
+            D, F = quantisation.hidden_size, quantisation.intermediate_size
+        sizes = LayerSizes(num_experts=self.w13.shape[0], hidden_size=D, intermediate_size=F, gated=gated)
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "format", WeightFormat.DENSE if quantisation is None else quantisation.format)
 
     @property
     def w13_EGFD(self) -> torch.Tensor:
@@ -91,37 +92,9 @@ class MoEWeights:
         """[E, D, F] view."""
         return self.w2.mT if self.is_transposed else self.w2
 
-    @property
-    def num_experts(self) -> int:
-        return self.w13.shape[0]
-
-    @property
-    def hidden_size(self) -> int:
-        return self.w13_EGFD.shape[2] if self.quantisation is None else self.quantisation.hidden_size
-
-    @property
-    def intermediate_size(self) -> int:
-        if self.quantisation is not None:
-            return self.quantisation.intermediate_size
-        return self.w13_EGFD.shape[1] // self.activation.num_halves
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether unquantised columns of gate and up alternate."""
-        return self.quantisation is None and self.activation.gated and self.is_interleaved
-
-    @property
-    def sizes(self) -> LayerSizes:
-        return LayerSizes(
-            num_experts=self.num_experts,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            gated=self.activation.gated,
-        )
-
     def half_strides(self, stride_gf: int) -> tuple[int, int]:
         """(stride along F, offset of up behind gate) in elements, from the stride along G*F."""
-        num_halves, size = self.activation.num_halves, self.intermediate_size
+        num_halves, size = 1 + self.sizes.gated, self.sizes.intermediate_size
         return half_strides(stride_gf, size, num_halves=num_halves, is_interleaved=self.is_interleaved)
 
 
@@ -183,6 +156,30 @@ class QuantisedRows:
     scale_MQ: torch.Tensor
 
 
+def tables_group(lora: LoRABatch | None) -> groups.Tables:
+    """The tables as kernels take them; without adapters, nothing to read."""
+    if lora is None:
+        return groups.Tables(None, None, None, None, 0, 0, 0)
+    tables = lora.tables
+    return groups.Tables(
+        tables.pool, tables.page_table, tables.factors, tables.expert_index, tables.page_table.stride(0),
+        tables.factors.stride(0), tables.expert_index.stride(0),
+    )  # fmt: skip
+
+
+def lora_operands(expand: Expand | None, columns: int) -> tuple[groups.Expand, groups.LowRank]:
+    """What the kernels of an expand to ``columns`` columns a half are given; without, nothing to read."""
+    if expand is None:
+        return groups.Expand(None, None, None, None, None, 0), groups.LowRank(0, 1)
+    lora, lanes = expand.lora, expand.lanes
+    return (
+        groups.Expand(
+            expand.u_NW, lora.tables.pool, lanes.segment, lanes.granule, lanes.element, lanes.segment.shape[0]
+        ),
+        groups.LowRank(expand.u_NW.shape[1], lora.row_alignment(columns)),
+    )
+
+
 def low_rank_width(rank: int, *, num_halves: int) -> int:
     """W for at most ``rank`` rank rows: each half is padded to whole granules, so that u can be read in vectors."""
     if rank == 0:
@@ -204,3 +201,24 @@ def check_low_rank_size(op: str, num_rows: int, width: int) -> None:
     """Raises ValueError where an element of the low-rank rows is beyond the 32-bit offsets of the expand."""
     if num_rows * width >= 2**31:
         raise ValueError(f"{op}: {num_rows} rows with {width} low-rank columns, expected fewer than 2^31 elements")
+
+
+@lru_cache(maxsize=64)
+def pdl_options(device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a launch: the PDL constexpr, and the launch option where the device has it."""
+    return {"PDL": True, "launch_pdl": True} if DeviceTarget.of(device).has_hopper_features else {"PDL": False}
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s input precision: float32 stays float32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def cdiv(a: int, b: int) -> int:
+    """Quotient, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n; 1 for n < 2."""
+    return 1 << max(0, n - 1).bit_length()

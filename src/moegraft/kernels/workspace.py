@@ -9,12 +9,11 @@ from functools import lru_cache
 
 import torch
 
-from moegraft.core.routing import LANE_GRANULE, RECORD_INTS, Count, Lanes, max_groups
-from moegraft.kernels.launch import cdiv
+from moegraft.core.routing import LANE_GRANULE, RECORD_INTS, Count, Lanes
 from moegraft.kernels.moe_routing.host import RoutingBuffers
-from moegraft.kernels.records import LowRank, QuantisedRows, low_rank_width
-from moegraft.tuning.eight_bit import stores_h, stores_x
+from moegraft.kernels.records import LowRank, QuantisedRows, cdiv, low_rank_width
 from moegraft.tuning.tiles import MoETiles, TuningShape
+from moegraft.tuning.weight_formats import stores_h, stores_x
 
 _ALIGNMENT_BYTES = 256
 
@@ -57,8 +56,8 @@ def layer_buffers(
         "order": ((N,), torch.int32),
         "rows": ((N,), torch.int32),
         "segment": ((N,), torch.int32),
-        "blocks": ((max_groups(N, E, tiles.block_m), RECORD_INTS), torch.int32),
-        "tiles": ((max_groups(N, E * S, tiles.tile_m), RECORD_INTS), torch.int32),
+        "blocks": ((_max_groups(N, E, tiles.block_m), RECORD_INTS), torch.int32),
+        "tiles": ((_max_groups(N, E * S, tiles.tile_m), RECORD_INTS), torch.int32),
         "counts": ((len(Count),), torch.int32),
     }
     if with_base:
@@ -88,18 +87,26 @@ def layer_buffers(
     return buffers
 
 
+def _max_groups(num_rows: int, num_keys: int, group_rows: int) -> int:
+    """A bound of the groups of at most ``group_rows`` rows that ``num_rows`` rows of ``num_keys`` kinds form.
+
+    sum over kinds of ceil(n / g) <= floor(N / g) + kinds hit.
+    """
+    return num_rows // group_rows + min(num_rows, num_keys)
+
+
 @lru_cache(maxsize=4096)
 def _plan(shape: TuningShape, tiles: MoETiles, dtype: torch.dtype, num_halves: int, *, with_base: bool = True) -> _Plan:
     """Cached by shape: a decode step asks for the same few again and again, and pays for a dictionary lookup."""
     views: dict[torch.dtype, list[tuple[str, tuple[int, ...], tuple[int, ...], int]]] = {}
     offset = 0
-    for name, (size, view_dtype) in layer_buffers(
-        shape, tiles, dtype, num_halves=num_halves, with_base=with_base
-    ).items():
-        strides = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
+    buffers = layer_buffers(shape, tiles, dtype, num_halves=num_halves, with_base=with_base)
+    for name, (size, view_dtype) in buffers.items():
+        strides = tuple([math.prod(size[i + 1 :]) for i in range(len(size))])
         views.setdefault(view_dtype, []).append((name, size, strides, offset // view_dtype.itemsize))
-        offset += cdiv(math.prod(size) * view_dtype.itemsize, _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return _Plan(tuple((view_dtype, tuple(of_dtype)) for view_dtype, of_dtype in views.items()), offset)
+        num_bytes = math.prod(size) * view_dtype.itemsize
+        offset += num_bytes + -num_bytes % _ALIGNMENT_BYTES
+    return _Plan(tuple([(view_dtype, tuple(of_dtype)) for view_dtype, of_dtype in views.items()]), offset)
 
 
 class Workspace:

@@ -1,5 +1,6 @@
 """Several processes, one model: groups, collectives, and the law that says which slice of every tensor a rank owns."""
 
+from moegraft.parallel.agreement import Agreement, Step
 from moegraft.parallel.collectives import Communicator, Traffic
 from moegraft.parallel.config import ParallelConfig
 from moegraft.parallel.groups import ParallelGroups, backend_of
@@ -16,6 +17,7 @@ from moegraft.parallel.rank_slice import (
 from moegraft.parallel.slices import Shard, half_columns, shard, shards
 
 __all__ = [
+    "Agreement",
     "Communicator",
     "ExpertsSlice",
     "LinearSlice",
@@ -25,6 +27,7 @@ __all__ = [
     "RankSlice",
     "Shard",
     "Share",
+    "Step",
     "Traffic",
     "backend_of",
     "column_parallel",

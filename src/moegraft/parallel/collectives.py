@@ -88,6 +88,11 @@ class Communicator:
     def size(self) -> int:
         return len(self.ranks)
 
+    def give_up(self, reason: str) -> None:
+        """No group of this world is used again: every later collective raises ParallelError at once."""
+        if self._health.error is None:
+            self._health.error = ParallelError(f"{self._where}: {reason}; start the processes again")
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place; gives ``x`` back."""
         if self.size > 1:
@@ -174,6 +179,9 @@ class Communicator:
                 f"{self.timeout_seconds:g} s); a peer is dead, late, or runs another collective: {_first_line(error)}"
             )
             raise self._health.error from error
+        except BaseException as interrupt:
+            self.give_up(f"{op} was interrupted ({type(interrupt).__name__})")
+            raise
         self.traffic.add(op, sent_bytes)
 
     @property

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moegraft.core.errors import ParallelError
+from moegraft.parallel.agreement import Agreement
 from moegraft.parallel.collectives import Communicator, GroupHealth
 from moegraft.parallel.config import ParallelConfig
 
@@ -51,6 +52,14 @@ class ParallelGroups:
     @property
     def ep_rank(self) -> int:
         return self.ep.rank
+
+    @property
+    def sharing(self) -> tuple[tuple[int, ...], ...]:
+        """The sets of ranks that bring the same rows."""
+        config = self.config
+        if config.data_parallel:
+            return tuple(config.tp_ranks(ep_rank) for ep_rank in range(config.ep))
+        return (tuple(range(config.world_size)),)
 
     @classmethod
     def alone(cls) -> ParallelGroups:
@@ -103,7 +112,10 @@ class ParallelGroups:
         try:
             # The group of all ranks is the same under every config: over it they find out whether theirs agree.
             world = communicator("world", [everyone])
-            _check_agreement(world, config)
+            with Agreement(world).step() as step:
+                step.same("the ParallelConfig that they were started with", lambda: config)
+            if world.size != config.world_size:
+                raise ParallelError(f"{_needs(config)}, but the world of torch.distributed has {world.size}")
             parallel = cls(
                 config,
                 world=world,
@@ -134,11 +146,3 @@ class ParallelGroups:
 
 def _needs(config: ParallelConfig) -> str:
     return f"tp = {config.tp} and ep = {config.ep} need {config.world_size} processes"
-
-
-def _check_agreement(world: Communicator, config: ParallelConfig) -> None:
-    for rank, other in enumerate(world.all_gather_object(config)):
-        if other != config:
-            raise ParallelError(f"rank {rank} was started with {other}, rank {world.rank} with {config}")
-    if world.size != config.world_size:
-        raise ParallelError(f"{_needs(config)}, but the world of torch.distributed has {world.size}")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moegraft.tuning.device import TuningDevice, tuning_device
-from moegraft.tuning.eight_bit import fp8_block_m, fp8_tiles, int8_tiles
-from moegraft.tuning.four_bit import FOUR_BIT, four_bit_block_m, four_bit_tiles
-from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TuningShape
+import torch
 
-OF_FORMAT = {"fp8": fp8_tiles, "int8": int8_tiles, "int4": four_bit_tiles, "mxfp4": four_bit_tiles}
-"""Tiles of the GEMMs over quantised weights."""
-_BYTES = 2
-"""Of a number in bfloat16 and float16."""
-NUM_SMS = 132
-"""Programs that one wave should hold; the H200's count serves as the measure for all."""
+from moegraft.core.config import DeviceTarget
+from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TuningShape
+from moegraft.tuning.weight_formats import NUM_SMS, RULES
+
+H200 = DeviceTarget(kind="cuda", capability=(9, 0), name="NVIDIA H200", num_sms=132, shared_memory=227 * 1024)
+"""What tiles were measured on; a GPU with as much shared memory gets them as they are."""
+_NUMBER_BYTES = 2
+"""In bfloat16 and float16."""
+
+
+def tuning_device() -> DeviceTarget:
+    """The process's GPU; where there are several, they are taken to be alike. Without one, the limits of an H200."""
+    return DeviceTarget.of(torch.device("cuda")) if torch.cuda.is_available() else replace(H200, name="cpu")
 
 
 def heuristic_tiles(shape: TuningShape) -> MoETiles:
@@ -24,10 +28,7 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
     block_m = 16
     while block_m < 128 and block_m < rows_per_expert * 1.25:
         block_m *= 2
-    if shape.weight_format in FOUR_BIT:
-        block_m = four_bit_block_m(rows_per_expert)
-    if shape.weight_format == "fp8":
-        block_m = fp8_block_m(block_m, rows_per_expert)
+    block_m = RULES[shape.weight_format].block_m(block_m, rows_per_expert)
     tile_m = 16 if rows_per_expert < 64 else 32
     gemm13, gemm2 = gemm_tiles(block_m, shape)
     return MoETiles(
@@ -43,8 +44,9 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
 
 def gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
     """(GEMM 13, GEMM 2), such as the GPU has room for."""
-    if shape.weight_format in OF_FORMAT:
-        return OF_FORMAT[shape.weight_format](block_m, shape)
+    of_format = RULES[shape.weight_format].gemm_tiles
+    if of_format is not None:
+        return of_format(block_m, shape)
     gemm13, gemm2 = _dense_tiles(block_m, shape)
     return fit_device(gemm13, block_m, num_halves=2), fit_device(gemm2, block_m, num_halves=1)
 
@@ -73,7 +75,7 @@ def _dense_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
     )
 
 
-def fit_device(tile: GemmTile, block_m: int, *, num_halves: int, device: TuningDevice | None = None) -> GemmTile:
+def fit_device(tile: GemmTile, block_m: int, *, num_halves: int, device: DeviceTarget | None = None) -> GemmTile:
     """A tile of unquantised weights for a GPU that has less than an H200: fewer steps in flight, or fewer columns.
 
     Without wgmma, which reads operands from shared memory, a step's operands take registers beside the sums: tiles of
@@ -83,7 +85,7 @@ def fit_device(tile: GemmTile, block_m: int, *, num_halves: int, device: TuningD
     device = device or tuning_device()
     if block_m == 128 and not device.has_wgmma:
         tile = replace(tile, block_n=tile.block_n // 2)
-    step_bytes = _BYTES * (block_m + num_halves * tile.block_n) * tile.block_k
+    step_bytes = _NUMBER_BYTES * (block_m + num_halves * tile.block_n) * tile.block_k
     spare = 0 if device.has_wgmma and block_m >= 64 else 1
     stages = min(tile.num_stages, device.shared_memory // step_bytes + spare)
     return tile if stages == tile.num_stages else replace(tile, num_stages=max(2, stages))

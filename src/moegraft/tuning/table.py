@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moegraft.core.errors import MoegraftError
-from moegraft.tuning.device import tuning_device
-from moegraft.tuning.heuristic import heuristic_tiles
+from moegraft.tuning.heuristic import heuristic_tiles, tuning_device
 from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
 
 TABLES = Path(__file__).parent / "tables"

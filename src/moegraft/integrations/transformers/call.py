@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import BatchError
@@ -127,18 +126,20 @@ class ForwardHooks:
         self._state = state
         self._root = model
         self._begun = _Begun()
-        self._handles: list[RemovableHandle] = []
         self._positions: dict[nn.Module, tuple[str, ...]] = {}
         for name in names:
             module = model.get_submodule(name)
             parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
             self._positions[module] = tuple(parameters)[1:]  # behind self
-            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
-            self._handles.append(module.register_forward_hook(self._after, always_call=True))
+
+    def install(self) -> None:
+        for module in self._positions:
+            module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+            module.register_forward_hook(self._after, always_call=True)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        for module in self._positions:
+            remove_hooks(module, self)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         begun, is_root = self._begun.calls, module is self._root
@@ -159,6 +160,19 @@ class ForwardHooks:
         call = self._begun.calls.pop()
         if call is not None:
             call.end()
+
+
+def remove_hooks(module: nn.Module, owner: object) -> None:
+    """All forward hooks that are methods of ``owner``; no handle of them can be lost to an interrupt."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            hooks.pop(key, None)
+            for extra in (
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                extra.pop(key, None)
 
 
 class _Begun(threading.local):

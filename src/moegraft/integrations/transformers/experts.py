@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NoReturn, SupportsIndex, cast
 
 import torch
 from torch import nn
@@ -51,6 +51,12 @@ class ExpertsSite:
     state: CallState
     previous_implementation: str | None
     is_cut: bool = False  # to this rank's slice: the module has no parameters any more
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise UnsupportedModelError(
+            "a grafted model can be neither copied nor pickled: call detach() on its GraftedModel, copy the model, and "
+            "attach the copy"
+        )
 
     def forward(
         self,
@@ -221,16 +227,15 @@ def build_site(module: nn.Module, target: ExpertsTarget, options: SiteOptions) -
     )
 
 
-def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> dict[str, str | None]:
-    """Puts the sites behind their modules; gives back what ``remove_sites`` needs."""
-    previous = model.get_experts_implementation()
+def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> None:
+    """Puts the sites behind their modules, then gives up the weights of those that are cut."""
     for name, site in sites.items():
         # Not a submodule: its parameters are the module's own and must not be listed twice.
         object.__setattr__(model.get_submodule(name), _SITE, site)
+    model.set_experts_implementation(IMPLEMENTATION)
+    for name, site in sites.items():
         if site.is_cut:
             give_up_experts(model.get_submodule(name))
-    model.set_experts_implementation(IMPLEMENTATION)
-    return previous
 
 
 def experts_configs(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> list[PreTrainedConfig]:
@@ -239,15 +244,24 @@ def experts_configs(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) ->
     return list(configs.values())
 
 
-def remove_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite], previous: dict[str, str | None]) -> None:
-    """The inverse of ``install_sites``, save that modules which were cut are of no use any more, and say so."""
-    for name, site in sites.items():
-        module = model.get_submodule(name)
-        object.__delattr__(module, _SITE)
-        if site.is_cut:
+def remove_sites(
+    model: PreTrainedModel, sites: Mapping[nn.Module, ExpertsSite], previous: dict[str, str | None]
+) -> None:
+    """The inverse of ``install_sites``, as far as that went; modules that were cut are of no use any more, and say so.
+
+    ``previous``: the experts implementations of the model before.
+    """
+    for module, site in sites.items():
+        if site.is_cut and module._parameters.get("down_proj") is None and "packed" not in module._modules:
             object.__setattr__(module, _SPENT, True)
-    if not any(site.is_cut for site in sites.values()):
+        vars(module).pop(_SITE, None)
+    if sites and not any(_SPENT in vars(module) for module in sites):
         model.set_experts_implementation(previous)
+
+
+def is_grafted(module: nn.Module) -> bool:
+    """Whether a graft of some model has its site behind this experts module."""
+    return _SITE in vars(module)
 
 
 def is_spent(model: nn.Module) -> bool:

@@ -3,51 +3,47 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from transformers import PreTrainedModel
 
-from moegraft.build import linear_punica_for
-from moegraft.core.errors import BatchError, UnsupportedModelError
+from moegraft.core.errors import AdapterFileError, AdapterMismatchError, BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
-from moegraft.integrations.transformers.call import CallState, ForwardHooks, head_modules, token_modules
+from moegraft.integrations.transformers.call import CallState, head_modules
 from moegraft.integrations.transformers.experts import (
-    IMPLEMENTATION,
     ExpertsSite,
     SiteOptions,
     build_site,
     decide_backends,
-    experts_configs,
-    install_sites,
+    is_grafted,
     is_spent,
     moe_config,
-    remove_sites,
 )
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
+from moegraft.integrations.transformers.fittings import Fittings
 from moegraft.integrations.transformers.generation import batch_rows, sequences_per_row
-from moegraft.integrations.transformers.parallel import INPUTS, RankAdapters
+from moegraft.integrations.transformers.parallel import INPUTS, RankCalls
 from moegraft.integrations.transformers.parallel_layout import (
     ModelFacts,
     RankOptions,
     agree_on_layout,
     planned,
-    together,
     with_whole_parameters,
 )
-from moegraft.integrations.transformers.saved import SavedSeam
-from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, Seam
 from moegraft.integrations.transformers.storage import check_uniform, packed_experts
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.call import AdapterCall, CallMemory
+from moegraft.lora.collective_bank import CollectiveBank
 from moegraft.lora.peft import LoadReport
+from moegraft.lora.peft.loader import PeftAdapter
 from moegraft.lora.targets import AdapterWeights, ModelTargets
-from moegraft.parallel import ParallelConfig
+from moegraft.parallel import Agreement, ParallelConfig, Step
 from moegraft.parallel.expert_map import ExpertMap
 
 _MARK = "_moegraft_graft"
@@ -115,68 +111,89 @@ class GraftedModel:
     ) -> None:
         self.model = model
         self._state = CallState()
-        self._lock = threading.RLock()
+        self._process = os.getpid()
+        self._attached = False
         alike = {"lora_experts": lora_experts, "batch_invariant": batch_invariant}
         facts, self.layout = agree_on_layout(model, ranks, lambda: _examine(model, ranks), alike)
-        device, dtype = facts.device, facts.dtype
-        self._targets = facts.targets if facts.plan is None else with_whole_parameters(facts.targets)
-        self._local_targets = self.layout.local_targets(self._targets)
-        self.bank = together(
-            self.layout.groups,
-            lambda: AdapterBank(
-                BankLayout(self._local_targets, dtype=dtype),
-                capacity_bytes=parse_bytes(adapter_memory),
-                device=device,
-                max_slots=max_adapters,
-            ),
-        )
-        options = SiteOptions(
-            bank=self.bank,
-            state=self._state,
-            layout=self.layout,
-            device=device,
-            configs={
-                name: moe_config(model.get_submodule(name), facts.top_k, dtype, batch_invariant=batch_invariant)
-                for name in self._targets.experts
-            },
-            backend=backend,
-            lora_experts=lora_experts,
-        )
-        self._sites = self._build_sites(options, is_moved=ranks.device is not None)
-        self._ranks = RankAdapters(self.bank, self._targets, self.layout, lora_experts=lora_experts)
-        self._seams: dict[tuple[str, type[Seam]], Seam] = {}
-        self._memory = CallMemory()
-        self._heads = head_modules(model, self._targets)
-        self._previous = install_sites(model, self._sites)
-        self._experts_configs = experts_configs(model, self._sites)
-        if ranks.device is not None and self.layout.expert_maps:
-            model.to(device)  # what is left of it
-        self._hooks = ForwardHooks(self._state, model, token_modules(model, self._targets))
-        self._attached = True
-        setattr(model, _MARK, self)
+        agreement = Agreement(self.layout.groups.control)
+        fittings = None
+        try:
+            self._targets = facts.targets if facts.plan is None else with_whole_parameters(facts.targets)
+            self._local_targets = self.layout.local_targets(self._targets)
+            with agreement.step():
+                self.bank = AdapterBank(
+                    BankLayout(self._local_targets, dtype=facts.dtype),
+                    capacity_bytes=parse_bytes(adapter_memory),
+                    device=facts.device,
+                    max_slots=max_adapters,
+                )
+            config_of = partial(moe_config, batch_invariant=batch_invariant)
+            options = SiteOptions(
+                bank=self.bank,
+                state=self._state,
+                layout=self.layout,
+                device=facts.device,
+                configs={
+                    name: config_of(model.get_submodule(name), facts.top_k, facts.dtype)
+                    for name in self._targets.experts
+                },
+                backend=backend,
+                lora_experts=lora_experts,
+            )
+            sites = self._build_sites(options, agreement, is_moved=ranks.device is not None)
+            self._fittings = fittings = Fittings(
+                model, self.bank, self._state, self.layout, self._targets, self._local_targets
+            )
+            self._adapters = CollectiveBank(self.bank, self.layout.groups, fit=fittings.fit)
+            vocab_size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+            self._ranks = RankCalls(self._adapters, self.layout, vocab_size=vocab_size)
+            self._lora_experts = lora_experts
+            self._memory = CallMemory()
+            self._heads = head_modules(model, self._targets)
+            fittings.install(sites)
+            if ranks.device is not None and self.layout.expert_maps:
+                model.to(facts.device)  # what is left of it
+            fittings.watch()
+            setattr(model, _MARK, self)
+            self._attached = True
+        except BaseException:
+            if fittings is not None:
+                fittings.remove()
+            vars(model).pop(_MARK, None)
+            self.layout.groups.close()
+            raise
 
-    def _build_sites(self, options: SiteOptions, *, is_moved: bool) -> dict[str, ExpertsSite]:
+    def _build_sites(self, options: SiteOptions, agreement: Agreement, *, is_moved: bool) -> dict[str, ExpertsSite]:
         """``is_moved``: the model is to lie on ``options.device``.
 
         Layers that are kept whole must lie there before they are built: packed weights that move are new tensors, and
         the device decides on the backend.
         """
-        model, experts, groups = self.model, self._targets.experts, self.layout.groups
+        model, experts = self.model, self._targets.experts
         if is_moved and not self.layout.expert_maps:
-            together(groups, lambda: decide_backends(model, experts, options))
+            with agreement.step():
+                decide_backends(model, experts, options)
             model.to(options.device)
-        return together(
-            groups,
-            lambda: {name: build_site(model.get_submodule(name), target, options) for name, target in experts.items()},
-            told=lambda sites: {"the backends of their layers": [site.decision.backend for site in sites.values()]},
-        )
+        with agreement.step() as step:
+            sites = {name: build_site(model.get_submodule(name), target, options) for name, target in experts.items()}
+            step.same("the backends of their layers", lambda: [site.decision.backend for site in sites.values()])
+        return sites
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> GraftedModel | None:
+        """The graft that ``attach`` has put on a model, for those who have lost it; None where there is none."""
+        graft = vars(model).get(_MARK)
+        return graft if isinstance(graft, GraftedModel) else None
 
     # Adapters
 
     @property
     def adapters(self) -> Mapping[str, AdapterInfo]:
-        """What is loaded: name -> ranks by module, modules touched, bytes, loaded from, resident or not. Read-only."""
-        return MappingProxyType({name: self.bank.info(name) for name in self.bank.names()})
+        """What is loaded at one moment: name -> ranks by module, modules touched, bytes, loaded from, resident or not.
+
+        Read-only.
+        """
+        return MappingProxyType(self.bank.infos())
 
     def load_adapter(
         self, path: str | os.PathLike[str], name: str | None = None, *, resident: bool = True
@@ -189,36 +206,37 @@ class GraftedModel:
         """
         self._check_attached()
         name = name if name is not None else os.path.basename(os.path.normpath(path))
+        read = partial(self._read, path, name)
+        return self._adapters.load(name, read, source=os.fspath(path), resident=resident)
 
-        def enter(weights: AdapterWeights) -> None:
-            with self._lock:
-                # Seams first: another thread may name the adapter as soon as the bank knows it.
-                self._fit_seams(weights)
-                try:
-                    self.bank.load(name, weights, source=os.fspath(path), resident=resident)
-                finally:
-                    self._fit_seams()
-
-        try:
-            return self._ranks.load(path, name, enter)
-        finally:
-            # What this rank had entered is taken back where another rank failed.
-            with self._lock:
-                self._fit_seams()
+    def _read(self, path: str | os.PathLike[str], name: str, step: Step) -> tuple[AdapterWeights, LoadReport]:
+        """This rank's slice of an adapter."""
+        with PeftAdapter(path, self._targets, name=name) as adapter:
+            step.same(f"the files of adapter {name!r}", adapter.digest, error=AdapterFileError)
+            weights, report = adapter.build(
+                dtype=self.bank.layout.dtype, rank_slice=self.layout.mine, max_bytes=self.bank.pool.capacity_bytes
+            )
+        self.layout.check_adapter(weights)
+        if weights.experts and not self._lora_experts:
+            raise AdapterMismatchError(
+                f"adapter {name!r} has LoRA on experts ({min(weights.experts)}), of which "
+                "attach(lora_experts=False) said that there would be none; attach without it"
+            )
+        return weights, report
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Raises UnknownAdapterError, or AdapterInUseError while a batch uses it."""
-        # The banks' lock is taken before this one, as when an adapter is loaded: two threads may do one of each.
-        self._ranks.unload(name)
-        with self._lock:
-            self._fit_seams()
+        self._check_attached()
+        self._adapters.unload(name)
 
     def pin_adapter(self, name: str) -> None:
         """Make an adapter resident and keep it from being evicted."""
-        self._ranks.pin(name)
+        self._check_attached()
+        self._adapters.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
         """Undo ``pin_adapter``."""
+        self._check_attached()
         self.bank.unpin(name)
 
     # Running
@@ -306,7 +324,7 @@ class GraftedModel:
                     group=group,
                     memory=self._memory,
                     heads=self._heads,
-                    modules={name for name, _ in self._seams} | self._sites.keys(),
+                    modules=self._fittings.modules(),
                     **stated,
                 )
                 self._memory = call.memory
@@ -319,30 +337,40 @@ class GraftedModel:
     def explain(self) -> Explanation:
         """For each experts layer the chosen backend and why every other was refused."""
         choices = []
-        for name, site in self._sites.items():
+        for name, site in self._fittings.sites.items():
             is_ours = site.is_cut or packed_experts(self.model.get_submodule(name)) is not None
             choices.append(LayerChoice.of(name, site.decision, is_ours=is_ours))
         return Explanation(choices=tuple(choices))
 
-    def detach(self) -> PreTrainedModel:
+    def detach(self, *, force: bool = False) -> PreTrainedModel:
         """Take everything out again: the original model, bit for bit. Raises AdapterInUseError during a batch.
 
-        Experts that ``attach(parallel=...)`` has cut to this rank's slice are given up, not put together again: a
-        forward pass of the model then raises UnsupportedModelError. Nothing is sent to other ranks, which may be gone.
+        ``force``: also during a batch, whose forward pass then ends with an error or as the base model's; for batches
+        that nobody can end any more. Experts that ``attach(parallel=...)`` has cut to this rank's slice are given up,
+        not put together again: a forward pass of the model then raises UnsupportedModelError. Nothing is sent to other
+        ranks, which may be gone.
         """
-        with self._lock:
-            if not self._attached:
-                return self.model
-            self.bank.close()
-            self._fit_seams()
-            self._memory = CallMemory()
-            self._hooks.remove()
-            remove_sites(self.model, self._sites, self._previous)
-            delattr(self.model, _MARK)
-            self._sites = {name: site for name, site in self._sites.items() if not site.is_cut}
-            self.layout.groups.close()
-            self._attached = False
-            return self.model
+        self._check_process()
+        if self._attached:
+            self.bank.close(force=force)
+            try:
+                self._take_out()
+            except BaseException:
+                self._take_out()  # an interrupt: adapters are gone, so the rest goes too
+                raise
+        return self.model
+
+    def _take_out(self) -> None:
+        self._fittings.remove()
+        self._memory = CallMemory()
+        vars(self.model).pop(_MARK, None)
+        self.layout.groups.close()
+        self._attached = False
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise UnsupportedModelError(
+            "a GraftedModel can be neither copied nor pickled: call detach(), copy the model, and attach the copy"
+        )
 
     def __enter__(self) -> GraftedModel:
         return self
@@ -355,67 +383,30 @@ class GraftedModel:
     # Inside
 
     def _check_attached(self) -> None:
+        self._check_process()
         if not self._attached:
             raise UnsupportedModelError("this GraftedModel was detached; call moegraft.attach(model) again")
-        for config in self._experts_configs:
-            if config._experts_implementation != IMPLEMENTATION:
-                raise UnsupportedModelError(
-                    f"the experts implementation of the grafted model was set to {config._experts_implementation!r}, "
-                    f"under which adapters would be lost; call model.set_experts_implementation({IMPLEMENTATION!r})"
-                )
+        self._fittings.check()
+
+    def _check_process(self) -> None:
+        """Before any lock is taken: a thread that held it when the process was forked is not there to release it."""
+        if os.getpid() != self._process:
+            raise UnsupportedModelError(
+                f"this GraftedModel belongs to process {self._process} and not to process {os.getpid()}, which was "
+                "forked from it: load the model and call moegraft.attach in the process that runs it"
+            )
 
     def _check_bounded(self, rank_bound: int) -> None:
         if rank_bound < 1:
             raise BatchError(f"rank_bound={rank_bound}, expected at least 1")
         if self.layout.rows_travel:
             raise BatchError("rank_bound= is not served where rows travel between ranks: every step asks the others")
-        for name in self.bank.names():
-            for module, param in sorted(self.bank.get(name).saved):
+        for handle in self.bank.handles():
+            for module, param in sorted(handle.saved):
                 raise BatchError(
-                    f"adapter {name!r} replaces {module}.{param} (modules_to_save), which a batch with rank_bound= "
-                    "cannot follow; unload it first"
+                    f"adapter {handle.name!r} replaces {module}.{param} (modules_to_save), which a batch with "
+                    "rank_bound= cannot follow; unload it first"
                 )
-
-    def _fit_seams(self, coming: AdapterWeights | None = None) -> None:
-        """Exactly the seams are installed that the loaded adapters need, and one that is about to be loaded."""
-        wanted = self._wanted_seams(coming)
-        for key in [key for key in self._seams if key not in wanted]:
-            self._seams.pop(key).remove()
-        for key in [key for key in wanted if key not in self._seams]:
-            seam = self._make_seam(*key)
-            seam.install()
-            self._seams[key] = seam
-
-    def _wanted_seams(self, coming: AdapterWeights | None) -> list[tuple[str, type[Seam]]]:
-        handles = [self.bank.get(name) for name in self.bank.names()]
-        modules = [module for handle in handles for module in handle.ranks]
-        saved = [module for handle in handles for module, _ in sorted(handle.saved)]
-        if coming is not None:
-            modules += [*coming.linears, *coming.embeddings]
-            saved += coming.saved
-        wanted: dict[tuple[str, type[Seam]], None] = {}
-        for module in modules:
-            if module in self._targets.linears:
-                wanted[module, RouterSeam if self._targets.linears[module].router else LinearSeam] = None
-            elif module in self._targets.embeddings:
-                wanted[module, EmbeddingSeam] = None
-        return [*wanted, *((module, SavedSeam) for module in dict.fromkeys(saved))]
-
-    def _make_seam(self, name: str, kind: type[Seam]) -> Seam:
-        module = self.model.get_submodule(name)
-        mine, ranks = self.layout.mine.linears.get(name), self.layout.groups.world
-        if kind is LinearSeam:
-            gathers = self.layout.sees_whole_rows(name)
-            target = (self._targets if gathers else self._local_targets).linears[name]
-            punica = linear_punica_for(self.bank.pool.data.device, mine, ranks, gathers=gathers)
-            return LinearSeam(target, module, self.bank, self._state, punica)
-        if kind is EmbeddingSeam:
-            return EmbeddingSeam(name, module, self.bank, self._state, mine, ranks)
-        if kind is RouterSeam:
-            return RouterSeam(self._local_targets.linears[name], module, self.bank, self._state)
-        if kind is SavedSeam:
-            return SavedSeam(name, module, self.bank, self._state, is_planned=self.layout.plan is not None)
-        return kind(name, module, self.bank, self._state)
 
 
 def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:
@@ -424,10 +415,15 @@ def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:
         raise UnsupportedModelError(
             f"{type(model).__name__}: its experts were cut to a rank's slice and given up by detach(); load it again"
         )
-    if hasattr(model, _MARK):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is grafted already; call detach() on its GraftedModel first"
-        )
+    for name, module in model.named_modules():
+        if _MARK in vars(module) or is_grafted(module):
+            where = f": {name!r}" if name else ""
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is grafted already{where}; call detach() on its GraftedModel first "
+                "(GraftedModel.of(model) finds it)"
+            )
+    if ranks.device is not None and torch.device(ranks.device).type == "meta":
+        raise UnsupportedModelError("device='meta' would throw the weights away; expected a device that has memory")
     targets = discover_targets(model)
     device, dtype = check_uniform(model, [model.get_submodule(name) for name in targets.experts])
     return ModelFacts(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -14,15 +13,12 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from moegraft.core.errors import AdapterMismatchError, BatchError, MoegraftError, ParallelError
+from moegraft.core.errors import BatchError, MoegraftError, ParallelError
 from moegraft.integrations.transformers.generation import batch_rows, check_generation
-from moegraft.integrations.transformers.parallel_layout import RankLayout, in_words
-from moegraft.lora.bank import AdapterBank, AdapterBatch
+from moegraft.integrations.transformers.parallel_layout import RankLayout
+from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.collective_bank import CollectiveBank, GroupBatch
-from moegraft.lora.peft import LoadReport, load_peft_adapter
-from moegraft.lora.peft.loader import adapter_digest
-from moegraft.lora.targets import AdapterWeights, ModelTargets
-from moegraft.parallel import ParallelConfig, backend_of
+from moegraft.parallel import Agreement, ParallelConfig, backend_of
 
 INPUTS = ("inputs", "input_ids", "inputs_embeds")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -59,72 +55,37 @@ def init_parallel(
     return mine
 
 
-class RankAdapters:
-    """Loads, unloads and holds the adapters of this rank: with other ranks, together with them or not at all."""
+class RankCalls:
+    """The calls of this rank: with other ranks, together with them or not at all.
 
-    def __init__(
-        self, bank: AdapterBank, targets: ModelTargets, layout: RankLayout, *, lora_experts: bool = True
-    ) -> None:
-        """``lora_experts``: whether adapters may touch experts."""
-        self.bank = bank
-        self.lora_experts = lora_experts
-        self.targets = targets
+    ``vocab_size``: token ids are below it, where that is known.
+    """
+
+    def __init__(self, adapters: CollectiveBank, layout: RankLayout, *, vocab_size: int | None = None) -> None:
+        self.adapters = adapters
         self.layout = layout
-        self._collective = CollectiveBank(bank, layout.groups) if layout.is_parallel else None
+        self.vocab_size = vocab_size
+        self._agreement = Agreement(layout.groups.world, layout.groups.sharing)
         self._calling = threading.RLock()
-
-    def load(self, path: str | os.PathLike[str], name: str, enter: Callable[[AdapterWeights], object]) -> LoadReport:
-        """Reads this rank's slice of an adapter; ``enter`` puts it into the bank. Raises AdapterError."""
-
-        def read() -> tuple[AdapterWeights, LoadReport]:
-            weights, report = load_peft_adapter(
-                path,
-                self.targets,
-                dtype=self.bank.layout.dtype,
-                name=name,
-                rank_slice=self.layout.mine,
-                max_bytes=self.bank.pool.capacity_bytes,
-            )
-            self.layout.check_adapter(weights)
-            if weights.experts and not self.lora_experts:
-                raise AdapterMismatchError(
-                    f"adapter {name!r} has LoRA on experts ({min(weights.experts)}), of which "
-                    "attach(lora_experts=False) said that there would be none; attach without it"
-                )
-            return weights, report
-
-        if self._collective is not None:
-            return self._collective.load(name, read, digest=lambda: adapter_digest(path), install=enter)
-        weights, report = read()
-        enter(weights)
-        return report
-
-    def unload(self, name: str) -> None:
-        """Raises UnknownAdapterError or AdapterInUseError."""
-        (self._collective or self.bank).unload(name)
 
     @contextmanager
     def acquire(self, names: Sequence[str | None]) -> Iterator[tuple[AdapterBatch, GroupBatch | None]]:
         """The adapters of this rank's rows and, where experts see rows of other ranks, those of all ranks' rows."""
-        if self._collective is None:
-            with self.bank.acquire(names) as batch:
+        if not self.layout.is_parallel:
+            with self.adapters.bank.acquire(names) as batch:
                 yield batch, None
         else:
-            with self._collective.acquire(names) as group:
+            with self.adapters.acquire(names) as group:
                 yield group.own, group if self.layout.rows_travel else None
-
-    def pin(self, name: str) -> None:
-        """Raises UnknownAdapterError or AdapterMemoryError."""
-        (self._collective or self.bank).pin(name)
 
     @contextmanager
     def refusing(self, *, names_given: bool) -> Iterator[None]:
         """Around checks of this rank's batch alone: where one raises, the ranks that go on to ``acquire`` raise too."""
         try:
             yield
-        except MoegraftError as error:
-            if self._collective is not None and (names_given or self.layout.rows_travel):
-                self._collective.refuse(error)
+        except Exception as error:
+            if self.layout.is_parallel and (names_given or self.layout.rows_travel):
+                self.adapters.refuse(error)
             raise
 
     @contextmanager
@@ -133,12 +94,14 @@ class RankAdapters:
     ) -> Iterator[None]:
         """Around a call of the model; collective.
 
-        Raises BatchError, on all ranks, where ranks that share their rows were given different ones, and for a batch
-        without rows, which transformers cannot run: a rank without requests must take part. On this rank alone where
-        another of its threads is in such a call.
+        Raises BatchError, on all ranks, where ranks that share their rows were given different ones, for token ids
+        beyond the vocabulary, and for a batch without rows, which transformers cannot run: a rank without requests must
+        take part. On this rank alone where another of its threads is in such a call.
         """
         with self._one_thread():
-            self._agree(lambda: self._check_rows(args, kwargs), inputs=lambda: _inputs(args, kwargs, adapters))
+            with self._agreement.step() as step:
+                self._check_inputs(args, kwargs)
+                step.same("their inputs", lambda: _inputs(args, kwargs, adapters), error=BatchError, sharing=True)
             yield
 
     @contextmanager
@@ -157,17 +120,19 @@ class RankAdapters:
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or defaults
         samples = bool(kwargs.get("do_sample", getattr(given, "do_sample", False)))
 
-        def check() -> None:
-            check_generation(args, kwargs, defaults)
-            self._check_rows(args, kwargs)
-
         with self._one_thread():
-            device = self.bank.pool.data.device
-            self._agree(
-                check,
-                inputs=lambda: _inputs(args, kwargs, adapters),
-                random_state=(lambda: _random_state(device).numpy().tobytes()) if samples else lambda: b"",
-            )
+            with self._agreement.step() as step:
+                check_generation(args, kwargs, defaults)
+                self._check_inputs(args, kwargs)
+                step.same("their inputs", lambda: _inputs(args, kwargs, adapters), error=BatchError, sharing=True)
+                if samples:
+                    device = self.adapters.bank.pool.data.device
+                    step.same(
+                        "their random states (call torch.manual_seed with one seed on all of them before sampling)",
+                        lambda: zlib.crc32(_random_state(device).numpy().tobytes()),
+                        error=BatchError,
+                        sharing=True,
+                    )
             if not self.layout.rows_travel:
                 yield kwargs
                 return
@@ -181,9 +146,17 @@ class RankAdapters:
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ParallelError(f"rank {self.layout.groups.rank}: generate failed: {first}") from error
 
-    def _check_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What would fail on this rank alone, in the middle of the forward pass, while others wait for it."""
+        if not self.layout.is_parallel:
+            return
         if self.layout.rows_travel and batch_rows(args, kwargs, INPUTS) == 0:
             raise BatchError("every rank needs a row: give a rank without requests one of the base model")
+        for ids in (*args[:1], *(kwargs.get(name) for name in INPUTS)):
+            if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.numel() and self.vocab_size:
+                least, most = (int(bound) for bound in torch.aminmax(ids))
+                if least < 0 or most >= self.vocab_size:
+                    raise BatchError(f"token ids from {least} to {most}, the vocabulary has {self.vocab_size}")
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
@@ -197,44 +170,6 @@ class RankAdapters:
             yield
         finally:
             self._calling.release()
-
-    def _agree(
-        self,
-        check: Callable[[], None],
-        *,
-        inputs: Callable[[], object],
-        random_state: Callable[[], object] = lambda: b"",
-    ) -> None:
-        """``check`` on every rank: where it raises on one, all raise. Then ranks that share their rows compare."""
-        if not self.layout.is_parallel:
-            check()
-            return
-        groups = self.layout.groups
-        shared = groups.tp if groups.config.data_parallel else groups.world
-        failure: Exception | None = None
-        words = [0, 0]
-        try:
-            check()
-            if shared.size > 1:
-                words = [zlib.crc32(repr(word()).encode()) for word in (inputs, random_state)]
-        except Exception as error:
-            failure = error
-        votes = groups.world.all_gather(torch.tensor([[failure is not None, *words]])).tolist()
-        if any(failed for failed, *_ in votes):
-            self._raise_for_all(failure)
-        for column, what in (
-            (1, "were given different inputs"),
-            (2, "have different random states: call torch.manual_seed with one seed on all of them before sampling"),
-        ):
-            if len({votes[rank][column] for rank in shared.ranks}) > 1:
-                raise BatchError(f"ranks {list(shared.ranks)} share their rows, but {what}")
-
-    def _raise_for_all(self, failure: Exception | None) -> None:
-        messages = self.layout.groups.world.all_gather_object(in_words(failure))
-        if failure is not None:
-            raise failure
-        rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-        raise BatchError(f"rank {rank}: {message}")
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Sequence[str | None] | None) -> object:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from moegraft.core.errors import AdapterMismatchError, MoegraftError, ParallelError, UnsupportedModelError
+from moegraft.core.errors import AdapterMismatchError, ParallelError, UnsupportedModelError
 from moegraft.integrations.transformers.dtensors import is_sharded, whole
 from moegraft.integrations.transformers.parallel_plan import ModelPlan, has_plan, read_plan
 from moegraft.integrations.transformers.storage import experts_weights
 from moegraft.lora.local_targets import local_targets
 from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
-from moegraft.parallel import ExpertsSlice, ParallelConfig, ParallelGroups, RankSlice, Share, experts_slice
+from moegraft.parallel import Agreement, ExpertsSlice, ParallelConfig, ParallelGroups, RankSlice, Share, experts_slice
 from moegraft.parallel.expert_map import ExpertMap
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,38 +106,44 @@ def agree_on_layout(
         facts = examine()
     except Exception as error:
         failure = error
-    config = options.config
+    groups = _groups_of(model, options.config, facts, failure)
+    try:
+        with Agreement(groups.control).step() as step:
+            if facts is None:
+                raise cast("Exception", failure)
+            layout = _lay_out(model, options, facts, groups)
+            step.same("their models", lambda: _description(facts))
+            step.same("expert_maps", lambda: sorted(layout.expert_maps.items()))
+            for option, value in options_of_attach.items():
+                step.same(option, lambda value=value: value)  # type: ignore[misc]
+    except BaseException:
+        groups.close()
+        raise
+    return facts, layout
+
+
+def _groups_of(
+    model: PreTrainedModel, config: ParallelConfig | None, facts: ModelFacts | None, failure: Exception | None
+) -> ParallelGroups:
+    """Collective where there are several ranks, of which one may have found no ``facts``."""
     if config is None and not has_plan(model):
-        groups = ParallelGroups.alone()  # a process of some other world may graft a model of its own
-    else:
-        device = facts.device if facts is not None else getattr(model, "device", torch.device("cpu"))
-        try:
-            groups = ParallelGroups.create(_config_of_groups(config, None if facts is None else facts.plan), device)
-        except ParallelError as error:
-            if failure is not None:
-                raise failure from error
-            raise
+        return ParallelGroups.alone()  # a process of some other world may graft a model of its own
+    device = facts.device if facts is not None else getattr(model, "device", torch.device("cpu"))
+    try:
+        return ParallelGroups.create(_config_of_groups(config, None if facts is None else facts.plan), device)
+    except ParallelError as error:
+        if failure is not None:
+            raise failure from error
+        raise
 
-    def lay_out() -> tuple[ModelFacts, RankLayout]:
-        if facts is None:
-            assert failure is not None
-            raise failure
-        layout = RankLayout(groups=groups)
-        if facts.plan is not None:
-            layout = replace(layout, mine=facts.plan.slice, plan=facts.plan)
-        # A plan may leave the experts whole (gpt-oss): attach shares them out where it is asked to.
-        cuts = config is not None and layout.is_parallel and not layout.mine.experts
-        return facts, _with_cuts(model, layout, facts.targets.experts if cuts else {}, options.expert_maps or {})
 
-    return together(
-        groups,
-        lay_out,
-        told=lambda found: {
-            "their models": _description(found[0]),
-            "expert_maps": sorted(found[1].expert_maps.items()),
-            **options_of_attach,
-        },
-    )
+def _lay_out(model: PreTrainedModel, options: RankOptions, facts: ModelFacts, groups: ParallelGroups) -> RankLayout:
+    layout = RankLayout(groups=groups)
+    if facts.plan is not None:
+        layout = replace(layout, mine=facts.plan.slice, plan=facts.plan)
+    # A plan may leave the experts whole (gpt-oss): attach shares them out where it is asked to.
+    cuts = options.config is not None and layout.is_parallel and not layout.mine.experts
+    return _with_cuts(model, layout, facts.targets.experts if cuts else {}, options.expert_maps or {})
 
 
 def planned(model: PreTrainedModel, targets: ModelTargets, config: ParallelConfig | None) -> ModelPlan | None:
@@ -276,40 +279,3 @@ def _description(facts: ModelFacts) -> object:
         [(t.name, t.in_features, t.out_features) for t in targets.linears.values()],
         [*targets.embeddings.values()],
     )
-
-
-def together(
-    groups: ParallelGroups,
-    act: Callable[[], _Result],
-    *,
-    told: Callable[[_Result], Mapping[str, object]] = lambda _: {},
-) -> _Result:
-    """``act`` on every rank; where it raised on one, whatever it was, all raise, and the groups are given back.
-
-    ``told``: of the result, what must be the same on all ranks, by its name.
-    """
-    result: _Result | None = None
-    failure: Exception | None = None
-    mine: dict[str, int] = {}
-    try:
-        result = act()
-        mine = {name: zlib.crc32(repr(value).encode()) for name, value in told(result).items()}
-    except Exception as error:
-        failure = error
-    for rank, (message, theirs) in enumerate(groups.control.all_gather_object((in_words(failure), mine))):
-        if failure is None and message is not None:
-            failure = ParallelError(f"rank {rank}: {message}")
-        for name in mine:
-            if failure is None and theirs[name] != mine[name]:
-                failure = ParallelError(f"ranks {groups.rank} and {rank} differ in {name}; all must attach alike")
-    if failure is not None:
-        groups.close()
-        raise failure
-    return cast(_Result, result)
-
-
-def in_words(error: Exception | None) -> str | None:
-    """An error of this rank, for the others."""
-    if error is None or isinstance(error, MoegraftError):
-        return None if error is None else str(error)
-    return f"{type(error).__name__}: {error}"

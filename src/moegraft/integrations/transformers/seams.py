@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from moegraft.build import punica_for
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.core.tables import LinearFactor, LinearTables
-from moegraft.integrations.transformers.call import CallState
+from moegraft.integrations.transformers.call import CallState, remove_hooks
 from moegraft.integrations.transformers.dtensors import local
 from moegraft.integrations.transformers.router_weight import RouterWeight
 from moegraft.lora.bank import AdapterBank
@@ -49,14 +48,11 @@ class Seam(ABC):
 class HookSeam(Seam):
     """A seam behind the module's forward pass."""
 
-    _handle: RemovableHandle | None = None
-
     def install(self) -> None:
-        self._handle = self.module.register_forward_hook(self._hook, with_kwargs=True)
+        self.module.register_forward_hook(self._hook, with_kwargs=True)
 
     def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        remove_hooks(self.module, self)
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self.state.current()

@@ -11,17 +11,22 @@ import torch
 
 from moegraft.core.halves import half_strides
 from moegraft.core.routing import Block, Lanes, MoERouting
-from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
+from moegraft.kernels.device import groups
 from moegraft.kernels.lora_expand.device import expand_kernel
 from moegraft.kernels.lora_shrink.host import lora_shrink2, lora_shrink13
 from moegraft.kernels.moe_routing.host import route_rows
 from moegraft.kernels.records import (
+    Expand,
     LayerSizes,
     LoRABatch,
     LowRank,
+    cdiv,
     check_low_rank_size,
     check_token_slots,
+    dot_precision,
+    lora_operands,
     low_rank_width,
+    pdl_options,
 )
 from moegraft.kernels.workspace import Workspace
 from moegraft.tuning.heuristic import expand_tile
@@ -141,10 +146,11 @@ def _expand(
     routing, lora, tile = rows.routing, rows.lora, rows.expand
     columns, (stride_n, stride_c) = y_NC.shape[1] // num_halves, y_NC.stride()
     stride_c, half_offset = half_strides(stride_c, columns, num_halves=num_halves, is_interleaved=is_interleaved)
-    expand_kernel[(routing.max_blocks * cdiv(columns, tile.block_n) * num_halves,)](
-        y_NC, low_rank.u_NW, lora.tables.pool, routing.order, routing.segment, routing.blocks, routing.counts,
-        lanes.segment, lanes.granule, lanes.element, stride_n, stride_c, half_offset, lanes.segment.shape[0],
-        COLUMNS=columns, HALVES=num_halves, LANE_FIELD=int(lane_field), U_WIDTH=low_rank.u_NW.shape[1],
-        ALIGN=lora.row_alignment(columns), BLOCK_M=routing.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-        PRECISION=dot_precision(low_rank.u_NW.dtype), num_warps=tile.num_warps, **pdl_options(y_NC.device),
+    operands, LOW_RANK = lora_operands(Expand(lora=lora, u_NW=low_rank.u_NW, lanes=lanes), columns)
+    expand_kernel[(routing.blocks.shape[0] * cdiv(columns, tile.block_n) * num_halves,)](
+        y_NC, (stride_n, stride_c, half_offset),
+        groups.Routing(routing.order, routing.segment, routing.blocks, routing.counts), operands, COLUMNS=columns,
+        HALVES=num_halves, LANE_FIELD=int(lane_field), LOW_RANK=LOW_RANK, BLOCK_M=routing.block_m,
+        BLOCK_N=tile.block_n, BLOCK_L=tile.block_l, PRECISION=dot_precision(low_rank.u_NW.dtype),
+        num_warps=tile.num_warps, **pdl_options(y_NC.device),
     )  # fmt: skip

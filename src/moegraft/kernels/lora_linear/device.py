@@ -12,17 +12,13 @@ In a decode step each program looks at one row, and most rows lead; in prefill o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from moegraft.kernels.device_lib import (
-    FIELD_RANK,
-    NUM_FIELDS,
-    Constant,
-    await_prior_kernel,
-    rank_row_elements,
-    release_next_kernel,
-)
+from moegraft.kernels.device.common import Constant, await_prior_kernel, release_next_kernel
+from moegraft.kernels.device.pages import FIELD_RANK, NUM_FIELDS, factor_row_elements
 
 # Rows of ``LinearTables.factors``, as core/tables.py has them.
 A = Constant(0)
@@ -30,6 +26,14 @@ B = Constant(1)
 GAIN = Constant(2)
 
 NO_SLOT = Constant(2**31 - 1)
+
+
+class RowTile(NamedTuple):
+    """TILE_M rows, whose slots GROUPS programs work on: LEADERS of its rows each."""
+
+    TILE_M: int
+    GROUPS: int
+    LEADERS: int
 
 
 @triton.jit
@@ -43,9 +47,8 @@ def led_slots(slots, first_leader, TILE_M: tl.constexpr, LEADERS: tl.constexpr):
 
 
 @triton.jit
-def shrink_kernel(v_ptr, x_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr, stride_x, stride_pages, stride_fs,
-                  num_rows, LENGTH: tl.constexpr, PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
-                  GROUPS: tl.constexpr, LEADERS: tl.constexpr, V_WIDTH: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, PAGE_ELEMS: tl.constexpr,
+                  ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr, RANK_BLOCKS: tl.constexpr,
                   BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
     """v[split, m, j] = sum over the split's part of LENGTH of A[a][j] * x[m], for the lanes j that adapter a has."""
@@ -54,32 +57,32 @@ def shrink_kernel(v_ptr, x_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr
     pid = tl.program_id(0)
     split = pid % SPLITS
     rank_block = pid // SPLITS % RANK_BLOCKS
-    group = pid // (SPLITS * RANK_BLOCKS) % GROUPS
-    rows = pid // (SPLITS * RANK_BLOCKS * GROUPS) * TILE_M + tl.arange(0, TILE_M)
+    group = pid // (SPLITS * RANK_BLOCKS) % ROWS.GROUPS
+    rows = pid // (SPLITS * RANK_BLOCKS * ROWS.GROUPS) * ROWS.TILE_M + tl.arange(0, ROWS.TILE_M)
     slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x
+    x_ptrs = x.ptr + rows.to(tl.int64)[:, None] * x.stride
     j = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     steps: tl.constexpr = (LENGTH + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
 
-    led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
+    led = led_slots(slots, group * ROWS.LEADERS, ROWS.TILE_M, ROWS.LEADERS)
     slot = tl.min(led)
     while slot != NO_SLOT:
-        factor_ptr = factors_ptr + slot * stride_fs + A * NUM_FIELDS
+        factor_ptr = tables.factors + slot * tables.stride_factors + A * NUM_FIELDS
         rank = tl.load(factor_ptr + FIELD_RANK)
         if rank_block * BLOCK_R < rank:
             mine = slots == slot
             lane_live = j < rank
-            a_elements = rank_row_elements(
-                page_table_ptr + slot * stride_pages, factor_ptr, j, lane_live, LENGTH, PAGE_ELEMS, ALIGN
+            a_elements = factor_row_elements(
+                tables.pages + slot * tables.stride_pages, factor_ptr, j, lane_live, LENGTH, PAGE_ELEMS, ALIGN
             )
-            acc = tl.zeros([TILE_M, BLOCK_R], tl.float32)
+            acc = tl.zeros([ROWS.TILE_M, BLOCK_R], tl.float32)
             for step in range(steps):
                 k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
                 k_live = k < LENGTH
-                x = tl.load(x_ptrs + k[None, :], mask=mine[:, None] & k_live[None, :], other=0.0)
+                x_block = tl.load(x_ptrs + k[None, :], mask=mine[:, None] & k_live[None, :], other=0.0)
                 a_mask = lane_live[:, None] & k_live[None, :]
-                a = tl.load(pool_ptr + a_elements[:, None] + k[None, :], mask=a_mask, other=0.0)
-                acc = tl.dot(x, a.T, acc, input_precision=PRECISION)
+                a = tl.load(tables.pool + a_elements[:, None] + k[None, :], mask=a_mask, other=0.0)
+                acc = tl.dot(x_block, a.T, acc, input_precision=PRECISION)
             v_rows = (split * num_rows + rows).to(tl.int64)
             v_ptrs = v_ptr + v_rows[:, None] * V_WIDTH + j[None, :]
             tl.store(v_ptrs, acc.to(v_ptr.dtype.element_ty), mask=mine[:, None] & lane_live[None, :])
@@ -88,12 +91,11 @@ def shrink_kernel(v_ptr, x_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr
 
 
 @triton.jit
-def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, factors_ptr, stride_y, stride_pages,
-                  stride_fs, num_rows, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr,
-                  HAS_BIAS: tl.constexpr, TILE_M: tl.constexpr, GROUPS: tl.constexpr, LEADERS: tl.constexpr,
-                  V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr,
-                  SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for TILE_M rows and STEPS_N blocks of BLOCK_N columns.
+def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr,
+                  ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
+                  BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for ROWS.TILE_M rows and STEPS_N blocks of BLOCK_N columns.
 
     The partial sums of v are added in a fixed order and rounded once.
     """
@@ -101,21 +103,21 @@ def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, f
     num_n: tl.constexpr = (COLUMNS + width - 1) // width
     pid = tl.program_id(0)
     first_column = pid % num_n * width
-    group = pid // num_n % GROUPS
-    rows = pid // (num_n * GROUPS) * TILE_M + tl.arange(0, TILE_M)
+    group = pid // num_n % ROWS.GROUPS
+    rows = pid // (num_n * ROWS.GROUPS) * ROWS.TILE_M + tl.arange(0, ROWS.TILE_M)
     splits = tl.arange(0, SPLITS)
     # Slots and tables were complete before the shrink ran, so this need not wait for it.
     slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
-    led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
+    led = led_slots(slots, group * ROWS.LEADERS, ROWS.TILE_M, ROWS.LEADERS)
     slot = tl.min(led)
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y
+    y_ptrs = y.ptr + rows.to(tl.int64)[:, None] * y.stride
     v_ptrs = v_ptr + (splits[:, None] * num_rows + rows[None, :]).to(tl.int64)[:, :, None] * V_WIDTH
     while slot != NO_SLOT:
-        pages_ptr = page_table_ptr + slot * stride_pages
-        factor_ptr = factors_ptr + slot * stride_fs + B * NUM_FIELDS
-        gain_ptr = factors_ptr + slot * stride_fs + GAIN * NUM_FIELDS
+        pages_ptr = tables.pages + slot * tables.stride_pages
+        factor_ptr = tables.factors + slot * tables.stride_factors + B * NUM_FIELDS
+        gain_ptr = tables.factors + slot * tables.stride_factors + GAIN * NUM_FIELDS
         rank = tl.minimum(tl.load(factor_ptr + FIELD_RANK), V_WIDTH)
         gain_rank = tl.load(gain_ptr + FIELD_RANK)
         mine = slots == slot
@@ -124,25 +126,25 @@ def expand_kernel(y_ptr, v_ptr, bias_ptr, slots_ptr, pool_ptr, page_table_ptr, f
                 columns = first_column + step * BLOCK_N + tl.arange(0, BLOCK_N)
                 column_live = columns < COLUMNS
                 y_mask = mine[:, None] & column_live[None, :]
-                y = tl.load(y_ptrs + columns[None, :], mask=y_mask, other=0.0).to(tl.float32)
-                acc = tl.zeros([TILE_M, BLOCK_N], tl.float32)
+                base = tl.load(y_ptrs + columns[None, :], mask=y_mask, other=0.0).to(tl.float32)
+                acc = tl.zeros([ROWS.TILE_M, BLOCK_N], tl.float32)
                 for first_lane in range(0, rank, BLOCK_R):
                     lane = first_lane + tl.arange(0, BLOCK_R)
                     lane_live = lane < rank
-                    b_elements = rank_row_elements(pages_ptr, factor_ptr, lane, lane_live, COLUMNS, PAGE_ELEMS, ALIGN)
+                    b_elements = factor_row_elements(pages_ptr, factor_ptr, lane, lane_live, COLUMNS, PAGE_ELEMS, ALIGN)
                     b_mask = lane_live[:, None] & column_live[None, :]
-                    b = tl.load(pool_ptr + b_elements[:, None] + columns[None, :], mask=b_mask, other=0.0)
+                    b = tl.load(tables.pool + b_elements[:, None] + columns[None, :], mask=b_mask, other=0.0)
                     v_mask = mine[None, :, None] & lane_live[None, None, :]
                     v = tl.sum(tl.load(v_ptrs + lane[None, None, :], mask=v_mask, other=0.0), axis=0)
                     acc = tl.dot(v.to(b.dtype), b, acc, input_precision=PRECISION)
                 if gain_rank > 0:
                     row = tl.zeros([1], tl.int32)
-                    element = rank_row_elements(pages_ptr, gain_ptr, row, row == 0, COLUMNS, PAGE_ELEMS, ALIGN)
-                    gain = tl.load(pool_ptr + element + columns, mask=column_live, other=1.0).to(tl.float32)
-                    base = y
-                    if HAS_BIAS:
-                        base -= tl.load(bias_ptr + columns, mask=column_live, other=0.0).to(tl.float32)[None, :]
-                    acc += (gain[None, :] - 1.0) * base
-                tl.store(y_ptrs + columns[None, :], (y + acc).to(y_ptr.dtype.element_ty), mask=y_mask)
+                    element = factor_row_elements(pages_ptr, gain_ptr, row, row == 0, COLUMNS, PAGE_ELEMS, ALIGN)
+                    gain = tl.load(tables.pool + element + columns, mask=column_live, other=1.0).to(tl.float32)
+                    gained = base
+                    if bias_ptr is not None:
+                        gained -= tl.load(bias_ptr + columns, mask=column_live, other=0.0).to(tl.float32)[None, :]
+                    acc += (gain[None, :] - 1.0) * gained
+                tl.store(y_ptrs + columns[None, :], (base + acc).to(y.ptr.dtype.element_ty), mask=y_mask)
         led = tl.where(led == slot, NO_SLOT, led)
         slot = tl.min(led)

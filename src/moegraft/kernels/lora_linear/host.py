@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 
 from moegraft.core.tables import LinearTables
-from moegraft.kernels.launch import cdiv, dot_precision, next_power_of_2, pdl_options
-from moegraft.kernels.lora_linear.device import expand_kernel, shrink_kernel
-from moegraft.kernels.records import check_token_slots
+from moegraft.kernels.device import groups
+from moegraft.kernels.lora_linear.device import RowTile, expand_kernel, shrink_kernel
+from moegraft.kernels.records import cdiv, check_token_slots, dot_precision, next_power_of_2, pdl_options
 
 _WAVE = 128
 """Shrink programs that fill a device: the H200 has 132 multiprocessors, which serves as the measure for all."""
@@ -178,8 +178,9 @@ def _launch(
 ) -> None:
     (M, in_features), out_features = x_MI.shape, y_MO.shape[1]
     splits, _, width = v_SMW.shape
-    addressing = (tables.pool, tables.page_table, tables.factors)
-    strides = (tables.page_table.stride(0), tables.factors.stride(0), M)
+    operands = groups.Tables(
+        tables.pool, tables.page_table, tables.factors, None, tables.page_table.stride(0), tables.factors.stride(0), 0
+    )
     options = {
         "PAGE_ELEMS": tables.page_elems, "V_WIDTH": width, "SPLITS": splits, "PRECISION": dot_precision(x_MI.dtype),
         "num_warps": tile.num_warps, **pdl_options(x_MI.device),
@@ -187,24 +188,24 @@ def _launch(
     rank_blocks = width // tile.shrink_r
     programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
     shrink_kernel[(programs * rank_blocks * splits,)](
-        v_SMW, x_MI, token_slots_M, *addressing, x_MI.stride(0), *strides, LENGTH=in_features,
+        v_SMW, groups.Rows(x_MI, None, x_MI.stride(0)), token_slots_M, operands, M, LENGTH=in_features,
         ALIGN=_alignment(tables, in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
-        num_stages=3, **rows, **options,
+        num_stages=3, ROWS=rows, **options,
     )  # fmt: skip
     programs, rows = _row_tiles(M, tile.expand_m, tile.leaders)
     expand_kernel[(programs * cdiv(out_features, tile.expand_n * tile.expand_steps),)](
-        y_MO, v_SMW, bias_O, token_slots_M, *addressing, y_MO.stride(0), *strides, COLUMNS=out_features,
-        ALIGN=_alignment(tables, out_features), HAS_BIAS=bias_O is not None, BLOCK_R=tile.expand_r,
-        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, **rows, **options,
+        groups.Rows(y_MO, None, y_MO.stride(0)), v_SMW, bias_O, token_slots_M, operands, M, COLUMNS=out_features,
+        ALIGN=_alignment(tables, out_features), BLOCK_R=tile.expand_r,
+        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, **options,
     )  # fmt: skip
 
 
-def _row_tiles(num_rows: int, tile_m: int, leaders: int) -> tuple[int, dict[str, int]]:
+def _row_tiles(num_rows: int, tile_m: int, leaders: int) -> tuple[int, RowTile]:
     """(programs along the rows, their constants)."""
     leaders = min(leaders, tile_m)
     # A power of two, so that not every size of a small batch compiles kernels of its own.
-    groups = cdiv(min(next_power_of_2(num_rows), tile_m), leaders)
-    return cdiv(num_rows, tile_m) * groups, {"TILE_M": tile_m, "GROUPS": groups, "LEADERS": leaders}
+    num_groups = cdiv(min(next_power_of_2(num_rows), tile_m), leaders)
+    return cdiv(num_rows, tile_m) * num_groups, RowTile(TILE_M=tile_m, GROUPS=num_groups, LEADERS=leaders)
 
 
 def _alignment(tables: LinearTables, row_len: int) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from moegraft.core.routing import MoERouting, Tile
 from moegraft.core.tables import ExpertsFactor
-from moegraft.kernels.launch import cdiv, dot_precision, pdl_options
-from moegraft.kernels.lora_shrink.device import shrink_kernel
-from moegraft.kernels.records import LoRABatch, LowRank
+from moegraft.kernels.device import groups
+from moegraft.kernels.lora_shrink import device
+from moegraft.kernels.lora_shrink.device import Factor, shrink_kernel
+from moegraft.kernels.records import LoRABatch, LowRank, cdiv, dot_precision, pdl_options, tables_group
 from moegraft.tuning.tiles import ShrinkTile
 
 
@@ -24,7 +23,7 @@ def lora_shrink13(
     summed in float32, rounded once to the compute dtype. column(j) = j for the lanes that the gate reads; lanes of an
     up factor with an A of its own follow from the next multiple of 16. Columns that pad to one become zero.
     """
-    which = {"A": ExpertsFactor.A13, "B_LAST": ExpertsFactor.B_UP, "K": routing.top_k, "TICKET": Tile.TICKET13}
+    which = Factor(int(ExpertsFactor.A13), int(ExpertsFactor.B_UP), routing.top_k, int(Tile.TICKET13))
     _launch(low_rank, x_TD, routing, lora, tile, which)
 
 
@@ -42,7 +41,7 @@ def lora_shrink2(
     ``h`` lies in the order of positions, or ``in_row_order`` (where K = 1): then h[order[p]] takes the place of h[p].
     """
     K = routing.top_k if in_row_order else 0
-    which = {"A": ExpertsFactor.A2, "B_LAST": ExpertsFactor.B2, "K": K, "TICKET": Tile.TICKET2}
+    which = Factor(int(ExpertsFactor.A2), int(ExpertsFactor.B2), K, int(Tile.TICKET2))
     _launch(low_rank, h_NF, routing, lora, tile, which)
 
 
@@ -52,19 +51,24 @@ def _launch(
     routing: MoERouting,
     lora: LoRABatch,
     tile: ShrinkTile,
-    which: Mapping[str, int],
+    which: Factor,
 ) -> None:
     width = low_rank.u_NW.shape[1]
     if routing.num_rows == 0 or width == 0:
         return
-    tables, length = lora.tables, x.shape[1]
-    rank_blocks = cdiv(width, tile.block_r)
-    shrink_kernel[(routing.max_tiles * rank_blocks * tile.splits,)](
-        low_rank.u_NW, low_rank.partial_SNW, x, routing.order, routing.tiles, routing.counts, tables.pool,
-        tables.page_table, tables.factors, tables.expert_index, x.stride(0), tables.page_table.stride(0),
-        tables.factors.stride(0), tables.expert_index.stride(0), routing.num_rows, LENGTH=length, U_WIDTH=width,
-        PAGE_ELEMS=tables.page_elems, ALIGN=lora.row_alignment(length), TILE_M=routing.tile_m, RANK_BLOCKS=rank_blocks,
-        BLOCK_R=tile.block_r, BLOCK_K=tile.block_k, SPLITS=tile.splits, PRECISION=dot_precision(x.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **{name: int(code) for name, code in which.items()},
-        **pdl_options(x.device),
+    length, rank_blocks = x.shape[1], cdiv(width, tile.block_r)
+    TILE = device.ShrinkTile(
+        TILE_M=routing.tile_m,
+        RANK_BLOCKS=rank_blocks,
+        BLOCK_R=tile.block_r,
+        BLOCK_K=tile.block_k,
+        SPLITS=tile.splits,
+        PRECISION=dot_precision(x.dtype),
+    )
+    shrink_kernel[(routing.tiles.shape[0] * rank_blocks * tile.splits,)](
+        low_rank.u_NW, low_rank.partial_SNW, groups.Rows(x, None, x.stride(0)),
+        groups.Routing(routing.order, routing.segment, routing.blocks, routing.counts), routing.tiles,
+        tables_group(lora), routing.num_rows, LENGTH=length, FACTOR=which,
+        LOW_RANK=groups.LowRank(width, lora.row_alignment(length)), PAGE_ELEMS=lora.tables.page_elems, TILE=TILE,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl_options(x.device),
     )  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.core.activation import apply_activation
-from moegraft.kernels.lora_expand.reference import add_lora_w2_reference, add_lora_w13_reference
+from moegraft.kernels.moe_gemm.reference import moe_gemm2_reference, moe_gemm13_reference
+from moegraft.kernels.moe_sum.reference import moe_sum_reference
 from moegraft.kernels.records import LoRABatch, MoEWeights
 
 
@@ -19,36 +19,14 @@ def fused_moe_lora_reference(
     apply_router_weight_on_input: bool = False,
 ) -> torch.Tensor:
     """Semantics: see ``host.fused_moe_lora``. One row at a time; synchronises the device."""
-    K = topk_ids_TK.shape[1]
-    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    K, sizes = topk_ids_TK.shape[1], weights.sizes
+    y_ND = x_TD.new_zeros(topk_ids_TK.numel(), x_TD.shape[1])
     for n, expert in enumerate(topk_ids_TK.flatten().tolist()):
-        if not 0 <= expert < weights.num_experts:
+        if not 0 <= expert < sizes.num_experts:
             continue
-        t, weight = n // K, topk_weights_TK.flatten()[n].float()
+        t, weight = n // K, float(topk_weights_TK.flatten()[n])
         slot = -1 if lora is None else int(lora.token_slots_T[t])
-        x_1D = x_TD[t : t + 1]
-        u_1F = x_1D.float() @ weights.w13_EGFD[expert].float().T
-        if lora is not None:
-            add_lora_w13_reference(
-                u_1F,
-                x_1D,
-                [expert],
-                [slot],
-                lora.tables,
-                num_halves=weights.activation.num_halves,
-                is_interleaved=weights.is_interleaved,
-            )
-        if apply_router_weight_on_input:
-            u_1F *= weight
-        if weights.b13 is not None:
-            u_1F += weights.b13[expert].float()
-        h_1F = apply_activation(u_1F, weights.activation, is_interleaved=weights.is_interleaved).to(x_TD.dtype)
-        y_1D = h_1F.float() @ weights.w2_EDF[expert].float().T
-        if lora is not None:
-            add_lora_w2_reference(y_1D, h_1F, [expert], [slot], lora.tables)
-        if weights.b2 is not None:
-            y_1D += weights.b2[expert].float()
-        if not apply_router_weight_on_input:
-            y_1D *= weight
-        out_TD[t] += y_1D[0].to(x_TD.dtype).float()
-    return out_TD.to(x_TD.dtype)
+        on_input, on_output = (weight, 1.0) if apply_router_weight_on_input else (1.0, weight)
+        h_1F = moe_gemm13_reference(x_TD[t : t + 1], weights, expert, lora=lora, slot=slot, input_weight=on_input)
+        y_ND[n] = moe_gemm2_reference(h_1F, weights, expert, lora=lora, slot=slot, output_weight=on_output)[0]
+    return moe_sum_reference(y_ND, topk_ids_TK, num_experts=sizes.num_experts)

@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 
 from moegraft.core.routing import LANE_GRANULE, MoERouting
-from moegraft.kernels.launch import cdiv, next_power_of_2, pdl_options
+from moegraft.kernels.device import groups
 from moegraft.kernels.moe_route_token.device import route_token_kernel
-from moegraft.kernels.moe_routing.host import RoutingBuffers
-from moegraft.kernels.records import LayerSizes, LoRABatch, LowRank
+from moegraft.kernels.moe_routing.host import RoutingBuffers, lanes_group, layer_group
+from moegraft.kernels.records import (
+    LayerSizes,
+    LoRABatch,
+    LowRank,
+    cdiv,
+    next_power_of_2,
+    pdl_options,
+    tables_group,
+)
 from moegraft.tuning.tiles import MoETiles
 
 BLOCK_R = 8
@@ -33,17 +41,14 @@ def route_token(
     """
     K, lanes13, lanes2 = topk_ids_1K.shape[1], buffers.lanes13, buffers.lanes2
     assert lanes13 is not None and lanes2 is not None
-    D, tables, width = sizes.hidden_size, lora.tables, low_rank.u_NW.shape[1]
-    granules13, granules2 = cdiv(lora.rank13, LANE_GRANULE), cdiv(lora.rank2, LANE_GRANULE)
+    D, width = sizes.hidden_size, low_rank.u_NW.shape[1]
+    LAYER = layer_group(sizes, lora, K)
     route_token_kernel[(K, cdiv(width, BLOCK_R))](
-        buffers.order, buffers.segment, buffers.blocks, buffers.tiles, buffers.counts, lanes13.segment,
-        lanes13.granule, lanes13.element, lanes2.segment, lanes2.granule, lanes2.element, low_rank.u_NW, x_1D,
-        topk_ids_1K, lora.token_slots_T, tables.pool, tables.page_table, tables.factors, tables.expert_index,
-        tables.page_table.stride(0), tables.factors.stride(0), tables.expert_index.stride(0),
-        lanes13.segment.shape[0], lanes2.segment.shape[0], E=sizes.num_experts, D=D, F=sizes.intermediate_size,
-        GATED=sizes.gated, PAGE_ELEMS=tables.page_elems, GRANULES13=granules13, GRANULES2=granules2,
-        LANES=next_power_of_2(max(1, granules13, granules2)) * LANE_GRANULE, U_WIDTH=width,
-        ALIGN=lora.row_alignment(D), BLOCK_R=BLOCK_R,
+        groups.Lists(buffers.order, None, buffers.segment, buffers.blocks, buffers.tiles, buffers.counts),
+        lanes_group(lanes13), lanes_group(lanes2), low_rank.u_NW, x_1D, topk_ids_1K, lora.token_slots_T,
+        tables_group(lora), LAYER=LAYER,
+        LANES=next_power_of_2(max(1, LAYER.GRANULES13, LAYER.GRANULES2)) * LANE_GRANULE,
+        LOW_RANK=groups.LowRank(width, lora.row_alignment(D)), BLOCK_R=BLOCK_R,
         BLOCK_K=max(16, min(BLOCK_ELEMENTS // BLOCK_R, next_power_of_2(D))), num_warps=4, **pdl_options(x_1D.device),
     )  # fmt: skip
     return MoERouting(

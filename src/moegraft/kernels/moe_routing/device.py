@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from moegraft.kernels.device_lib import (
+from moegraft.kernels.device.common import await_prior_kernel, release_next_kernel
+from moegraft.kernels.device.pages import (
     B2,
     B_GATE,
     B_UP,
@@ -16,10 +19,25 @@ from moegraft.kernels.device_lib import (
     FIELD_RANK,
     GRANULE,
     NUM_FIELDS,
-    await_prior_kernel,
     pad_to_granule,
-    release_next_kernel,
+    rank_row_elements,
 )
+
+
+class Build(NamedTuple):
+    """Constants of a build; ``host.py`` says what decides them. ``FEW_LANES``, ``LANES``: resolved at a time."""
+
+    BLOCK_M: int
+    TILE_M: int
+    E_BINS: int
+    S_BINS: int
+    CHUNK: int
+    FEW: int
+    ROWS: int
+    FEW_LANES: int
+    LANES: int
+    DENSE: bool
+    ALL_FEW: bool
 
 
 @triton.jit
@@ -30,20 +48,24 @@ def _load_experts(rows, ids_ptr, num_rows, E: tl.constexpr):
 
 
 @triton.jit
-def _expert_extent(me, ids_ptr, num_rows, E: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr,
-                   TILE_M: tl.constexpr, E_BINS: tl.constexpr, CHUNK: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
+def _expert_extent(me, ids_ptr, num_rows, LAYER: tl.constexpr, BUILD: tl.constexpr):
     """(first position of the expert, its rows, first block, end of blocks, first segment, first tile, end of tiles).
 
     Every program finds its share of the lists by itself. ``DENSE``: the lists have no holes for experts without rows,
     which takes a histogram of all experts. Else the shares are bounds that hold for any expert sizes:
     floor((p + n) / m) - floor(p / m) + min(n, 1) >= ceil(n / m), min(p + n, (e + 1) S) - min(p, e S) >= min(n, S).
     """
-    if DENSE:
-        bins = tl.arange(0, E_BINS)
-        counts = tl.zeros([E_BINS], tl.int32)
+    E: tl.constexpr = LAYER.E
+    S: tl.constexpr = LAYER.S
+    BLOCK_M: tl.constexpr = BUILD.BLOCK_M
+    TILE_M: tl.constexpr = BUILD.TILE_M
+    CHUNK: tl.constexpr = BUILD.CHUNK
+    if BUILD.DENSE:
+        bins = tl.arange(0, BUILD.E_BINS)
+        counts = tl.zeros([BUILD.E_BINS], tl.int32)
         for start in range(0, num_rows, CHUNK):
             expert = _load_experts(start + tl.arange(0, CHUNK), ids_ptr, num_rows, E)
-            counts += tl.histogram(expert, E_BINS)
+            counts += tl.histogram(expert, BUILD.E_BINS)
         is_before = bins < me
         blocks = (counts + BLOCK_M - 1) // BLOCK_M
         segments = tl.minimum(counts, S)
@@ -156,42 +178,39 @@ def _write_tiles(tile_ptr, me, first_tile, end_tile, slot, slot_rows, slot_first
 
 
 @triton.jit
-def _write_lanes(lane_segment_ptr, granule_ptr, element_ptr, lane_capacity, first_lane, granules, slot, slot_first,
-                 index, page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_FIRST: tl.constexpr,
+def _write_lanes(lists, tables, first_lane, granules, slot, slot_first, index, has_work, B_FIRST: tl.constexpr,
                  NUM_B: tl.constexpr, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr,
                  LANES: tl.constexpr):  # fmt: skip
     """Every lane that the expert's slots bring to a B factor: its segment, its granule of u, where its row of B is."""
-    rows_per_page: tl.constexpr = PAGE_ELEMS // COLUMNS
     for start in range(0, tl.max(granules, 0) * GRANULE, LANES):
         j = start + tl.arange(0, LANES)
         in_list = j[None, :] < (granules * GRANULE)[:, None]
         lanes = first_lane[:, None] + j[None, :]
-        tl.store(lane_segment_ptr + lanes, slot_first[:, None] + tl.zeros_like(lanes), mask=in_list)
+        tl.store(lists.segment + lanes, slot_first[:, None] + tl.zeros_like(lanes), mask=in_list)
         for b in tl.static_range(NUM_B):
-            factor = factors_ptr + slot * stride_fs + (B_FIRST + b) * NUM_FIELDS
+            factor = tables.factors + slot * tables.stride_factors + (B_FIRST + b) * NUM_FIELDS
             rank = tl.load(factor + FIELD_RANK, mask=has_work, other=0)
             stride = tl.load(factor + FIELD_EXPERT_STRIDE, mask=has_work, other=0)
             first_page = tl.load(factor + FIELD_FIRST_PAGE, mask=has_work, other=0)
             offset = tl.load(factor + FIELD_OFFSET, mask=has_work, other=0)
             granule = pad_to_granule(tl.load(factor + FIELD_LANE, mask=has_work, other=0)) // GRANULE
             live = in_list & (j[None, :] < rank[:, None])
-            row = (index * stride)[:, None] + j[None, :]
-            page = first_page[:, None] + row // rows_per_page
-            page = tl.load(page_table_ptr + (slot * stride_pages)[:, None] + page, mask=live, other=0)
-            element = page.to(tl.int64) * PAGE_ELEMS + offset[:, None] + row % rows_per_page * COLUMNS
+            element = rank_row_elements(
+                tables.pages + (slot * tables.stride_pages)[:, None], first_page[:, None], offset[:, None],
+                (index * stride)[:, None] + j[None, :], live, COLUMNS, PAGE_ELEMS,
+            )  # fmt: skip
             # A granule that is dead for this factor reads columns that are sure to be written.
             in_rank = (j // GRANULE * GRANULE)[None, :] < rank[:, None]
             granule = tl.where(in_rank, granule[:, None] + (j // GRANULE)[None, :], 0)
-            tl.store(granule_ptr + b * lane_capacity + lanes, granule, mask=in_list)
-            tl.store(element_ptr + b * lane_capacity + lanes, tl.where(live, element, -1), mask=in_list)
+            tl.store(lists.granule + b * lists.capacity + lanes, granule, mask=in_list)
+            tl.store(lists.element + b * lists.capacity + lanes, tl.where(live, element, -1), mask=in_list)
 
 
 @triton.jit
 def _load_slots(slot, is_slot, me, tables):
     """(index of the expert among the slot's or -1, rank of the gate's B, of up's, of down's)."""
-    _, factors_ptr, expert_index_ptr, _, stride_fs, stride_es = tables
-    ranks_ptr = factors_ptr + slot * stride_fs + FIELD_RANK
-    index = tl.load(expert_index_ptr + slot * stride_es + me, mask=is_slot, other=-1)
+    ranks_ptr = tables.factors + slot * tables.stride_factors + FIELD_RANK
+    index = tl.load(tables.expert_index + slot * tables.stride_experts + me, mask=is_slot, other=-1)
     rank_gate = tl.load(ranks_ptr + B_GATE * NUM_FIELDS, mask=is_slot, other=0)
     rank_up = tl.load(ranks_ptr + B_UP * NUM_FIELDS, mask=is_slot, other=0)
     rank_down = tl.load(ranks_ptr + B2 * NUM_FIELDS, mask=is_slot, other=0)
@@ -199,49 +218,43 @@ def _load_slots(slot, is_slot, me, tables):
 
 
 @triton.jit
-def _write_lists(lists, tables, me, share, slot, slot_rows, slot_first, loaded, S: tl.constexpr, D: tl.constexpr,
-                 F: tl.constexpr, GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr,
-                 GRANULES2: tl.constexpr, BLOCK_M: tl.constexpr, TILE_M: tl.constexpr,
-                 LANES: tl.constexpr):  # fmt: skip
+def _write_lists(lists, lanes13, lanes2, tables, me, share, slot, slot_rows, slot_first, loaded, LAYER: tl.constexpr,
+                 BUILD: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """The expert's blocks, tiles and lanes, from its segments in the order of their slots."""
-    (block_ptr, tile_ptr, segment13_ptr, lane13_ptr, element13_ptr, segment2_ptr, lane2_ptr, element2_ptr, capacity13,
-     capacity2) = lists  # fmt: skip
-    page_table_ptr, factors_ptr, _, stride_pages, stride_fs, _ = tables
     first, end, first_block, end_block, first_segment, first_tile, end_tile = share
     index, rank_gate, rank_up, rank_down = loaded
     has_work = (slot_rows > 0) & (index >= 0)
     granules13 = tl.where(has_work, (tl.maximum(rank_gate, rank_up) + GRANULE - 1) // GRANULE, 0)
     granules2 = tl.where(has_work, (rank_down + GRANULE - 1) // GRANULE, 0)
     has_work = granules13 + granules2 > 0
-    first_lane13 = first_segment * (GRANULES13 * GRANULE) + _exclusive_sum(granules13) * GRANULE
-    first_lane2 = first_segment * (GRANULES2 * GRANULE) + _exclusive_sum(granules2) * GRANULE
+    first_lane13 = first_segment * (LAYER.GRANULES13 * GRANULE) + _exclusive_sum(granules13) * GRANULE
+    first_lane2 = first_segment * (LAYER.GRANULES2 * GRANULE) + _exclusive_sum(granules2) * GRANULE
     _write_blocks(
-        block_ptr, me, first, end, first_block, end_block, slot_rows, slot_first, first_lane13, granules13, first_lane2,
-        granules2, S, BLOCK_M,
+        lists.blocks, me, first, end, first_block, end_block, slot_rows, slot_first, first_lane13, granules13,
+        first_lane2, granules2, LAYER.S, BUILD.BLOCK_M,
     )  # fmt: skip
-    _write_tiles(tile_ptr, me, first_tile, end_tile, slot, slot_rows, slot_first, has_work, TILE_M)
+    _write_tiles(lists.tiles, me, first_tile, end_tile, slot, slot_rows, slot_first, has_work, BUILD.TILE_M)
     _write_lanes(
-        segment13_ptr, lane13_ptr, element13_ptr, capacity13, first_lane13, granules13, slot, slot_first, index,
-        page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B_UP - GATED, 1 + GATED, F, PAGE_ELEMS, LANES,
+        lanes13, tables, first_lane13, granules13, slot, slot_first, index, has_work, B_UP - LAYER.GATED,
+        1 + LAYER.GATED, LAYER.F, LAYER.PAGE_ELEMS, LANES,
     )  # fmt: skip
     _write_lanes(
-        segment2_ptr, lane2_ptr, element2_ptr, capacity2, first_lane2, granules2, slot, slot_first, index,
-        page_table_ptr, factors_ptr, stride_pages, stride_fs, has_work, B2, 1, D, PAGE_ELEMS, LANES,
+        lanes2, tables, first_lane2, granules2, slot, slot_first, index, has_work, B2, 1, LAYER.D, LAYER.PAGE_ELEMS,
+        LANES,
     )  # fmt: skip
 
 
 @triton.jit
-def _route_few(lists, tables, me, share, rows, live, slots_ptr, order_ptr, segment_ptr, K: tl.constexpr,
-               FEW: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr,
-               PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr, GRANULES2: tl.constexpr, BLOCK_M: tl.constexpr,
-               TILE_M: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+def _route_few(lists, lanes13, lanes2, tables, me, share, rows, live, slots_ptr, LAYER: tl.constexpr,
+               BUILD: tl.constexpr):  # fmt: skip
     """An expert's share from at most FEW rows, ``rows`` where ``live``."""
-    slot, slot_rows, slot_first = _sort_few(rows, live, share[0], slots_ptr, order_ptr, segment_ptr, K, FEW)
+    slot, slot_rows, slot_first = _sort_few(
+        rows, live, share[0], slots_ptr, lists.order, lists.segment, LAYER.K, BUILD.FEW
+    )
     loaded = _load_slots(slot, (slot_rows > 0) & (slot >= 0), me, tables)
     _write_lists(
-        lists, tables, me, share, slot, slot_rows, slot_first, loaded, S, D, F, GATED, PAGE_ELEMS, GRANULES13,
-        GRANULES2, BLOCK_M, TILE_M, LANES,
-    )  # fmt: skip
+        lists, lanes13, lanes2, tables, me, share, slot, slot_rows, slot_first, loaded, LAYER, BUILD, BUILD.FEW_LANES
+    )
 
 
 @triton.jit
@@ -252,45 +265,38 @@ def _load_bins(row_ptrs, live, slots_ptr, K: tl.constexpr):
 
 
 @triton.jit
-def _route_many(lists, tables, me, share, rows_ptr, slots_ptr, order_ptr, segment_ptr, K: tl.constexpr,
-                S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr,
-                GRANULES13: tl.constexpr, GRANULES2: tl.constexpr, BLOCK_M: tl.constexpr, TILE_M: tl.constexpr,
-                S_BINS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """An expert's share from its rows at ``rows_ptr``: counted in a bin a slot, then placed ROWS at a time."""
+def _route_many(lists, lanes13, lanes2, tables, me, share, slots_ptr, LAYER: tl.constexpr,
+                BUILD: tl.constexpr):  # fmt: skip
+    """An expert's share from its rows at ``lists.rows``: counted in a bin a slot, then placed ROWS at a time."""
+    S_BINS: tl.constexpr = BUILD.S_BINS
+    ROWS: tl.constexpr = BUILD.ROWS
     first, end = share[0], share[1]
     place = tl.arange(0, ROWS)
     slot_rows = tl.zeros([S_BINS], tl.int32)
     for start in range(first, end, ROWS):
         live = start + place < end
-        _, bin = _load_bins(rows_ptr + start + place, live, slots_ptr, K)
+        _, bin = _load_bins(lists.rows + start + place, live, slots_ptr, LAYER.K)
         slot_rows += tl.histogram(bin, S_BINS, mask=live)
     slot_first = first + _exclusive_sum(slot_rows)
     next_position = slot_first
     for start in range(first, end, ROWS):
         live = start + place < end
-        row, bin = _load_bins(rows_ptr + start + place, live, slots_ptr, K)
+        row, bin = _load_bins(lists.rows + start + place, live, slots_ptr, LAYER.K)
         is_earlier = (place[None, :] < place[:, None]) & (bin[None, :] == bin[:, None])
         position = tl.gather(next_position, bin, 0) + tl.sum(is_earlier.to(tl.int32), axis=1)
-        tl.store(order_ptr + position, row, mask=live)
-        tl.store(segment_ptr + position, tl.gather(slot_first, bin, 0), mask=live)
+        tl.store(lists.order + position, row, mask=live)
+        tl.store(lists.segment + position, tl.gather(slot_first, bin, 0), mask=live)
         next_position += tl.histogram(bin, S_BINS, mask=live)
     slot = tl.arange(0, S_BINS) - 1
-    loaded = _load_slots(slot, (slot >= 0) & (slot < S), me, tables)
+    loaded = _load_slots(slot, (slot >= 0) & (slot < LAYER.S), me, tables)
     _write_lists(
-        lists, tables, me, share, slot, slot_rows, slot_first, loaded, S, D, F, GATED, PAGE_ELEMS, GRANULES13,
-        GRANULES2, BLOCK_M, TILE_M, LANES,
-    )  # fmt: skip
+        lists, lanes13, lanes2, tables, me, share, slot, slot_rows, slot_first, loaded, LAYER, BUILD, BUILD.LANES
+    )
 
 
 @triton.jit
-def route_kernel(order_ptr, rows_ptr, segment_ptr, block_ptr, tile_ptr, lane_segment13_ptr, lane13_ptr, element13_ptr,
-                 lane_segment2_ptr, lane2_ptr, element2_ptr, count_ptr, ids_ptr, slots_ptr, page_table_ptr, factors_ptr,
-                 expert_index_ptr, stride_pages, stride_fs, stride_es, num_rows, lane_capacity13, lane_capacity2,
-                 E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-                 GATED: tl.constexpr, PAGE_ELEMS: tl.constexpr, GRANULES13: tl.constexpr, GRANULES2: tl.constexpr,
-                 BLOCK_M: tl.constexpr, TILE_M: tl.constexpr, E_BINS: tl.constexpr, S_BINS: tl.constexpr,
-                 CHUNK: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr, FEW_LANES: tl.constexpr,
-                 LANES: tl.constexpr, DENSE: tl.constexpr, ALL_FEW: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def route_kernel(lists, lanes13, lanes2, ids_ptr, slots_ptr, tables, num_rows, LAYER: tl.constexpr,
+                 BUILD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program an expert: finds the expert's rows, sorts them by slot, writes its blocks, tiles and lanes.
 
     No program reads what another one writes. Up to FEW rows of an expert are compared with each other, which costs the
@@ -301,42 +307,30 @@ def route_kernel(order_ptr, rows_ptr, segment_ptr, block_ptr, tile_ptr, lane_seg
     release_next_kernel(PDL)
     me = tl.program_id(0)
     first, num_mine, first_block, end_block, first_segment, first_tile, end_tile = _expert_extent(
-        me, ids_ptr, num_rows, E, S, BLOCK_M, TILE_M, E_BINS, CHUNK, DENSE
+        me, ids_ptr, num_rows, LAYER, BUILD
     )
     end = first + num_mine
-    if me == E - 1:
-        tl.store(count_ptr, end_block)
-        tl.store(count_ptr + 1, end_tile)
-    if DENSE and num_mine == 0:
+    if me == LAYER.E - 1:
+        tl.store(lists.counts, end_block)
+        tl.store(lists.counts + 1, end_tile)
+    if BUILD.DENSE and num_mine == 0:
         return
-    if S == 0:
+    if LAYER.S == 0:
         if num_mine > 0:
-            _collect_rows(me, first, ids_ptr, order_ptr, num_rows, E, CHUNK)
-        _write_blocks(block_ptr, me, first, end, first_block, end_block, 0, 0, 0, 0, 0, 0, S, BLOCK_M)
+            _collect_rows(me, first, ids_ptr, lists.order, num_rows, LAYER.E, BUILD.CHUNK)
+        _write_blocks(lists.blocks, me, first, end, first_block, end_block, 0, 0, 0, 0, 0, 0, LAYER.S, BUILD.BLOCK_M)
     else:
-        lists = (block_ptr, tile_ptr, lane_segment13_ptr, lane13_ptr, element13_ptr, lane_segment2_ptr, lane2_ptr,
-                 element2_ptr, lane_capacity13, lane_capacity2)  # fmt: skip
-        tables = (page_table_ptr, factors_ptr, expert_index_ptr, stride_pages, stride_fs, stride_es)
         share = (first, end, first_block, end_block, first_segment, first_tile, end_tile)
-        few = tl.arange(0, FEW)
-        if ALL_FEW:
-            is_mine = _load_experts(few, ids_ptr, num_rows, E) == me
-            _route_few(
-                lists, tables, me, share, few, is_mine, slots_ptr, order_ptr, segment_ptr, K, FEW, S, D, F, GATED,
-                PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, FEW_LANES,
-            )  # fmt: skip
+        few = tl.arange(0, BUILD.FEW)
+        if BUILD.ALL_FEW:
+            is_mine = _load_experts(few, ids_ptr, num_rows, LAYER.E) == me
+            _route_few(lists, lanes13, lanes2, tables, me, share, few, is_mine, slots_ptr, LAYER, BUILD)
         else:
             if num_mine > 0:
-                _collect_rows(me, first, ids_ptr, rows_ptr, num_rows, E, CHUNK)
+                _collect_rows(me, first, ids_ptr, lists.rows, num_rows, LAYER.E, BUILD.CHUNK)
                 tl.debug_barrier()  # the rows come back through memory
-            if num_mine <= FEW:
-                rows = tl.load(rows_ptr + first + few, mask=few < num_mine, other=0)
-                _route_few(
-                    lists, tables, me, share, rows, few < num_mine, slots_ptr, order_ptr, segment_ptr, K, FEW, S, D, F,
-                    GATED, PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, FEW_LANES,
-                )  # fmt: skip
+            if num_mine <= BUILD.FEW:
+                rows = tl.load(lists.rows + first + few, mask=few < num_mine, other=0)
+                _route_few(lists, lanes13, lanes2, tables, me, share, rows, few < num_mine, slots_ptr, LAYER, BUILD)
             else:
-                _route_many(
-                    lists, tables, me, share, rows_ptr, slots_ptr, order_ptr, segment_ptr, K, S, D, F, GATED,
-                    PAGE_ELEMS, GRANULES13, GRANULES2, BLOCK_M, TILE_M, S_BINS, ROWS, LANES,
-                )  # fmt: skip
+                _route_many(lists, lanes13, lanes2, tables, me, share, slots_ptr, LAYER, BUILD)

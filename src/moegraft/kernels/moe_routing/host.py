@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from moegraft.core.routing import LANE_GRANULE, Lanes, MoERouting
-from moegraft.kernels.launch import cdiv, next_power_of_2, pdl_options
-from moegraft.kernels.moe_routing.device import route_kernel
-from moegraft.kernels.records import LayerSizes, LoRABatch
+from moegraft.kernels.device import groups
+from moegraft.kernels.moe_routing.device import Build, route_kernel
+from moegraft.kernels.records import LayerSizes, LoRABatch, cdiv, next_power_of_2, pdl_options, tables_group
 
 DENSE_ROWS = 4096
 """Up to here the lists have no holes for experts without rows; a histogram of all rows is cheap."""
@@ -77,48 +76,49 @@ def _launch(
     buffers: RoutingBuffers,
     routing: MoERouting,
 ) -> None:
-    num_rows, E = routing.num_rows, sizes.num_experts
-    route_kernel[(E,)](
-        buffers.order, buffers.rows, buffers.segment, buffers.blocks, buffers.tiles, *_lane_operands(buffers),
-        buffers.counts, topk_ids_TK, *_lora_operands(lora, buffers, num_rows), E=E, K=routing.top_k,
-        D=sizes.hidden_size, F=sizes.intermediate_size, GATED=sizes.gated, BLOCK_M=routing.block_m,
-        TILE_M=routing.tile_m, E_BINS=next_power_of_2(E + 1), CHUNK=max(32, min(4096, next_power_of_2(num_rows))),
-        FEW=FEW_ROWS, ROWS=SORT_ROWS, DENSE=num_rows <= DENSE_ROWS, ALL_FEW=num_rows <= FEW_ROWS,
-        num_warps=4 if num_rows <= 64 else 8, **_lora_sizes(lora),
-        **pdl_options(topk_ids_TK.device),
-    )  # fmt: skip
-
-
-def _lane_operands(buffers: RoutingBuffers) -> tuple[torch.Tensor | None, ...]:
-    lists = (buffers.lanes13, buffers.lanes2)
-    return tuple(
-        t for lanes in lists for t in ((lanes.segment, lanes.granule, lanes.element) if lanes else (None,) * 3)
+    num_rows, slots = routing.num_rows, 0 if lora is None else lora.tables.page_table.shape[0]
+    LAYER = layer_group(sizes, lora, routing.top_k)
+    bins, widest = next_power_of_2(slots + 1), next_power_of_2(max(1, LAYER.GRANULES13, LAYER.GRANULES2)) * LANE_GRANULE
+    BUILD = Build(
+        BLOCK_M=routing.block_m,
+        TILE_M=routing.tile_m,
+        E_BINS=next_power_of_2(sizes.num_experts + 1),
+        S_BINS=bins,
+        CHUNK=max(32, min(4096, next_power_of_2(num_rows))),
+        FEW=FEW_ROWS,
+        ROWS=SORT_ROWS,
+        FEW_LANES=max(LANE_GRANULE, min(widest, LANE_CELLS // FEW_ROWS)),
+        LANES=max(LANE_GRANULE, min(widest, LANE_CELLS // bins)),
+        DENSE=num_rows <= DENSE_ROWS,
+        ALL_FEW=num_rows <= FEW_ROWS,
     )
-
-
-def _lora_operands(lora: LoRABatch | None, buffers: RoutingBuffers, num_rows: int) -> tuple[Any, ...]:
-    if lora is None or buffers.lanes13 is None or buffers.lanes2 is None:
-        return None, None, None, None, 0, 0, 0, num_rows, 0, 0
-    tables = lora.tables
-    return (
-        lora.token_slots_T, tables.page_table, tables.factors, tables.expert_index, tables.page_table.stride(0),
-        tables.factors.stride(0), tables.expert_index.stride(0), num_rows, buffers.lanes13.segment.shape[0],
-        buffers.lanes2.segment.shape[0],
+    route_kernel[(sizes.num_experts,)](
+        groups.Lists(
+            buffers.order, buffers.rows, buffers.segment, buffers.blocks, buffers.tiles, buffers.counts
+        ),
+        lanes_group(buffers.lanes13), lanes_group(buffers.lanes2), topk_ids_TK,
+        None if lora is None else lora.token_slots_T, tables_group(lora), num_rows, LAYER=LAYER, BUILD=BUILD,
+        num_warps=4 if num_rows <= 64 else 8, **pdl_options(topk_ids_TK.device),
     )  # fmt: skip
 
 
-def _lora_sizes(lora: LoRABatch | None) -> dict[str, int]:
-    if lora is None:
-        return {"S": 0, "S_BINS": 1, "PAGE_ELEMS": 1, "GRANULES13": 0, "GRANULES2": 0, "FEW_LANES": 0, "LANES": 0}
-    granules13, granules2 = cdiv(lora.rank13, LANE_GRANULE), cdiv(lora.rank2, LANE_GRANULE)
-    bins = next_power_of_2(lora.num_slots + 1)
-    widest = next_power_of_2(max(1, granules13, granules2)) * LANE_GRANULE
-    return {
-        "S": lora.num_slots,
-        "S_BINS": bins,
-        "PAGE_ELEMS": lora.tables.page_elems,
-        "GRANULES13": granules13,
-        "GRANULES2": granules2,
-        "FEW_LANES": max(LANE_GRANULE, min(widest, LANE_CELLS // FEW_ROWS)),
-        "LANES": max(LANE_GRANULE, min(widest, LANE_CELLS // bins)),
-    }
+def lanes_group(lanes: Lanes | None) -> groups.Lanes:
+    """Where a routing build writes lanes."""
+    if lanes is None:
+        return groups.Lanes(None, None, None, 0)
+    return groups.Lanes(lanes.segment, lanes.granule, lanes.element, lanes.segment.shape[0])
+
+
+def layer_group(sizes: LayerSizes, lora: LoRABatch | None, top_k: int) -> groups.Layer:
+    """Constants of the layer and its adapters."""
+    return groups.Layer(
+        E=sizes.num_experts,
+        K=top_k,
+        S=0 if lora is None else lora.tables.page_table.shape[0],
+        D=sizes.hidden_size,
+        F=sizes.intermediate_size,
+        GATED=sizes.gated,
+        PAGE_ELEMS=1 if lora is None else lora.tables.page_elems,
+        GRANULES13=0 if lora is None else cdiv(lora.rank13, LANE_GRANULE),
+        GRANULES2=0 if lora is None else cdiv(lora.rank2, LANE_GRANULE),
+    )

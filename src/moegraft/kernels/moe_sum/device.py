@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moegraft.kernels.device_lib import await_prior_kernel, release_next_kernel
+from moegraft.kernels.device.common import await_prior_kernel, release_next_kernel
 
 
 @triton.jit

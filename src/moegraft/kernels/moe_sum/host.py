@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.kernels.launch import cdiv, next_power_of_2, pdl_options
 from moegraft.kernels.moe_sum.device import sum_kernel
+from moegraft.kernels.records import cdiv, next_power_of_2, pdl_options
 
 
 def moe_sum(out_TD: torch.Tensor, y_ND: torch.Tensor, topk_ids_TK: torch.Tensor, *, num_experts: int) -> None:

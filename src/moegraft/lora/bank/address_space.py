@@ -1,4 +1,4 @@
-"""Places the factors of one adapter in an address space of pages, before any page of the pool is chosen."""
+"""One adapter's address space of pages: where its factors go, and its image in host memory."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from moegraft.lora.bank.bank import AdapterBank
 
 
-def check_bank(bank: AdapterBank, handles: Mapping[str, AdapterHandle], slots: Sequence[AdapterHandle | None]) -> None:
+def check_bank(bank: AdapterBank, slots: Sequence[AdapterHandle | None]) -> None:
     """Raises MoegraftError with the details of the first thing that does not agree."""
+    handles = bank.handles(coming=True)
     bank.pool.check_integrity()
     _check_pages(bank, slots)
     _check_slots(bank, handles, slots)
-    for handle in handles.values():
+    for handle in handles:
         _check_address_space(bank, handle)
 
 
@@ -39,9 +40,7 @@ def _check_pages(bank: AdapterBank, slots: Sequence[AdapterHandle | None]) -> No
         raise MoegraftError(f"pages {sorted(lost)} are neither free nor owned, or outside the pool")
 
 
-def _check_slots(
-    bank: AdapterBank, handles: Mapping[str, AdapterHandle], slots: Sequence[AdapterHandle | None]
-) -> None:
+def _check_slots(bank: AdapterBank, handles: Sequence[AdapterHandle], slots: Sequence[AdapterHandle | None]) -> None:
     factors, expert_index = bank.tables.factors.cpu(), bank.tables.expert_index.cpu()
     page_table = bank.tables.page_table.cpu()
     for slot, handle in enumerate(slots):
@@ -50,7 +49,7 @@ def _check_slots(
                 raise MoegraftError(f"slot {slot} is free, its table rows are not")
             continue
         residency = handle.residency
-        if handles.get(handle.name) is not handle or residency is None or residency.slot != slot:
+        if handle not in handles or residency is None or residency.slot != slot:
             raise MoegraftError(f"slot {slot} holds adapter {handle.name!r}, whose handle says {residency}")
         pages = page_table[slot, : len(residency.pages)].tolist()
         if tuple(pages) != residency.pages or len(pages) != handle.space.num_pages:

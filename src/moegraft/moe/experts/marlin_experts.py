@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.int4 import Int4Experts
-from moegraft.kernels.four_bit_product.weights import four_bit_weights
 from moegraft.kernels.records import MoEWeights
+from moegraft.kernels.weights import four_bit_weights
 from moegraft.moe.experts.triton_experts import MIN_CAPABILITY, TritonExperts
 
 

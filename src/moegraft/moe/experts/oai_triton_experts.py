@@ -9,8 +9,8 @@ import torch
 
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.mxfp4 import MXFP4Experts
-from moegraft.kernels.four_bit_product.weights import four_bit_weights
 from moegraft.kernels.records import MoEWeights
+from moegraft.kernels.weights import four_bit_weights
 from moegraft.moe.experts.triton_experts import MIN_CAPABILITY, TritonExperts
 
 

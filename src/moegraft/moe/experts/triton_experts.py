@@ -126,7 +126,7 @@ def tiles_of_batch(rows: PreparedRows, weights: MoEWeights, lora: LoRABatch | No
     """
     if rows.expected_choices is None:
         return None
-    from moegraft.kernels.moe_forward.run import tuning_shape
+    from moegraft.kernels.moe_forward.host import tuning_shape
 
     shape = tuning_shape(rows.x_MD, weights, rows.topk_ids_MK, lora)
     return choose_tiles(replace(shape, num_tokens=-(-rows.expected_choices // shape.top_k)))

@@ -13,8 +13,8 @@ from types import TracebackType
 
 import torch
 
-from moegraft.build.tile_timer import Batch, TunedLayer, empty_bank, empty_weights, random_batch, run_batch
 from moegraft.kernels.records import MoEWeights
+from moegraft.tuner.timer import Batch, TunedLayer, empty_bank, empty_weights, random_batch, run_batch
 from moegraft.tuning.tiles import MoETiles, TuningShape
 
 _CONTEXT_BYTES = 1 << 30
@@ -22,7 +22,7 @@ _CONTEXT_BYTES = 1 << 30
 
 
 class TileCompiler:
-    """A ``tuning.search.Prepare`` for one layer after the other. Processes start with the first trials.
+    """A ``tuner.search.Prepare`` for one layer after the other. Processes start with the first trials.
 
     They run the trials once, on memory of any content. Tiles that do not compile fail again, with their reason, in
     the process that measures.

@@ -1,4 +1,4 @@
-"""Products of 4-bit weights in the tile order of ``formats/four_bit.py``. The contract: ``base_product/device.py``.
+"""Products of 4-bit weights in the tile order of ``formats/four_bit.py``. The contract: ``base_product``.
 
 One load brings the words of a granule, 128 inputs of each column; shifts and masks make four runs of 32 inputs of them,
 in registers and where the matrix unit wants them.
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from moegraft.kernels.device_lib import scaled
+from moegraft.kernels.device.common import add_product, scaled, zero_sums
 
 GRANULE = tl.constexpr(128)
 RUN = tl.constexpr(32)
@@ -21,57 +21,48 @@ numbers while the matrix unit works."""
 
 
 @triton.jit
-def int4_product(x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we,
-                 stride_wn, stride_wk, up_offset, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
-                 SCALE_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 USE_TMA: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def int4_product(rows, x_index, live, w_ptr, weights, expert, n, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr,
+                 TILE: tl.constexpr):  # fmt: skip
     """(code - zero) * scale; SCALE_GROUP 0: one scale for all inputs of a column, which multiplies its sum."""
-    return _four_bit_product(
-        x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, False, LENGTH, COLUMNS, GATED,
-        SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED, PRECISION,
-    )  # fmt: skip
+    return _four_bit_product(rows, x_index, live, w_ptr, weights, expert, n, False, SHAPE, BLOCK_M, TILE)
 
 
 @triton.jit
-def mxfp4_product(x_ptr, x_index, live, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, stride_we,
-                  stride_wn, stride_wk, up_offset, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
-                  SCALE_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  USE_TMA: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def mxfp4_product(rows, x_index, live, w_ptr, weights, expert, n, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr,
+                  TILE: tl.constexpr):  # fmt: skip
     """e2m1 * 2**scale. Number times scale is exact, and the product brings the number's exponent into place too."""
-    return _four_bit_product(
-        x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, True, LENGTH, COLUMNS, GATED,
-        SCALE_GROUP, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, SWAPPED, PRECISION,
-    )  # fmt: skip
+    return _four_bit_product(rows, x_index, live, w_ptr, weights, expert, n, True, SHAPE, BLOCK_M, TILE)
 
 
 @triton.jit
-def _four_bit_product(x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expert, n, stride_x, E2M1: tl.constexpr,
-                      LENGTH: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, SCALE_GROUP: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr,
-                      SWAPPED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _four_bit_product(rows, x_index, live, w_ptr, weights, expert, n, E2M1: tl.constexpr, SHAPE: tl.constexpr,
+                      BLOCK_M: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Columns and granules past the end are read at the last one: nothing of them is kept, and x has zeros there."""
-    NUM: tl.constexpr = (LENGTH + GRANULE - 1) // GRANULE
-    UNROLL: tl.constexpr = BLOCK_K // 128 if BLOCK_K > 128 else 1
+    COLUMNS: tl.constexpr = SHAPE.COLUMNS
+    GATED: tl.constexpr = SHAPE.GATED
+    SCALE_GROUP: tl.constexpr = SHAPE.SCALE_GROUP
+    NUM: tl.constexpr = (SHAPE.LENGTH + GRANULE - 1) // GRANULE
+    UNROLL: tl.constexpr = TILE.BLOCK_K // 128 if TILE.BLOCK_K > 128 else 1
     STEPS: tl.constexpr = (NUM + UNROLL - 1) // UNROLL
-    IS_WHOLE: tl.constexpr = STEPS * UNROLL * GRANULE == LENGTH
+    IS_WHOLE: tl.constexpr = STEPS * UNROLL * GRANULE == SHAPE.LENGTH
     ROWS: tl.constexpr = COLUMNS * (1 + GATED)
     SCALED: tl.constexpr = NUM if SCALE_GROUP > 0 else 1  # granules that have scales
-    row = tl.minimum(n * BLOCK_N + tl.arange(0, BLOCK_N), COLUMNS - 1)
+    row = tl.minimum(n * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N), COLUMNS - 1)
     up_row = row + GATED * COLUMNS
-    x_ptrs = x_ptr + x_index.to(tl.int64) * stride_x
+    x_ptrs = rows.ptr + x_index.to(tl.int64) * rows.stride
     w_ptrs = w_ptr
-    if not USE_TMA:
+    if not TILE.USE_TMA:
         w_ptrs += (expert.to(tl.int64) * NUM * ROWS + row)[:, None] * RUN + tl.arange(0, RUN)[None, :]
     first = expert.to(tl.int64) * SCALED * ROWS
     # Scales of sums are no operand of a product, so that the compiler would load them where they are used.
     AHEAD: tl.constexpr = SCALE_GROUP > 0 and BLOCK_M <= SMALL_BLOCK_M and not E2M1
-    acc_up = _zeros(BLOCK_M, BLOCK_N, SWAPPED)
+    acc_up = zero_sums(BLOCK_M, TILE.BLOCK_N, TILE.SWAPPED)
     acc_gate = acc_up
     if AHEAD:
-        up_scales = _load_words(w_scale_ptr, first + up_row)
+        up_scales = _load_words(weights.scale, first + up_row)
         scales = up_scales
         if GATED:
-            scales = _load_words(w_scale_ptr, first + row)
+            scales = _load_words(weights.scale, first + row)
     for step in range(STEPS):
         for part in tl.static_range(UNROLL):
             k = (step * UNROLL + part) * GRANULE
@@ -81,82 +72,80 @@ def _four_bit_product(x_ptr, x_index, live, w_ptr, w_scale_ptr, w_zero_ptr, expe
                 here += granule * ROWS
             if GATED:
                 if not AHEAD:
-                    scales = _load_words(w_scale_ptr, here + row)
-                w = _load_tile(w_ptrs, expert, granule, 0, n, NUM, ROWS, COLUMNS, BLOCK_N, USE_TMA)
+                    scales = _load_words(weights.scale, here + row)
+                w = _load_tile(w_ptrs, expert, granule, 0, n, NUM, ROWS, COLUMNS, TILE)
                 if part == 0:
-                    w = _after_products(w, x_ptrs.dtype.element_ty, SWAPPED)
+                    w = _after_products(w, x_ptrs.dtype.element_ty, TILE.SWAPPED)
                 acc_gate = _add_granule(
-                    acc_gate, x_ptrs, live, k, w, w_scale_ptr, w_zero_ptr, scales, here + row, E2M1, LENGTH, IS_WHOLE,
-                    SCALE_GROUP, BLOCK_M, BLOCK_N, SWAPPED, PRECISION,
-                )  # fmt: skip
+                    acc_gate, x_ptrs, live, k, w, weights, scales, here + row, E2M1, IS_WHOLE, SHAPE, BLOCK_M, TILE
+                )
             if not AHEAD:
-                up_scales = _load_words(w_scale_ptr, here + up_row)
-            w = _load_tile(w_ptrs, expert, granule, GATED, n, NUM, ROWS, COLUMNS, BLOCK_N, USE_TMA)
+                up_scales = _load_words(weights.scale, here + up_row)
+            w = _load_tile(w_ptrs, expert, granule, GATED, n, NUM, ROWS, COLUMNS, TILE)
             if part == 0 and not GATED:
-                w = _after_products(w, x_ptrs.dtype.element_ty, SWAPPED)
+                w = _after_products(w, x_ptrs.dtype.element_ty, TILE.SWAPPED)
             acc_up = _add_granule(
-                acc_up, x_ptrs, live, k, w, w_scale_ptr, w_zero_ptr, up_scales, here + up_row, E2M1, LENGTH, IS_WHOLE,
-                SCALE_GROUP, BLOCK_M, BLOCK_N, SWAPPED, PRECISION,
-            )  # fmt: skip
+                acc_up, x_ptrs, live, k, w, weights, up_scales, here + up_row, E2M1, IS_WHOLE, SHAPE, BLOCK_M, TILE
+            )
             if AHEAD:
                 here = first + tl.minimum(granule + 1, NUM - 1) * ROWS
-                up_scales = _load_words(w_scale_ptr, here + up_row)
+                up_scales = _load_words(weights.scale, here + up_row)
                 if GATED:
-                    scales = _load_words(w_scale_ptr, here + row)
+                    scales = _load_words(weights.scale, here + row)
     if SCALE_GROUP == 0:
-        acc_up = scaled(acc_up, _along_columns(tl.load(w_scale_ptr + first + up_row), SWAPPED))
+        acc_up = scaled(acc_up, _along_columns(tl.load(weights.scale + first + up_row), TILE.SWAPPED))
         if GATED:
-            acc_gate = scaled(acc_gate, _along_columns(tl.load(w_scale_ptr + first + row), SWAPPED))
+            acc_gate = scaled(acc_gate, _along_columns(tl.load(weights.scale + first + row), TILE.SWAPPED))
     return acc_gate, acc_up
 
 
 @triton.jit
-def _add_granule(acc, x_ptrs, live, k, words, scale_ptr, zero_ptr, scales, index, E2M1: tl.constexpr,
-                 LENGTH: tl.constexpr, IS_WHOLE: tl.constexpr, SCALE_GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _add_granule(acc, x_ptrs, live, k, words, weights, scales, index, E2M1: tl.constexpr, IS_WHOLE: tl.constexpr,
+                 SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """acc + x W of 128 inputs from ``k`` on; ``index``: where the columns' zero points of this granule lie."""
     DTYPE: tl.constexpr = x_ptrs.dtype.element_ty
+    SCALE_GROUP: tl.constexpr = SHAPE.SCALE_GROUP
     RUNS: tl.constexpr = SCALE_GROUP // 32 if SCALE_GROUP > 0 else 4  # of one scale
     IS_SMALL: tl.constexpr = BLOCK_M <= SMALL_BLOCK_M
     LATE: tl.constexpr = IS_SMALL and not E2M1
     runs = _runs(words, E2M1, DTYPE)
-    zeros = _load_words(zero_ptr, index)
+    zeros = _load_words(weights.zero, index)
     total = acc
     if IS_SMALL:
         for j in tl.static_range(4):
-            x = _load_x(x_ptrs, live, k + j * RUN, RUN, LENGTH, IS_WHOLE)
-            w = _number(runs[j], scale_ptr, zero_ptr, scales, zeros, j, E2M1, SCALE_GROUP, LATE)
+            x = _load_x(x_ptrs, live, k + j * RUN, RUN, SHAPE.LENGTH, IS_WHOLE)
+            w = _number(runs[j], weights, scales, zeros, j, E2M1, SCALE_GROUP, LATE)
             if LATE and SCALE_GROUP > 0:
                 if j % RUNS == 0:
-                    total = _zeros(BLOCK_M, BLOCK_N, SWAPPED)
-                total = _dot(x, w, total, SWAPPED, PRECISION)
+                    total = zero_sums(BLOCK_M, TILE.BLOCK_N, TILE.SWAPPED)
+                total = add_product(x, w, total, TILE.SWAPPED, TILE.PRECISION)
                 if j % RUNS == RUNS - 1:
-                    s = _scale_of(scale_ptr, scales, j, E2M1, SCALE_GROUP, DTYPE)
-                    acc = tl.fma(total, _along_columns(s, SWAPPED), acc)
+                    s = _scale_of(weights.scale, scales, j, E2M1, SCALE_GROUP, DTYPE)
+                    acc = tl.fma(total, _along_columns(s, TILE.SWAPPED), acc)
             else:
-                acc = _dot(x, w, acc, SWAPPED, PRECISION)
+                acc = add_product(x, w, acc, TILE.SWAPPED, TILE.PRECISION)
     else:
-        x = _load_x(x_ptrs, live, k, GRANULE, LENGTH, IS_WHOLE)
+        x = _load_x(x_ptrs, live, k, GRANULE, SHAPE.LENGTH, IS_WHOLE)
         first = _side_by_side(
-            _number(runs[0], scale_ptr, zero_ptr, scales, zeros, 0, E2M1, SCALE_GROUP, LATE),
-            _number(runs[1], scale_ptr, zero_ptr, scales, zeros, 1, E2M1, SCALE_GROUP, LATE),
+            _number(runs[0], weights, scales, zeros, 0, E2M1, SCALE_GROUP, LATE),
+            _number(runs[1], weights, scales, zeros, 1, E2M1, SCALE_GROUP, LATE),
         )
         second = _side_by_side(
-            _number(runs[2], scale_ptr, zero_ptr, scales, zeros, 2, E2M1, SCALE_GROUP, LATE),
-            _number(runs[3], scale_ptr, zero_ptr, scales, zeros, 3, E2M1, SCALE_GROUP, LATE),
+            _number(runs[2], weights, scales, zeros, 2, E2M1, SCALE_GROUP, LATE),
+            _number(runs[3], weights, scales, zeros, 3, E2M1, SCALE_GROUP, LATE),
         )
-        acc = _dot(x, _side_by_side(first, second), acc, SWAPPED, PRECISION)
+        acc = add_product(x, _side_by_side(first, second), acc, TILE.SWAPPED, TILE.PRECISION)
     return acc
 
 
 @triton.jit
-def _number(run, scale_ptr, zero_ptr, scales, zeros, j: tl.constexpr, E2M1: tl.constexpr,
-            SCALE_GROUP: tl.constexpr, LATE: tl.constexpr):  # fmt: skip
+def _number(run, weights, scales, zeros, j: tl.constexpr, E2M1: tl.constexpr, SCALE_GROUP: tl.constexpr,
+            LATE: tl.constexpr):  # fmt: skip
     """The weights of run j, with their scale unless it is ``LATE``."""
     if not E2M1:
-        run -= _zero_of(zero_ptr, zeros, j, SCALE_GROUP, run.dtype)
+        run -= _zero_of(weights.zero, zeros, j, SCALE_GROUP, run.dtype)
     if SCALE_GROUP > 0 and not LATE:
-        run *= _scale_of(scale_ptr, scales, j, E2M1, SCALE_GROUP, run.dtype).to(run.dtype)[:, None]
+        run *= _scale_of(weights.scale, scales, j, E2M1, SCALE_GROUP, run.dtype).to(run.dtype)[:, None]
     return run
 
 
@@ -179,10 +168,10 @@ def _load_x(x_ptrs, live, k, WIDTH: tl.constexpr, LENGTH: tl.constexpr, IS_WHOLE
 
 @triton.jit
 def _load_tile(w_ptrs, expert, granule, half: tl.constexpr, n, NUM: tl.constexpr, ROWS: tl.constexpr,
-               COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+               COLUMNS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Words int16 [BLOCK_N, 32] of one granule."""
-    if USE_TMA:
-        words = w_ptrs.load([(expert * NUM + granule) * ROWS + half * COLUMNS + n * BLOCK_N, 0])
+    if TILE.USE_TMA:
+        words = w_ptrs.load([(expert * NUM + granule) * ROWS + half * COLUMNS + n * TILE.BLOCK_N, 0])
     else:
         words = tl.load(w_ptrs + (granule * ROWS + half * COLUMNS).to(tl.int64) * RUN)
     return words
@@ -263,24 +252,6 @@ def _along_columns(scale, SWAPPED: tl.constexpr):
     else:
         scale = scale.to(tl.float32)[None, :]
     return scale
-
-
-@triton.jit
-def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr):
-    if SWAPPED:
-        zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    else:
-        zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    return zeros
-
-
-@triton.jit
-def _dot(x, w, acc, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    if SWAPPED:
-        acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Measuring tiles of a layer on this device, for ``tuning.search``: first whether they are right, then how fast."""
+"""Measuring tiles of a layer on this device, for ``tuner.search``: first whether they are right, then how fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
 from moegraft.testing.errors import relative_error
 from moegraft.testing.poison import poison_allocations
-from moegraft.tuning.search import DeviceLostError, WrongResultError
+from moegraft.tuner.search import DeviceLostError, WrongResultError
 from moegraft.tuning.tiles import MoETiles, TuningShape
 
 REFERENCE_TILES = MoETiles()
@@ -73,7 +73,7 @@ class Batch:
 
 
 class TileTimer:
-    """A ``tuning.search.Measure`` over one layer with random weights, uniform routing and uniform adapters.
+    """A ``tuner.search.Measure`` over one layer with random weights, uniform routing and uniform adapters.
 
     A time is that of a call without adapters and one with them, one after the other: a table's tiles serve both.
     """
@@ -88,7 +88,7 @@ class TileTimer:
         self._best_us: dict[TuningShape, float] = {}
 
     def __call__(self, shape: TuningShape, tiles: MoETiles) -> float:
-        """Microseconds. Raises as ``tuning.search.Measure`` says."""
+        """Microseconds. Raises as ``tuner.search.Measure`` says."""
         try:
             batch, expected = self._batch(shape.num_tokens)
             with poison_allocations():  # rows that the tiles do not write must not hold another trial's result

@@ -1,0 +1,233 @@
+"""What stands at the modules of a grafted model: a site behind every experts module, seams where adapters need them.
+
+It also notices where the model was changed behind their back: a module or parameter that was replaced after ``attach``
+would run without its adapters, or not at all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moegraft.build import linear_punica_for
+from moegraft.core.errors import UnsupportedModelError
+from moegraft.integrations.transformers.call import CallState, ForwardHooks, token_modules
+from moegraft.integrations.transformers.experts import (
+    IMPLEMENTATION,
+    ExpertsSite,
+    experts_configs,
+    install_sites,
+    remove_sites,
+)
+from moegraft.integrations.transformers.parallel_layout import RankLayout
+from moegraft.integrations.transformers.saved import SavedSeam
+from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, Seam
+from moegraft.lora.bank import AdapterBank
+from moegraft.lora.targets import ModelTargets
+
+_AGAIN = "adapters would be lost: call detach() and attach the model again"
+Key = tuple[str, type[Seam]]
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """An entry of a module's dictionary of modules or parameters, which must stay the object that it was."""
+
+    entries: Mapping[str, Any]
+    key: str
+    expected: object
+    name: str
+
+    @property
+    def is_intact(self) -> bool:
+        return self.entries.get(self.key) is self.expected
+
+
+class Fittings:
+    """Sites and seams of one model. ``targets``: of the whole model; ``local_targets``: of this rank."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        bank: AdapterBank,
+        state: CallState,
+        layout: RankLayout,
+        targets: ModelTargets,
+        local_targets: ModelTargets,
+    ) -> None:
+        self.model = model
+        self.bank = bank
+        self.state = state
+        self.layout = layout
+        self.targets = targets
+        self.local_targets = local_targets
+        self.sites: Mapping[str, ExpertsSite] = {}
+        self._modules = {name: module for name, module in model.named_modules() if name in _names(targets)}
+        self._shapes = {name: _weight_shape(module) for name, module in self._modules.items()}
+        vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+        self._vocabulary = [name for name, module in self._modules.items() if module in vocabulary]
+        self._hooks = ForwardHooks(state, model, token_modules(model, targets))
+        self._seams: dict[Key, Seam] = {}
+        self._watched: dict[object, list[_Spot]] = {}
+        self._weights: list[tuple[str, torch.Tensor, torch.dtype, torch.device]] = []
+        self._previous: dict[str, str | None] = {}
+        self._experts_configs: list[Any] = []
+        self._lock = threading.RLock()
+
+    def install(self, sites: Mapping[str, ExpertsSite]) -> None:
+        """Puts the sites behind their modules, and remembers what must stay as it is."""
+        self.sites = sites
+        self._previous = self.model.get_experts_implementation()
+        self._experts_configs = experts_configs(self.model, sites)
+        install_sites(self.model, sites)
+        self._hooks.install()
+
+    def watch(self) -> None:
+        """From now on the experts must stay what and where they are."""
+        for name in self.sites:
+            module = self._modules[name]
+            spots = [*self._path(name), *_parameters(name, module)]
+            packed = module._modules.get("packed")
+            if packed is not None:
+                spots.append(_Spot(vars(packed), "weights", vars(packed)["weights"], f"{name}.packed"))
+            self._watched[name] = spots
+            # One is enough: they move together.
+            first = next((param for param in module._parameters.values() if param is not None), None)
+            if first is not None:
+                self._weights.append((name, first, first.dtype, first.device))
+
+    def modules(self) -> frozenset[str]:
+        """The modules at which something stands now."""
+        return frozenset({name for name, _ in self._seams.copy()} | self.sites.keys())
+
+    def check(self) -> None:
+        """Raises UnsupportedModelError where the model is no longer what was attached."""
+        for config in self._experts_configs:
+            if config._experts_implementation != IMPLEMENTATION:
+                raise UnsupportedModelError(
+                    f"the experts implementation of the grafted model was set to {config._experts_implementation!r}, "
+                    f"under which adapters would be lost; call model.set_experts_implementation({IMPLEMENTATION!r})"
+                )
+        for spots in self._watched.copy().values():
+            for spot in spots:
+                if spot.entries.get(spot.key) is not spot.expected:
+                    raise UnsupportedModelError(f"{spot.name!r} was replaced after attach; {_AGAIN}")
+        for name, weight, dtype, device in self._weights:
+            if weight.dtype is not dtype or weight.device != device:
+                raise UnsupportedModelError(
+                    f"the experts of {name!r} were {dtype} on {device} when they were attached and are now "
+                    f"{weight.dtype} on {weight.device}; {_AGAIN}"
+                )
+        for name in self._vocabulary:
+            if any((name, kind) in self._seams for kind in (EmbeddingSeam, LinearSeam, SavedSeam)):
+                self._check_shape(name)
+
+    def fit(self) -> None:
+        """Exactly the seams are installed that the bank's adapters need, those among them that have no name yet.
+
+        May be called from any thread and at any time: what an interrupt left half done is done the next time.
+        """
+        with self._lock:
+            wanted = list(self._wanted())
+            for key in [key for key in self._seams if key not in wanted]:
+                self._watched.pop(key, None)
+                self._seams[key].remove()
+                del self._seams[key]
+            for key in wanted:
+                if key not in self._watched:
+                    seam = self._seams[key] = self._seams.get(key) or self._make_seam(*key)
+                    seam.remove()  # what an interrupt has left of it
+                    seam.install()
+                    self._watched[key] = [*self._path(key[0]), *self._seam_parameters(key, seam)]
+
+    def remove(self) -> None:
+        """Takes everything out again, whatever of it is there."""
+        with self._lock:
+            self._watched, self._weights = {}, []
+            self._hooks.remove()
+            for key in list(self._seams):
+                self._seams[key].remove()
+                del self._seams[key]
+            sites = {self._modules[name]: site for name, site in self.sites.items()}
+            remove_sites(self.model, sites, self._previous)
+            self.sites = {name: site for name, site in self.sites.items() if not site.is_cut}
+            self._experts_configs = []
+
+    def _wanted(self) -> Iterator[Key]:
+        handles = self.bank.handles(coming=True)
+        for module in dict.fromkeys(module for handle in handles for module in handle.ranks):
+            if module in self.targets.linears:
+                yield module, RouterSeam if self.targets.linears[module].router else LinearSeam
+            elif module in self.targets.embeddings:
+                yield module, EmbeddingSeam
+        for module in dict.fromkeys(module for handle in handles for module, _ in sorted(handle.saved)):
+            yield module, SavedSeam
+
+    def _make_seam(self, name: str, kind: type[Seam]) -> Seam:
+        module = self._modules[name]
+        for spot in self._path(name):
+            if not spot.is_intact:
+                raise UnsupportedModelError(f"{spot.name!r} was replaced after attach; {_AGAIN}")
+        self._check_shape(name)
+        mine, ranks = self.layout.mine.linears.get(name), self.layout.groups.world
+        if kind is LinearSeam:
+            gathers = self.layout.sees_whole_rows(name)
+            target = (self.targets if gathers else self.local_targets).linears[name]
+            punica = linear_punica_for(self.bank.pool.data.device, mine, ranks, gathers=gathers)
+            return LinearSeam(target, module, self.bank, self.state, punica)
+        if kind is EmbeddingSeam:
+            return EmbeddingSeam(name, module, self.bank, self.state, mine, ranks)
+        if kind is RouterSeam:
+            return RouterSeam(self.local_targets.linears[name], module, self.bank, self.state)
+        if kind is SavedSeam:
+            return SavedSeam(name, module, self.bank, self.state, is_planned=self.layout.plan is not None)
+        return kind(name, module, self.bank, self.state)
+
+    def _check_shape(self, name: str) -> None:
+        """The vocabulary may be resized in place."""
+        found = _weight_shape(self._modules[name])
+        if found != self._shapes[name]:
+            raise UnsupportedModelError(
+                f"{name!r} had a weight of shape {self._shapes[name]} when it was attached, now {found}; {_AGAIN}"
+            )
+
+    def _path(self, name: str) -> Iterator[_Spot]:
+        """The modules that lead to a module."""
+        parent: nn.Module = self.model
+        parts = name.split(".")
+        for depth, part in enumerate(parts):
+            child = parent._modules[part]
+            yield _Spot(parent._modules, part, child, ".".join(parts[: depth + 1]))
+            assert child is not None
+            parent = child
+
+    def _seam_parameters(self, key: Key, seam: Seam) -> Iterator[_Spot]:
+        """Of a router, the weight that the seam has put there; what accelerate moves to and fro is left alone."""
+        name, kind = key
+        target = self.targets.linears.get(name)
+        router_param = target.param if target is not None and target.router else None
+        if hasattr(seam.module, "_hf_hook"):
+            return
+        for spot in _parameters(name, seam.module):
+            if (spot.key == router_param) == (kind is RouterSeam):
+                yield spot
+
+
+def _parameters(name: str, module: nn.Module) -> Iterator[_Spot]:
+    for key, param in module._parameters.items():
+        yield _Spot(module._parameters, key, param, f"{name}.{key}")
+
+
+def _names(targets: ModelTargets) -> set[str]:
+    return {*targets.experts, *targets.linears, *targets.embeddings, *targets.saveable}
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
+    weight = module._parameters.get("weight")
+    return None if weight is None else tuple(weight.shape)
