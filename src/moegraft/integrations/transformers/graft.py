@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from moegraft.core.errors import AdapterFileError, AdapterMismatchError, BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
-from moegraft.integrations.transformers.call import CallState, head_modules
+from moegraft.integrations.transformers.call import CallState, batch_rows, head_modules
 from moegraft.integrations.transformers.experts import (
     ExpertsSite,
     SiteOptions,
@@ -26,7 +26,7 @@ from moegraft.integrations.transformers.experts import (
 )
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
 from moegraft.integrations.transformers.fittings import Fittings
-from moegraft.integrations.transformers.generation import batch_rows, sequences_per_row
+from moegraft.integrations.transformers.generation import sequences_per_row
 from moegraft.integrations.transformers.parallel import INPUTS, RankCalls
 from moegraft.integrations.transformers.parallel_layout import (
     ModelFacts,
@@ -324,7 +324,7 @@ class GraftedModel:
                     group=group,
                     memory=self._memory,
                     heads=self._heads,
-                    modules=self._fittings.modules(),
+                    modules=() if rank_bound is None else self._fittings.modules(),
                     **stated,
                 )
                 self._memory = call.memory
