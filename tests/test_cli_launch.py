@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_result_is_that_of_rank_0() -> None:
     ("how", "message", "exit_code"),
     [
         ("refused", "rank 1 of 2: adapter.safetensors: truncated", 2),
-        ("crash", "rank 1 of 2: ZeroDivisionError: no such number", 1),
+        ("crash", "rank 1 of 2: unexpected ZeroDivisionError: no such number (MOEGRAFT_TRACEBACK=1 shows where)", 1),
         ("killed", "rank 1 of 2: was killed by SIGKILL", 137),
     ],
 )
@@ -70,6 +71,11 @@ def test_a_failing_rank_ends_all(how: str, message: str, exit_code: int) -> None
     assert not survivors()
 
 
+def test_more_ranks_than_the_machine_can_hold() -> None:
+    with pytest.raises(CommandError, match="found 1000000000 ranks, expected at most"):
+        run_on_ranks(_sum_of_ranks, 0, size=10**9, device=CPU)
+
+
 def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(CommandError, match="2 ranks need 2 GPUs, found 1"):
@@ -77,21 +83,65 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SCRIPT = """
-import multiprocessing, torch
+import multiprocessing, sys, time, torch
 from moegraft.cli.launch import run_on_ranks
+from moegraft.core.errors import AdapterFileError
 
 def work(request, rank):
     work.lock = multiprocessing.RLock()  # as progress bars have one
+    if request == "error" and rank == 1:
+        raise AdapterFileError("damaged")
+    if request != "result":
+        time.sleep(60)
     return rank
 
 if __name__ == "__main__":
-    run_on_ranks(work, None, size=2, device=torch.device("cpu"))
+    print("starting", flush=True)
+    try:
+        run_on_ranks(work, sys.argv[1], size=2, device=torch.device("cpu"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(0 if str(error) == "rank 1 of 2: damaged" else repr(error))
 """
 
 
-def test_ranks_leave_nothing_behind(tmp_path: Path) -> None:
+@pytest.fixture
+def script(tmp_path: Path) -> list[str]:
+    (tmp_path / "ranks.py").write_text(SCRIPT)
+    return [sys.executable, str(tmp_path / "ranks.py")]
+
+
+@pytest.mark.parametrize("how", ["result", "error"])
+def test_ranks_leave_nothing_behind(how: str, script: list[str]) -> None:
     """A semaphore that a rank left would be reported to the user when the command ends."""
-    script = tmp_path / "ranks.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    done = subprocess.run([*script, how], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("after", [0.0, 0.5, 5.0])
+def test_interrupted_while_ranks_start(after: float, script: list[str]) -> None:
+    """The terminal sends Ctrl-C to the whole group: whoever is importing then says nothing, and all end."""
+    process = subprocess.Popen(
+        [*script, "interrupt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "starting\n"
+    time.sleep(after)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, "")
+    deadline = time.monotonic() + 30  # multiprocessing's own tracker ends when it sees that nobody is left
+    while running(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(process.pid)
+
+
+def running(group: int) -> list[str]:
+    """Processes of a group, but for those that have ended and were not fetched."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            state, _, pgrp, *_ = stat.read_text().rpartition(")")[2].split()
+            found += [stat.parent.name] if int(pgrp) == group and state != "Z" else []
+    return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GPTQ, CT_INT4, CT_FP8, FP8, MXFP4 = "gptq", "compressed-tensors int4", "compressed-tensors fp8", "fp8 blocks", "mxfp4"
 CT_INT8 = "compressed-tensors int8"
 EXPERTS_0 = "model.layers.0.mlp.experts"
+EXPERTS_1, Q_PROJ = "model.layers.1.mlp.experts", "model.layers.0.self_attn.q_proj"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 Tensors = dict[str, torch.Tensor]
 
@@ -307,6 +310,143 @@ def test_tensors(folders: Any, layout: str, change: Callable[[Tensors], object],
     folder = folders(layout)
     edit_tensors(folder, change)
     assert_refused(folder, *words)
+
+
+def every_in(
+    start: str, end: str, change: Callable[[torch.Tensor], torch.Tensor] | None
+) -> Callable[[Tensors], object]:
+    """Every tensor of such a name changed, or taken out."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith(start) and name.endswith(end)]:
+            if change is None:
+                del tensors[name]
+            else:
+                tensors[name] = change(tensors[name])
+
+    return edit
+
+
+UNSCALED: Any = [
+    (CT_INT8, every_in(EXPERTS_1, ".weight_scale", None), f"{EXPERTS_1}.0.down_proj.weight"),
+    (CT_INT8, every_in("", ".weight_scale", None), ".weight"),
+    (CT_INT8, every_in("model.layers.0.mlp.up_proj", ".weight_scale", None), "model.layers.0.mlp.up_proj.weight"),
+    (CT_FP8, every_in(EXPERTS_0, ".weight_scale", None), f"{EXPERTS_0}.0.down_proj.weight"),
+    (FP8, every_in(EXPERTS_0, ".weight_scale_inv", None), f"{EXPERTS_0}.0.down_proj.weight"),
+    (FP8, every_in(Q_PROJ, ".weight_scale_inv", None), f"{Q_PROJ}.weight"),
+    (GPTQ, every_in("model.norm", ".weight", torch.Tensor.long), "model.norm.weight"),
+    (GPTQ, every_in("model.norm", ".weight", torch.Tensor.char), "model.norm.weight"),
+    (GPTQ, every_in("lm_head", ".weight", lambda t: t.to(torch.float8_e4m3fn)), "lm_head.weight"),
+    (GPTQ, every_in("model.layers.0.mlp.gate", ".weight", lambda t: t.to(torch.uint8)), "mlp.gate.weight"),
+]
+
+
+@pytest.mark.parametrize(("layout", "change", "name"), UNSCALED, ids=range(len(UNSCALED)))
+def test_numbers_without_scales(folders: Any, layout: str, change: Callable[[Tensors], object], name: str) -> None:
+    """Loaded as weights they would be wrong by factors of hundreds."""
+    folder = folders(layout)
+    edit_tensors(folder, change)
+    assert_refused(folder, name, "without the scales")
+
+
+ODD: list[Any] = [None, True, "x", -1, 0, 3, 1.5, 10**7, 2**63, 1e300, [], [1], {}, {"a": 1}, "\0", -(2**40)]
+
+
+@pytest.mark.parametrize("layout", [GPTQ, MXFP4])
+def test_odd_fields(folders: Any, layout: str) -> None:
+    """Whatever a field of the config is: the model loads, or the error is ours and names the file or a tensor."""
+    folder, rng = folders(layout), random.Random(7)
+    fields = json.loads((folder / "config.json").read_text())
+    refused = 0
+    for _ in range(40):
+        name, odd = rng.choice(sorted(fields)), rng.choice(ODD)
+        (folder / "config.json").write_text(json.dumps(fields | {name: odd}))
+        try:
+            moegraft.load_quantised(folder)
+        except (CheckpointError, UnsupportedModelError) as error:
+            refused += 1
+            assert any(word in str(error) for word in ("config.json", "tensor", "experts", "dtype")), (name, odd)
+    assert refused > 15
+
+
+@pytest.mark.parametrize(
+    ("name", "odd", "words"),
+    [
+        ("num_experts", 10**7, "num_experts is 10000000, expected at most 4096"),
+        ("num_hidden_layers", 2000, "num_hidden_layers is 2000, expected at most 512"),
+        ("vocab_size", 20_000_000, "vocab_size is 20000000, expected at most 4194304"),
+        ("vocab_size", 4_000_000, "but the weight files hold"),
+        ("hidden_size", 2**40, "hidden_size is 1099511627776"),
+        ("hidden_act", "eval", "hidden_act is 'eval'"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": "x"}, "rope_parameters.rope_theta is 'x'"),
+        ("model_type", "no_such_model", "model_type is 'no_such_model'"),
+        ("num_attention_heads", 0, "num_attention_heads is 0"),
+    ],
+)
+def test_fields_that_are_named(folders: Any, name: str, odd: Any, words: str) -> None:
+    folder = folders(GPTQ)
+    edit_config(folder, **{name: odd})
+    assert_refused(folder, "config.json", words)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"vocab_size": 10**9}
+    for _ in range(depth):
+        fields = {"text_config": fields}
+    return fields
+
+
+def test_sizes_in_objects_of_the_config(folders: Any) -> None:
+    folder = folders(GPTQ)
+    edit_config(folder, **nested(1))
+    assert_refused(folder, "text_config.vocab_size is 1000000000")
+    edit_config(folder, **nested(900))
+    assert_refused(folder, "config.json")
+
+
+class TestGenerationConfig:
+    def test_six_gigabytes(self, folders: Any) -> None:
+        folder = folders(GPTQ)
+        with (folder / "generation_config.json").open("wb") as file:
+            file.truncate(6 * 2**30)
+        assert_refused(folder, "generation_config.json", "larger than")
+
+    @pytest.mark.parametrize("fields", [{"max_new_tokens": "x"}, {"cache_implementation": 3}, {"do_sample": [[]]}, [1]])
+    def test_odd_fields(self, folders: Any, fields: Any) -> None:
+        folder = folders(GPTQ)
+        (folder / "generation_config.json").write_text(json.dumps(fields))
+        assert_loads_or_refused(folder, "generation_config.json")
+
+    def test_links_out_of_the_folder_and_pipes(self, folders: Any, tmp_path: Path) -> None:
+        folder = folders(GPTQ)
+        (tmp_path / "outside.json").write_text('{"max_new_tokens": 3}')
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        (folder / "generation_config.json").symlink_to(tmp_path / "outside.json")
+        assert_refused(folder, "generation_config.json", "leaves the folder")
+        (folder / "generation_config.json").unlink()
+        os.mkfifo(folder / "generation_config.json")
+        assert_refused(folder, "generation_config.json", "not a regular file")
+
+
+def assert_loads_or_refused(folder: Path, word: str) -> None:
+    try:
+        assert moegraft.load_quantised(folder) is not None
+    except CheckpointError as error:
+        assert word in str(error)
+
+
+def test_code_in_the_folder_never_runs(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask on stdin whether it may."""
+    folder = folders(GPTQ)
+    expected = moegraft.load_quantised(folder)(input_ids=random_ids()).logits
+    for module in ("configuration_x", "modeling_x"):
+        (folder / f"{module}.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass X: pass\n")
+    edit_config(folder, auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"})
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert torch.equal(moegraft.load_quantised(folder)(input_ids=random_ids()).logits, expected)
+    edit_config(folder, model_type="x")
+    assert_refused(folder, "model_type is 'x'")
+    assert not (folder / "ran").exists()
 
 
 class TestFiles:

@@ -223,7 +223,6 @@ LEFT_OUT = {
     "nemotron_h_omni": {"multi_modal_projector.linear_1": "stands outside of the text stack 'language_model.model'"},
     "qwen4_exp": {
         "model.language_model.layers.1.self_attn.indexer.k_layernorm": "pooled",
-        "model.language_model.layers.0.ple.ple_embedding.ngram_embedding": "n-grams",
         "model.visual.blocks.0.attn.qkv": "belongs to 'model.visual'",
     },
     "deepseek_v4": {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.families import build
 from support.mixed import MixedBatch, save_kinds
 
 import moegraft
@@ -20,9 +21,9 @@ def _one_thread(one_thread: None) -> None:
     """Products of this size are faster without waking a second thread."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    """Every test closes its engines: their threads end."""
+    """The tests of a module close their engines: all threads end."""
     yield
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("moegraft")]
     assert not left
@@ -37,27 +38,31 @@ def kinds(mixed: MixedBatch, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.fixture(scope="session")
-def truth(mixed: MixedBatch, kinds: dict[str, Path]) -> Truth:
+def truth(kinds: dict[str, Path]) -> Iterator[Truth]:
     """Greedy tokens of each request alone, by transformers' own generate under the adapter."""
     known: dict[tuple[tuple[int, ...], str | None, int], tuple[int, ...]] = {}
+    with moegraft.attach(build("qwen3_moe"), adapter_memory="8MiB") as graft:
+        for name, path in kinds.items():
+            graft.load_adapter(path, name=name)
 
-    def run(requests: Sequence[tuple[tuple[int, ...], str | None]], count: int) -> list[tuple[int, ...]]:
-        missing = [request for request in requests if (*request, count) not in known]
-        if missing:
-            with moegraft.attach(mixed.model, adapter_memory="4MiB") as graft:
-                for name in {name for _, name in missing if name is not None}:
-                    graft.load_adapter(kinds[name], name=name)
-                for prompt, name in missing:
-                    ids = torch.tensor([prompt])
-                    found = graft.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        adapters=[name],
-                        do_sample=False,
-                        max_new_tokens=count,
-                        min_new_tokens=count,
-                    )
-                    known[prompt, name, count] = tuple(found[0, len(prompt) :].tolist())
-        return [known[(*request, count)] for request in requests]
+        def alone(prompt: tuple[int, ...], name: str | None, count: int) -> tuple[int, ...]:
+            ids = torch.tensor([prompt])
+            options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count}
+            found = graft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), adapters=[name], **options)
+            return tuple(found[0, len(prompt) :].tolist())
 
-    return run
+        def run(requests: Sequence[tuple[tuple[int, ...], str | None]], count: int) -> list[tuple[int, ...]]:
+            for request in requests:
+                if (*request, count) not in known:
+                    known[*request, count] = alone(*request, count)
+            return [known[(*request, count)] for request in requests]
+
+        yield run
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long soak runs where it is asked for: ``-m soak``."""
+    if "soak" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)

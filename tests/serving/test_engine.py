@@ -13,7 +13,7 @@ from support.serving import draw_prompts
 from moegraft import Engine, SamplingParams
 from moegraft.serving.requests import Completion, FinishReason
 
-GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, min_tokens=8)
+GREEDY = SamplingParams(temperature=0, max_tokens=8, min_tokens=8)
 NAMES = ("fused", None, "per_expert", "dora", "everything", "save lm_head", None, "lm_head", "embeddings", "save norms")
 LENGTHS = (7, 4, 16, 3, 5, 20, 33, 8, 9, 12)
 TOKEN_BYTES = 2 * 2 * (8 + 8) * 4  # two layers, two heads, keys and values of 8, float32

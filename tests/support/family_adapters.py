@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, LinearLoRA, ModelTargets
@@ -17,9 +19,9 @@ from support.families import FAMILIES, LegacyNames, build
 from support.oracle import merged_logits
 
 # PEFT refuses Nemotron-H's, and its LoRA on Jamba's has no effect: there, code reads the weight past the module.
-_NOT_FOR_PEFT = {"nemotron_h": ("out_proj",), "jamba": ("dt_proj",)}
+NOT_FOR_PEFT = {"nemotron_h": ("out_proj",), "jamba": ("dt_proj",)}
 # PEFT takes these for experts in families whose experts had such names, whatever module they are in.
-_PEFT_MISTAKES = ("gate_proj", "up_proj", "down_proj")
+PEFT_MISTAKES = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +34,22 @@ class FamilyAdapter:
 
 def save_everything(family: str, path: Path) -> FamilyAdapter:
     """Every linear map but the head, the embedding, the routers and all experts, saved by PEFT: rank 4, alpha 6."""
-    model = build(family)
+    return save_all_of(build(family), path, left_out=_left_out(family))
+
+
+def save_all_of(model: PreTrainedModel, path: Path, *, left_out: Collection[str] = (), seed: int = 11) -> FamilyAdapter:
+    """As ``save_everything``, of any model. ``left_out``: linear maps by the last part of their name."""
     targets = discover_targets(model)
-    linears = [name for name in _linears_for_peft(family, targets) if name != "lm_head"]
-    left_out = _NOT_FOR_PEFT.get(family, ())
-    by_weight = {name: linear for name, linear in targets.linears.items() if linear.router}
-    routers = [f"{name}.{it.param}" for name, it in by_weight.items() if name.rpartition(".")[2] not in left_out]
+    wanted = {
+        name: linear
+        for name, linear in targets.linears.items()
+        if name.rpartition(".")[2] not in (*left_out, "lm_head")
+    }
+    routers = [f"{name}.{linear.param}" for name, linear in wanted.items() if linear.router]
+    modules = [*(name for name, linear in wanted.items() if not linear.router), *targets.embeddings]
     parameters = [*routers, *_experts_parameters(targets)]
-    modules = [*linears, *targets.embeddings]
     config = LoraConfig(r=4, lora_alpha=6, target_modules=modules, target_parameters=parameters)
-    return _save_with_peft(get_peft_model(model, config), path, seed=11)
+    return _save_with_peft(get_peft_model(model, config), path, seed=seed)
 
 
 def save_vocabulary(family: str, path: Path, *, rank: int = 4, use_dora: bool = False) -> FamilyAdapter:
@@ -91,12 +99,14 @@ def save_replacements(family: str, path: Path) -> FamilyAdapter:
 
 def _linears_for_peft(family: str, targets: ModelTargets) -> Iterator[str]:
     """Linear maps that PEFT serves as such; ``save_part`` has those that it mistakes for experts."""
-    left_out = _NOT_FOR_PEFT.get(family, ())
-    if FAMILIES[family].legacy is not None:
-        left_out += _PEFT_MISTAKES
+    left_out = _left_out(family)
     for name, linear in targets.linears.items():
         if not linear.router and name.rpartition(".")[2] not in left_out:
             yield name
+
+
+def _left_out(family: str) -> tuple[str, ...]:
+    return (*NOT_FOR_PEFT.get(family, ()), *(PEFT_MISTAKES if FAMILIES[family].legacy is not None else ()))
 
 
 def _experts_parameters(targets: ModelTargets) -> Iterator[str]:
@@ -120,9 +130,15 @@ def _save_with_peft(model: PeftModel, path: Path, *, seed: int) -> FamilyAdapter
 
     def truth(**inputs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return model(**inputs).logits
+            return output_of(model(**inputs))
 
     return FamilyAdapter(path=path, truth=truth)
+
+
+def output_of(outputs: Any) -> torch.Tensor:
+    """Logits [B, S, V], or the last hidden states of a model without a head."""
+    found: torch.Tensor = outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+    return found
 
 
 def _save_per_expert(
@@ -147,10 +163,10 @@ def _save_per_expert(
     linears = {
         name: _random_pair(linear.in_features, linear.out_features, generator)
         for name, linear in targets.linears.items()
-        if name.endswith(_PEFT_MISTAKES)
+        if name.endswith(PEFT_MISTAKES)
     }
     pairs |= {name.replace("model.layers", legacy.stack, 1): pair for name, pair in linears.items()}
-    _write(path, pairs, target_modules=sorted({w13_name, legacy.down, *_PEFT_MISTAKES}))
+    _write(path, pairs, target_modules=sorted({w13_name, legacy.down, *PEFT_MISTAKES}))
 
     b13_hrF = torch.stack([1.5 * b13.T, torch.zeros_like(b13.T)])
     lora = ExpertsLoRA(

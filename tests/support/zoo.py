@@ -76,6 +76,7 @@ _TOKENS = {
 }
 _MORE: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v32", "glm_moe_dsa", "mistral_large4_text"), _ALL_HEADS),
+    "aria": {"projector_patch_to_query_dict": {1: 1, 16: 4}},
     "bailing_hybrid": {**_ALL_HEADS, "layer_types": ["linear_attention", "full_attention"]},
     "beam": _SPARSE,
     "dbrx": {
@@ -108,22 +109,17 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]},
     },
     "flint": {"mlp_only_layers": [0]},
-    "gemma4_assistant": {
-        "text_config": {
-            **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0),
-            "enable_moe_block": False,
-        }
-    },
     "glm4v_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     "glm5_next_text": {
         **_ALL_HEADS,
         **_SPARSE,
-        "index_kpool": 2, "qk_rope_head_dim": 0, "swiglu_limit": 0.5,
+        "index_kpool": 2, "qk_rope_head_dim": 0, "swiglu_limit": 0.5, "linear_head_dim": 8, "linear_num_heads": 4,
         "layer_types": ["linear_attention", "full_attention"],
     },
     "hy_v4": {**_SPARSE, "swiglu_limit": 0.5},
     "inkling2_text": {"mlp_gate_softcap": 0.75, "mlp_up_softcap": 0.5},
     "internvl": {"text_config": {"model_type": "qwen3_moe"}},
+    "kimi_k25": {"projection_hidden_size": 32},
     "kimi_linear": {
         **_ALL_HEADS,
         **_SPARSE,
@@ -167,6 +163,10 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
 _EXPERTS = re.compile(r"use_experts_implementation|class \w*(Experts?|MoE|Moe|MOE|SparseMLP|SparseMoeBlock)\w*\(nn\.")
 # Wrappers that take any text model, with one that has experts inside: InternVL 3.5 of Qwen3-30B-A3B.
 _WRAPPERS = ("internvl",)
+# Part of another model: it has no keys and values of its own.
+_NOT_ALONE = ("gemma4_assistant",)
+# Their vision encoders are built for images of 768 pixels and more.
+NO_IMAGES = ("deepseek_ocr2", "unlimited_ocr")
 
 
 @functools.cache
@@ -182,7 +182,8 @@ def moe_model_types() -> tuple[str, ...]:
         parts = {getattr(spec, "model_type", None) for spec in _parts(CONFIG_MAPPING[name]).values()}
         if parts & found:
             found.add(name)
-    return tuple(sorted(name for name in found if _model_class(CONFIG_MAPPING[name]) is not None))
+    alone = found.difference(_NOT_ALONE)
+    return tuple(sorted(name for name in alone if _model_class(CONFIG_MAPPING[name]) is not None))
 
 
 def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
@@ -245,3 +246,78 @@ def _model_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] 
             continue
         return found[0] if isinstance(found, tuple) else found
     return None
+
+
+def text_inputs(model: PreTrainedModel, rows: int = 3, length: int = 11) -> dict[str, torch.Tensor]:
+    """``rows`` sequences, of which the second is shorter and padded on the left; a canvas where the model draws on one
+    (which would be random)."""
+    ids = torch.randint(3, IMAGE_TOKEN, (rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[1, :4] = 0
+    inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    canvas = getattr(model.config, "canvas_length", None)
+    return inputs if canvas is None else inputs | {"decoder_input_ids": torch.arange(rows * canvas).view(rows, -1) % 90}
+
+
+def image_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """``text_inputs`` with one image in the first row and one in the last; None for a model that takes none.
+
+    Which shape pixels have and how many tokens an image takes is found out by trying: the model's own errors tell.
+    """
+    accepted = inspect.signature(type(model).forward).parameters
+    if "pixel_values" not in accepted:
+        return None
+    errors = []
+    for pixels in _pixels(model):
+        num_tokens = 4
+        for _ in range(3):
+            inputs = _with_images(model, num_tokens) | pixels
+            inputs = {key: value for key, value in inputs.items() if key in accepted}
+            try:
+                with torch.no_grad():
+                    model(**inputs)
+                return inputs
+            except (KeyError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                errors.append(f"{type(error).__name__}: {error}")
+                counts = _COUNTS.search(str(error))
+                if counts is None:
+                    break
+                num_tokens = max(int(counts["features"]) * num_tokens * 2 // max(int(counts["tokens"]), 1) // 2, 1)
+    raise AssertionError(f"{type(model).__name__} took no image: {errors}")
+
+
+# transformers: "Image features and image tokens do not match, tokens: 8, features: 32".
+_COUNTS = re.compile(r"tokens:? (?P<tokens>\d+), features:? (?P<features>\d+)")
+
+
+def _with_images(model: PreTrainedModel, num_tokens: int) -> dict[str, torch.Tensor]:
+    inputs = text_inputs(model, length=num_tokens + 9)
+    ids = inputs["input_ids"]
+    for row, start in ((0, 2), (2, 4)):
+        ids[row, start] = VISION_START
+        ids[row, start + 1 : start + 1 + num_tokens] = IMAGE_TOKEN
+        ids[row, start + 1 + num_tokens] = VISION_END
+    return inputs | {"mm_token_type_ids": (ids == IMAGE_TOKEN).long()}
+
+
+def _pixels(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    """Two images of 16 x 16, in every form that some model takes."""
+    vision = getattr(model.config, "vision_config", None)
+    patch = getattr(vision, "patch_size", 4)
+    side = patch if isinstance(patch, int) else patch[0]
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    grid = {"image_grid_thw": torch.tensor([[1, 4, 4]] * 2), "image_grid_hw": torch.tensor([[4, 4]] * 2)}
+    size = 4 * side
+    columns = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).reshape(1, 16, 2)
+    placed = {"image_position_ids": columns.expand(2, 16, 2)}
+    sizes = {"image_sizes": torch.tensor([[size, size]] * 2)}
+    return [
+        {"pixel_values": draw(32, 3 * 2 * side * side), **grid},
+        {"pixel_values": draw(32, 3 * side * side), **grid},
+        {"pixel_values": draw(32, 3, side, side), **grid},
+        {"pixel_values": draw(2, 16, 3 * side * side), **placed},
+        {"pixel_values": draw(32, 2 * side, 2 * side, 3), **grid},
+        {"pixel_values": draw(8, 2, side, side, 3)},
+        {"pixel_values": draw(2, 3, size, size), **sizes},
+        {"pixel_values": draw(2, 3, 16, 16), **sizes},
+    ]

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from moegraft.cli.console import print_json, reported, working
+from moegraft.cli.console import INTERRUPTED, Commands, print_json, working
 from moegraft.core.memory import parse_bytes
 
 app = typer.Typer(
+    cls=Commands,
     help="Many LoRA adapters on one mixture-of-experts model, in one mixed batch.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -44,10 +44,10 @@ def _check_memory(value: str) -> str:
 
 
 @app.command()
-@reported
 def demo(
     keep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the checkpoint and the adapters in this new folder.")
+        Path | None,
+        typer.Option(metavar="DIR", file_okay=False, help="Keep the checkpoint and the adapters in this new folder."),
     ] = None,
     max_steps: Annotated[int, typer.Option(hidden=True, min=1)] = 200,
     as_json: Json = False,
@@ -63,7 +63,6 @@ def demo(
 
 
 @app.command()
-@reported
 def generate(  # noqa: PLR0913  # one parameter an option
     model: ModelFolder,
     prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
@@ -115,7 +114,6 @@ def generate(  # noqa: PLR0913  # one parameter an option
 
 
 @app.command("inspect")
-@reported
 def inspect_(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter saved by PEFT.")],
     base: Annotated[
@@ -141,7 +139,6 @@ def inspect_(
 
 
 @app.command()
-@reported
 def explain(
     model: ModelFolder,
     dtype: Dtype = "auto",
@@ -161,7 +158,6 @@ def explain(
 
 
 @app.command()
-@reported
 def tune(
     shape: Annotated[
         list[str] | None,
@@ -199,6 +195,6 @@ def tune(
     results = run_tune(request)
     print_json(results) if as_json else show_tuning(results)
     if any(result.is_interrupted for result in results):
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     if any(result.table is None for result in results):
         raise typer.Exit(1)

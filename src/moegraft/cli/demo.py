@@ -15,7 +15,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from moegraft.cli.compare import Comparison, MixedBatch, compare
-from moegraft.cli.console import CommandError, progress_bars
+from moegraft.cli.console import CommandError, first_line, progress_bars
 from moegraft.cli.corpus import FACTS, STYLES, Fact
 from moegraft.cli.loading import encode_prompts, load_model, load_tokenizer, quiet_transformers
 from moegraft.cli.train import save_adapter, save_base
@@ -75,8 +75,8 @@ class DemoResult:
 
 def run_demo(keep: Path | None, *, max_steps: int) -> DemoResult:
     """Trains, saves, loads back, answers, compares and measures; on the CPU, with one thread."""
-    if keep is not None and keep.exists() and any(keep.iterdir()):
-        raise CommandError(f"--keep {keep}: the folder is not empty")
+    if keep is not None:
+        _make_empty(keep)
     quiet_transformers()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, progress_bars() as bars, _one_thread():
@@ -98,6 +98,28 @@ def run_demo(keep: Path | None, *, max_steps: int) -> DemoResult:
         kept_in=str(keep) if keep is not None else None,
         is_exact=comparison.is_exact,
     )
+
+
+def _make_empty(folder: Path) -> None:
+    """Raises CommandError before a minute goes into what could not be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_used = any(folder.iterdir())
+    except OSError as error:
+        raise CommandError(f"--keep {folder}: {error.strerror}") from error
+    if is_used:
+        raise CommandError(f"--keep {folder}: the folder is not empty")
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """A full disk is told by transformers as by the system, by safetensors in an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise CommandError(f"{folder} cannot be written: {first_line(error)}") from error
 
 
 @contextmanager
@@ -124,13 +146,13 @@ def _train_all(folder: Path, max_steps: int, bars: Progress) -> None:
         def on_step(loss: float) -> None:
             bars.update(task, advance=1, note=f"loss {loss:.3f}")
 
-        if name == "base":
-            training = save_base(folder / "base", max_steps=max_steps, on_step=on_step)
-        else:
-            tokenizer = load_tokenizer(folder / "base")
-            training = save_adapter(
-                name, folder / "base", folder / name, tokenizer, max_steps=max_steps, on_step=on_step
-            )
+        base = folder / "base"
+        with _saving(folder / name):
+            if name == "base":
+                training = save_base(base, max_steps=max_steps, on_step=on_step)
+            else:
+                tokenizer = load_tokenizer(base)
+                training = save_adapter(name, base, folder / name, tokenizer, max_steps=max_steps, on_step=on_step)
         bars.update(task, total=training.steps)
 
     for name in tasks:

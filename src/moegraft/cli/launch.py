@@ -8,9 +8,8 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -19,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from moegraft.cli.console import CommandError, stderr
-from moegraft.core.errors import MoegraftError, ParallelError
+from moegraft.cli.console import CommandError, describe, stderr
+from moegraft.core.errors import ParallelError
 from moegraft.parallel import backend_of
 
 _Request = TypeVar("_Request")
@@ -28,6 +27,7 @@ _Result = TypeVar("_Result")
 
 GRACE_SECONDS = 3.0
 """For the other ranks to say what they know, once one has failed."""
+MAX_CPU_RANKS = max(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,10 @@ def run_on_ranks(
             ours, theirs = context.Pipe(duplex=False)
             args = (theirs, work, request, rank, size, store.port, device.type)
             process = context.Process(target=_run_rank, args=args, name=f"rank {rank}", daemon=True)
-            process.start()
+            with _interrupts_later():
+                process.start()
+                ranks.append((process, ours))
             theirs.close()
-            ranks.append((process, ours))
         reports = _collect(ranks)
         _raise_first([reports[rank] for rank in range(size)])
         for process, _ in ranks:
@@ -67,14 +68,35 @@ def run_on_ranks(
         result: _Result = reports[0].result
         return result
     finally:
-        for process, _ in ranks:
-            process.kill()
-            process.join()
+        with _interrupts_later():
+            for process, _ in ranks:
+                process.kill()
+                process.join()
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the block is done; a process started in it is born deaf to it, while it imports too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _check_devices(device: torch.device, size: int) -> None:
     if device.type == "cuda" and size > torch.cuda.device_count():
         raise CommandError(f"{size} ranks need {size} GPUs, found {torch.cuda.device_count()}; or give --device cpu")
+    if device.type != "cuda" and size > MAX_CPU_RANKS:
+        raise CommandError(f"found {size} ranks, expected at most {MAX_CPU_RANKS} on the processors of this machine")
 
 
 def _collect(ranks: Sequence[tuple[Any, Connection]]) -> dict[int, Report]:
@@ -123,6 +145,8 @@ def _run_rank(
     """The life of one rank."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent ends its ranks
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Locks of a process that may fork are nameless: none is left behind, and reported, when a rank is killed.
+    multiprocessing.set_start_method("fork", force=True)
     stderr.quiet = rank > 0
     try:
         store = TCPStore("127.0.0.1", port, is_master=False)
@@ -131,16 +155,9 @@ def _run_rank(
         dist.init_process_group(backend_of(kind), store=store, rank=rank, world_size=size)
         result = work(request, rank)
         report = Report(result=result if rank == 0 else None)
-    except MoegraftError as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        report = Report(
-            error=f"{error}{notes}",
-            exit_code=getattr(error, "exit_code", 2),
-            is_consequence=isinstance(error, ParallelError),
-        )
     except Exception as error:
-        traceback.print_exc()
-        report = Report(error=f"{type(error).__name__}: {error}", exit_code=1)
+        message, exit_code = describe(error)
+        report = Report(error=message, exit_code=exit_code, is_consequence=isinstance(error, ParallelError))
     with suppress(BrokenPipeError):
         connection.send(report)
     connection.close()

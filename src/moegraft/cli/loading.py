@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import logging
 
 from moegraft.cli.console import CommandError, first_line
+from moegraft.core.errors import MoegraftError
 from moegraft.integrations.transformers import is_quantised, load_quantised
 from moegraft.integrations.transformers.checkpoint import auto_class
 
@@ -47,7 +49,23 @@ def resolve_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"--device {name} cannot be used: {first_line(error)}") from error
+    if device.type == "meta":
+        raise CommandError("--device meta cannot be used: it holds no numbers")
     return device
+
+
+@contextmanager
+def refused(folder: Path, what: str) -> Iterator[None]:
+    """What transformers makes of a checkpoint's files, which may hold anything: any error is one of the checkpoint."""
+    try:
+        yield
+    except MoegraftError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise CommandError(f"{folder} needs code of its own to be read (auto_map), which is never run") from error
+        said = first_line(error) if isinstance(error, OSError | ValueError | ImportError) else repr(error)
+        raise CommandError(f"{folder} {what}: {first_line(said)}") from error
 
 
 def load_model(folder: Path, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
@@ -59,22 +77,18 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str | None = None) 
     if (folder / "config.json").is_file() and is_quantised(folder):
         wanted = resolve_dtype(dtype)
         return load_quantised(folder, dtype=None if wanted == "auto" else wanted, device=target)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with refused(folder, "holds no model that transformers can load"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: PreTrainedModel = auto_class(config).from_pretrained(
-            folder, dtype=resolve_dtype(dtype), local_files_only=True
+            folder, dtype=resolve_dtype(dtype), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:  # ImportError: a quantisation method whose library is missing
-        raise CommandError(f"{folder} holds no model that transformers can load: {first_line(error)}") from error
     return model.to(target).eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, padding on the left. Raises CommandError where there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{folder} holds no tokenizer that transformers can load: {first_line(error)}") from error
+    with refused(folder, "holds no tokenizer that transformers can load"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -84,11 +98,30 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, raw: bool = False
 ) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask [prompts, S], padded on the left; through the chat template if there is one."""
-    if tokenizer.chat_template is None or raw:
-        batch = tokenizer(prompts, padding=True, return_tensors="pt")
-    else:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    """input_ids and attention_mask [prompts, S], padded on the left; through the chat template if there is one.
+
+    Raises CommandError for a prompt that is not text or has no token, and where the template fails.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise CommandError(f"prompt {number}: found bytes that are not UTF-8") from None
+    is_chat = tokenizer.chat_template is not None and not raw
+    try:
+        texts = _through_template(tokenizer, prompts) if is_chat else prompts
+        batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not is_chat)
+    except Exception as error:  # the template is a program of the checkpoint
+        raise CommandError(f"the tokenizer or its chat template fails: {first_line(error)}") from error
+    found = {"input_ids": batch["input_ids"].long(), "attention_mask": batch["attention_mask"].long()}
+    empty = (found["attention_mask"].sum(1) == 0).nonzero().flatten().tolist()
+    if empty:
+        why = "; the chat template makes nothing of it (--raw leaves it out)" if is_chat else ""
+        raise CommandError(f"prompt {empty[0] + 1} has no token{why}")
+    return found
+
+
+def _through_template(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts: list[str] = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    return texts

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moegraft.cli.console import CommandError, first_line
-from moegraft.cli.loading import quiet_transformers, resolve_device, resolve_dtype
+from moegraft.cli.console import CommandError
+from moegraft.cli.loading import quiet_transformers, refused, resolve_device, resolve_dtype
 from moegraft.integrations.transformers import LayerChoice, is_quantised
 from moegraft.integrations.transformers.checkpoint import (
     check_method,
@@ -23,6 +23,8 @@ from moegraft.integrations.transformers.parallel_layout import RankShare, rank_s
 from moegraft.integrations.transformers.targets import discover_targets, experts_targets
 from moegraft.lora.targets import ModelTargets
 from moegraft.parallel import ParallelConfig
+
+MAX_RANKS = 1024
 
 
 def base_targets(folder: Path) -> ModelTargets:
@@ -49,6 +51,8 @@ def explain_model(
 
     Raises CheckpointError, UnsupportedModelError or NoBackendError.
     """
+    if parallel is not None and parallel.world_size > MAX_RANKS:
+        raise CommandError(f"found {parallel.world_size} ranks, expected at most {MAX_RANKS}")
     check_method(folder)
     model = hollow_model(folder, dtype=dtype, device=device)
     several = parallel is not None and parallel.world_size > 1
@@ -69,12 +73,10 @@ def hollow_model(folder: Path, *, dtype: str = "auto", device: str | None = "cpu
     The number is 1, so that norms of weights (DoRA) stay away from zero. Their values mean nothing.
     """
     quiet_transformers()
-    try:
-        config = plain_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    with refused(folder, "has no config of a model that transformers knows"):
+        config = plain_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         wanted = resolve_dtype(dtype)
         model = hollow_structure(config, dtype=None if wanted == "auto" else wanted)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{folder} has no config of a model that transformers knows: {first_line(error)}") from error
     target = resolve_device(device)
     for module in model.modules():
         for name, parameter in module._parameters.items():

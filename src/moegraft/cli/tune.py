@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -75,6 +76,8 @@ def make_request(
     """The command's options, checked. Raises CommandError, and UnsupportedModelError for the model."""
     if bool(shapes) == (model is not None):
         raise CommandError("expected either --shape or --model")
+    if seconds is not None and math.isnan(seconds):
+        raise CommandError("found --seconds nan, expected a number")
     counts = TOKENS if tokens is None else parse_numbers(tokens, "--tokens")
     if output is not None and output.suffix != ".json":
         raise CommandError(f"found --output {output}, expected a name that ends in .json: others are not read")
@@ -100,9 +103,9 @@ def parse_layer(text: str, *, rank: int, num_adapters: int) -> TunedLayer:
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """Positive whole numbers between commas. Raises CommandError."""
+    """Positive whole numbers of at most nine digits between commas. Raises CommandError."""
     parts = text.split(",")
-    if not all(re.fullmatch(r"\s*0*[1-9]\d*\s*", part, re.ASCII) for part in parts):
+    if not all(re.fullmatch(r"\s*0*[1-9]\d{0,8}\s*", part, re.ASCII) for part in parts):
         raise CommandError(f"found {option} {text}, expected positive whole numbers between commas")
     return tuple(map(int, parts))
 

@@ -33,6 +33,7 @@ class Folder:
             is_file = isinstance(error, NotADirectoryError)
             raise FileError(f"{self.path}: {'is a file' if is_file else 'no such folder'}") from None
         self._blobs = _blobs(Path(self._home))
+        self._version: str | None = None  # where ``..data`` led the first file
 
     def has(self, name: str) -> bool:
         """Whether anything of that name is there."""
@@ -50,7 +51,11 @@ class Folder:
             root = self._root_of(real)
             if root is None:
                 raise FileError(f"{where} is a link that leaves the folder")
-            fd = self._open_below(root, os.path.relpath(real, root).split(os.sep))
+            parts = os.path.relpath(real, root).split(os.sep)
+            if parts[0].startswith("..") and parts[0] != (self._version or parts[0]):
+                raise FileError(f"{where} is of another version ({parts[0]}) than files before it ({self._version})")
+            self._version = self._version or (parts[0] if parts[0].startswith("..") else None)
+            fd = self._open_below(root, parts)
         except (OSError, ValueError) as error:
             code = error.errno if isinstance(error, OSError) else None
             if code in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.ENOENT):  # a link, a socket, a link to nothing

@@ -64,6 +64,9 @@ class TensorInfo:
         """File and tensor, as every message names them."""
         return f"{self.file}: tensor {shorten(self.name)}"
 
+    def __str__(self) -> str:
+        return self.where
+
 
 class SafetensorsFile:
     """One open file, which the caller gives over. Everything is checked and read on this one handle.
@@ -248,6 +251,8 @@ class WeightFiles:
 class WeightFolder:
     """All tensors of a folder, from one file or from shards; a context manager. ``names``: how the files are called.
 
+    ``unread``: tensors of which nothing was read yet, so that a client can tell whether it applied all of them.
+
     Raises:
         FileError: no weights, only pickles, or an index that disagrees with its shards.
         StoredTensorError: a dtype that is not served; while reading, values that are not finite.
@@ -269,6 +274,7 @@ class WeightFolder:
             for name, shard in (index or {}).items():
                 if name not in self.infos:
                     raise FileError(f"{names.index}: tensor {shorten(name)} is not in {shard}")
+            self.unread = set(self.infos)
         except BaseException:
             self._stack.close()
             raise
@@ -285,6 +291,7 @@ class WeightFolder:
 
     def read(self, name: str, cuts: Cuts | None = None) -> torch.Tensor:
         """One tensor or ``cuts`` of it, on the CPU, in the file's dtype, finite."""
+        self.unread.discard(name)
         return self._file_of[name].read(name, cuts)
 
     def read_start(self, name: str, nbytes: int) -> bytes:

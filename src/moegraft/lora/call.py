@@ -167,7 +167,7 @@ class AdapterCall:
         if forward is None:
             return self._rows_outside(module, found)
         B, S = forward.num_sequences, forward.num_tokens
-        if found in ((B, S), (B * S,)):
+        if found in ((B, S), (B * S,)) or _without_ones(found) == _without_ones((B, S)):
             return forward.tokens
         return self._rows_beside(module, found, forward)
 
@@ -296,6 +296,11 @@ class AdapterCall:
             ranks = self.batch.max_ranks(module)
             bound = self._memory.linear_bounds[module] = max(ranks[LinearFactor.A], 1) if ranks else 0
         return bound
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Dimensions of one change no row's place: some modules meet tokens as [B, 1, S]."""
+    return tuple(size for size in shape if size != 1)
 
 
 def _repeated(rows: AdapterRows, times: int) -> AdapterRows:

@@ -27,15 +27,17 @@ class Segment:
 class StepBatch:
     """T rows, padding included, of which W give logits.
 
-    ids_T, positions_T, slots_T (page * S + offset) int64 · lanes: the adapter of each row, BASE for padding ·
-    rows_W: those whose logits are wanted, ``lanes_W`` their adapters · segments: rows by sequence.
+    ids_T, positions_T, slots_T (page * S + offset) int64 · lanes, lengths: the adapter of each chunk and its rows, BASE
+    for padding · rows_W: those whose logits are wanted, ``lanes_W`` their adapters; None for all rows ·
+    segments: rows by sequence.
     """
 
     ids_T: torch.Tensor
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     lanes: tuple[int, ...]
-    rows_W: torch.Tensor
+    lengths: tuple[int, ...]
+    rows_W: torch.Tensor | None
     lanes_W: tuple[int, ...]
     segments: tuple[Segment, ...]
     pool: KVPool
@@ -67,7 +69,7 @@ def pack(
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    lanes: list[int] = []
+    lanes_W: list[int] = []
     wanted: list[int] = []
     segments: list[Segment] = []
     for chunk in plan.chunks:
@@ -83,17 +85,19 @@ def pack(
         ids += sequence.tokens[chunk.start : end]
         positions += range(chunk.start, end)
         slots += [sequence.pages[at // size] * size + at % size for at in range(chunk.start, end)]
-        lanes += [sequence.lane] * chunk.count
         if chunk.samples:
             wanted.append(len(ids) - 1)
+            lanes_W.append(sequence.lane)
     padding, wanted_padding = padded_to[0] - len(ids), padded_to[1] - len(wanted)
+    is_whole = padded_to[0] == padded_to[1] and len(wanted) == len(ids)  # decode rows and their padding
     return StepBatch(
         ids_T=torch.tensor(ids + [0] * padding, device=device),
         positions_T=torch.tensor(positions + [0] * padding, device=device),
         slots_T=torch.tensor(slots + [SCRATCH_PAGE * size] * padding, device=device),
-        lanes=tuple(lanes) + (BASE,) * padding,
-        rows_W=torch.tensor(wanted + [0] * wanted_padding, device=device),
-        lanes_W=tuple(lanes[row] for row in wanted) + (BASE,) * wanted_padding,
+        lanes=tuple(chunk.sequence.lane for chunk in plan.chunks) + (BASE,) * bool(padding),
+        lengths=tuple(chunk.count for chunk in plan.chunks) + (padding,) * bool(padding),
+        rows_W=None if is_whole else torch.tensor(wanted + [0] * wanted_padding, device=device),
+        lanes_W=(*lanes_W, *(BASE,) * wanted_padding),
         segments=tuple(segments),
         pool=pool,
     )

@@ -90,7 +90,7 @@ class Runner:
             device=self.device,
             row_by_row=self._row_by_row,
         )
-        with self._adapters(step.lanes), self._stack:
+        with self._adapters(step.lanes, step.lengths), self._stack:
             self._step = step
             try:
                 logits: torch.Tensor = self.model(
@@ -112,16 +112,16 @@ class Runner:
         at = bisect_left(self._sizes, rows)
         return self._sizes[at] if at < len(self._sizes) else rows
 
-    def _adapters(self, lanes: tuple[int, ...]) -> AbstractContextManager[Any]:
-        """The one place that says to the layers which adapter each row uses."""
-        return self.graft.batch([None if lane == BASE else self._names(lane) for lane in lanes], len(lanes))
+    def _adapters(self, lanes: tuple[int, ...], lengths: tuple[int, ...]) -> AbstractContextManager[Any]:
+        """The one place that says to the layers which adapter each row uses: lane i the next ``lengths[i]`` rows."""
+        return self.graft.batch([None if lane == BASE else self._names(lane) for lane in lanes], lengths=lengths)
 
     def _keep_wanted_rows(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """In front of the head: only the rows that sample go on, each with its own adapter."""
         step, self._step = self._step, None  # once a step: a copy of the head that an adapter replaces has the hook too
-        if step is None:
+        if step is None or step.rows_W is None:
             return None
-        self._stack.enter_context(self._adapters(step.lanes_W))
+        self._stack.enter_context(self._adapters(step.lanes_W, (1,) * len(step.lanes_W)))
         return args[0][step.rows_W], *args[1:]
 
 

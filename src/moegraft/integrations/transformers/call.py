@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import BatchError
+from moegraft.integrations.transformers.scope import HEADS
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.targets import ModelTargets
 
@@ -214,7 +215,11 @@ def token_modules(model: PreTrainedModel, targets: ModelTargets) -> list[str]:
 def head_modules(model: PreTrainedModel, targets: ModelTargets) -> frozenset[str]:
     """Linear maps behind the text stack: they may see the last tokens of each row only."""
     output = model.get_output_embeddings()
-    return frozenset(name for name in targets.linears if "." not in name or model.get_submodule(name) is output)
+    return frozenset(
+        name
+        for name in targets.linears
+        if "." not in name or name.rpartition(".")[2] in HEADS or model.get_submodule(name) is output
+    )
 
 
 def _innermost(prefixes: Collection[str], name: str) -> str:

@@ -19,7 +19,6 @@ _OTHER_ROWS: Mapping[str, str] = {
     ".compressor.kv_norm": "it runs on states pooled over blocks of tokens",  # DeepSeek-V4
     ".compressor.indexer.kv_norm": "it runs on keys pooled over blocks of tokens",  # DeepSeek-V4
     ".indexer.k_layernorm": "it runs on keys pooled over blocks of tokens",  # Qwen4-Exp
-    ".ngram_embedding": "it looks up several n-grams a token",  # Qwen4-Exp
     ".qkv_proj.v_proj_delayed": "it runs once more on the state before the first token",  # Zaya
 }
 # What stands on a model beside its stack of layers and sees the rows that leave it.

@@ -55,7 +55,12 @@ class HookSeam(Seam):
     def remove(self) -> None:
         remove_hooks(self.module, self)
 
-    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if len(rest) != 2:
+            # Put in or taken out while this pass runs in another thread: torch does not know for an instant that the
+            # hook takes keyword arguments. No adapter of a running batch needs a seam that comes or goes.
+            return
+        kwargs, output = rest
         call = self.state.current()
         if call is not None:
             _without_grad(self.apply, call, args, kwargs, output)

@@ -39,7 +39,7 @@ def scalable(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype is dtype else widen(tensor)
 
 
-def cast(tensor: torch.Tensor, dtype: torch.dtype, where: str, *, is_finite: bool = False) -> torch.Tensor:
+def cast(tensor: torch.Tensor, dtype: torch.dtype, where: TensorInfo | str, *, is_finite: bool = False) -> torch.Tensor:
     """To ``dtype``, contiguous. Raises AdapterTensorError where a value does not fit into it.
 
     ``is_finite``: whether all values are known to be, as those that were read and not scaled.
@@ -71,9 +71,9 @@ def build_linear(
         b = b * gain
         a = cut_tensor(cut_lanes(a, mine.lanes), _cut(1, mine.inputs))
     return LinearLoRA(
-        a=cast(a, dtype, plan.pair.a.where),
-        b=cast(b, dtype, plan.pair.b.where),
-        gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude.where),
+        a=cast(a, dtype, plan.pair.a),
+        b=cast(b, dtype, plan.pair.b),
+        gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude),
     )
 
 
@@ -99,7 +99,7 @@ def build_embedding(
 ) -> EmbeddingLoRA:
     """LoRA of an embedding. Raises AdapterTensorError."""
     a, b = _read_pair(plan.pair, read, mine)
-    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a.where), b=cast(b * plan.target.scale, dtype, plan.pair.b.where))
+    return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a), b=cast(b * plan.target.scale, dtype, plan.pair.b))
 
 
 def build_saved(
@@ -115,7 +115,7 @@ def build_saved(
     Raises AdapterTensorError; also where the module has LoRA and another base weight at once.
     """
     cuts = {} if mine is None else {mine.axis: mine.pieces}
-    tensor = cast(read(info.name, cuts), base.dtype, info.where)
+    tensor = cast(read(info.name, cuts), base.dtype, info)
     if not base.is_meta and torch.equal(tensor, cut_tensor(base.detach(), cuts).cpu()):
         return None
     if module in plan.linears or module in plan.embeddings:

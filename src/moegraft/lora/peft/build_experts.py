@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -31,22 +32,24 @@ def build_experts(
     sides = {cut.projection: cut.read(plan, read) for cut in _cuts(plan, mine, dtype)}
     spread = {projection: (_spread(a, experts), _spread(b, experts)) for projection, (a, b) in sides.items()}
     a13, b_gate, b_up, up_lane = _join_gate_and_up(plan, spread)
+    if a13 is not None and mine.low_rank is not None:
+        a13 = pad_axis(a13, 1, mine.low_rank.of(_lanes(plan)).padded)
     a2, b2 = spread.get(Projection.DOWN, (None, None))
     columns, hidden = mine.columns(plan.target.intermediate_size), mine.hidden(plan.target.hidden_size)
-    padded = {
-        "a13": a13 if a13 is None or mine.low_rank is None else pad_axis(a13, 1, mine.low_rank.of(_lanes(plan)).padded),
+    factors = {
+        "a13": a13,
         "b_gate": _padded(b_gate, columns.padded),
         "b_up": _padded(b_up, columns.padded),
         "a2": _padded(a2, columns.padded),
         "b2": _padded(b2, hidden.padded),
     }
-    file = plan.infos()[0].file
+    file = next(info.file for info in plan.infos())
     return ExpertsLoRA(
         expert_ids=experts,
         up_lane=up_lane,
         **{
             name: cast(rows, dtype, f"{file}: {name} of {plan.target.name}", is_finite=name in ("a13", "a2"))
-            for name, rows in padded.items()
+            for name, rows in factors.items()
             if rows is not None
         },
     )
@@ -54,15 +57,15 @@ def build_experts(
 
 def num_elems(plan: ExpertsPlan, mine: ExpertsSlice) -> int:
     """Elements of all factors that ``build_experts`` gives, without padding; from the plan alone."""
+    if mine is WHOLE_EXPERTS:
+        return sum([math.prod(info.shape) for info in plan.infos()])
     held = len(local_experts_of(_held_experts(plan), mine)[0])
     total = 0
     for cut in _cuts(plan, mine, torch.float32) if held else ():
-        pairs = [plan.stacked[cut.projection]] if cut.projection in plan.stacked else []
-        is_shared = [[info.shape[0] == 1 for info in pair.infos] for pair in pairs] or [[False, False]]
-        a_experts, b_experts = (1 if shared else held for shared in is_shared[0])
-        total += a_experts * (cut.lanes[1] - cut.lanes[0]) * count(cut.inputs) + b_experts * cut.rank * count(
-            cut.outputs
-        )
+        pair = plan.stacked.get(cut.projection)
+        a_experts, b_experts = (held, held) if pair is None else [min(info.shape[0], held) for info in pair.infos]
+        total += a_experts * (cut.lanes[1] - cut.lanes[0]) * count(cut.inputs)
+        total += b_experts * cut.rank * count(cut.outputs)
     return total
 
 
@@ -196,7 +199,7 @@ def _cuts(plan: ExpertsPlan, mine: ExpertsSlice, dtype: torch.dtype) -> Iterator
 
 def _lanes(plan: ExpertsPlan) -> int:
     """Lanes of A of w13: of gate and up together, or of the one that serves both."""
-    return sum(rank for name, rank in plan.ranks().items() if name != Projection.DOWN)
+    return sum([rank for name, rank in plan.ranks().items() if name != Projection.DOWN])
 
 
 def _held_experts(plan: ExpertsPlan) -> tuple[int, ...]:
@@ -244,4 +247,4 @@ def _join_gate_and_up(
 
 
 def _padded(rows: torch.Tensor | None, size: int) -> torch.Tensor | None:
-    return None if rows is None else pad_axis(rows, 2, size)
+    return rows if rows is None or rows.shape[2] == size else pad_axis(rows, 2, size)

@@ -102,7 +102,7 @@ def parse_config(raw: Mapping[str, Any]) -> PeftConfig:
     bias = raw.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise AdapterConfigError(f"bias {shorten(bias)}, expected 'none', 'all' or 'lora_only'")
-    budget = Budget()
+    budget = Budget() if raw.get("rank_pattern") or raw.get("alpha_pattern") else None
     return PeftConfig(
         r=_rank("r", raw.get("r")),
         lora_alpha=_number("lora_alpha", raw.get("lora_alpha")),
@@ -172,7 +172,9 @@ def _version(value: Any) -> str | None:
     return value
 
 
-def _patterns(name: str, value: Any, check: Callable[[str, Any], float], budget: Budget) -> ModulePatterns | None:
+def _patterns(
+    name: str, value: Any, check: Callable[[str, Any], float], budget: Budget | None
+) -> ModulePatterns | None:
     if value is None or value == {}:
         return None
     if not isinstance(value, dict):

@@ -12,7 +12,7 @@ import torch
 
 from moegraft.core.errors import AdapterError
 from moegraft.files import TensorInfo, WeightFolder, limits
-from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved
+from moegraft.lora.peft.build import build_embedding, build_linear, build_saved
 from moegraft.lora.peft.build_experts import build_experts
 from moegraft.lora.peft.config import PeftConfig, read_config
 from moegraft.lora.peft.loader import as_adapter_error, open_folder, open_weights, read_config_bytes
@@ -106,15 +106,18 @@ def _examine(
 ) -> _Contents:
     infos = tensors.infos
     dtypes = tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))
+    notes: list[str] = []
+    if sum(info.nbytes for info in infos.values()) > limits.MAX_EXAMINED_BYTES:
+        notes.append(f"more than {limits.MAX_EXAMINED_BYTES} bytes of tensors: no value was looked at")
     if config is None or targets is None:
-        for name in infos:
+        for name in () if notes else infos:
             _attempt(partial(tensors.check_values, name), problems)
-        return _Contents(dtypes=dtypes, modules=tuple(_modules_by_name(infos.values())))
+        return _Contents(dtypes=dtypes, modules=tuple(_modules_by_name(infos.values())), notes=tuple(notes))
     plan = plan_adapter(infos, config, targets)
     problems += plan.problems
-    for build in _builds(plan, targets, tensors.read):
+    for build in () if notes else _builds(plan, targets, tensors):
         _attempt(build, problems)
-    return _Contents(dtypes=dtypes, modules=tuple(_planned_modules(plan)), notes=plan.notes)
+    return _Contents(dtypes=dtypes, modules=tuple(_planned_modules(plan)), notes=(*notes, *plan.notes))
 
 
 _Result = TypeVar("_Result")
@@ -136,15 +139,32 @@ def _texts(problems: list[AdapterError]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _builds(plan: AdapterPlan, targets: ModelTargets, read: Read) -> Iterator[Callable[[], object]]:
-    """One build for each module. The result is thrown away: float32, so that only the file can be at fault."""
-    dtype = torch.float32
-    yield from (partial(build_experts, experts, read, dtype) for experts in plan.experts.values())
-    yield from (partial(build_linear, linear, read, dtype) for linear in plan.linears.values())
-    yield from (partial(build_embedding, embedding, read, dtype) for embedding in plan.embeddings.values())
+def _builds(plan: AdapterPlan, targets: ModelTargets, tensors: WeightFolder) -> Iterator[Callable[[], object]]:
+    """One build for each module. The result is thrown away: float32, so that only the file can be at fault.
+
+    Of modules that would take much memory the values are looked at, in pieces.
+    """
+    dtype, read = torch.float32, tensors.read
+    for experts in plan.experts.values():
+        yield from _one_build(tensors, experts.infos(), partial(build_experts, experts, read, dtype))
+    for linear in plan.linears.values():
+        yield from _one_build(tensors, linear.pair.infos, partial(build_linear, linear, read, dtype))
+    for embedding in plan.embeddings.values():
+        yield from _one_build(tensors, embedding.pair.infos, partial(build_embedding, embedding, read, dtype))
     for module, params in plan.saved.items():
         for param, info in params.items():
-            yield partial(build_saved, plan, module, targets.saveable[module][param], info, read)
+            base = targets.saveable[module][param]
+            yield from _one_build(tensors, [info], partial(build_saved, plan, module, base, info, read))
+
+
+def _one_build(
+    tensors: WeightFolder, infos: Iterable[TensorInfo], build: Callable[[], object]
+) -> Iterator[Callable[[], object]]:
+    held = list(infos)
+    if sum(info.nbytes for info in held) <= limits.MAX_BUILT_BYTES:
+        yield build
+    else:
+        yield from (partial(tensors.check_values, info.name) for info in held)
 
 
 def _planned_modules(plan: AdapterPlan) -> Iterator[ModuleSummary]:

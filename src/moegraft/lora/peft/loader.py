@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,6 @@ from moegraft.core.errors import (
     StoredTensorError,
 )
 from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
-from moegraft.files.safetensors import Cuts
 from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved
 from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
@@ -115,17 +115,13 @@ class PeftAdapter:
         fit into ``dtype``; AdapterFileError where a file has changed.
         """
         self._check_size(dtype, rank_slice, max_bytes)
-        used: set[str] = set()
         infos = self._tensors.infos
-
-        def read(tensor: str, cuts: Cuts | None = None, /) -> torch.Tensor:
-            used.add(tensor)
-            return self._tensors.read(tensor, cuts)
-
+        self._tensors.unread = set(infos)
         with as_adapter_error():
-            weights, notes = _build(self.plan, self._targets, read, dtype, rank_slice)
-        elsewhere = _tensors_elsewhere(self.plan, rank_slice)
-        unused = infos.keys() - used - elsewhere
+            weights, notes = _build(self.plan, self._targets, self._tensors.read, dtype, rank_slice)
+        unread = self._tensors.unread
+        elsewhere = _tensors_elsewhere(self.plan, rank_slice) & unread
+        unused = unread - elsewhere
         if unused:
             raise AdapterTensorError(f"{infos[min(unused)].where}: was not applied")
         report = LoadReport(
@@ -133,8 +129,8 @@ class PeftAdapter:
             path=str(self.path),
             peft_version=self.config.peft_version,
             tensors_in_file=len(infos),
-            tensors_applied=len(used),
-            tensors_elsewhere=len(elsewhere - used),
+            tensors_applied=len(infos) - len(unread),
+            tensors_elsewhere=len(elsewhere),
             bytes_in_file=self._tensors.nbytes,
             bytes_read=self._tensors.bytes_read,
             bytes_held=weights.num_bytes,
@@ -233,6 +229,8 @@ def _digest(config: bytes, tensors: WeightFolder) -> str:
 
 def _num_elems(plan: LinearPlan | EmbeddingPlan, mine: LinearSlice) -> int:
     """Of A and B, without padding."""
+    if mine is WHOLE_LINEAR:
+        return math.prod(plan.pair.a.shape) + math.prod(plan.pair.b.shape)
     size_in, size_out = plan.pair.a.shape[1], plan.pair.b.shape[0]
     lanes = plan.pair.rank if mine.lanes is None else mine.lanes.of(plan.pair.rank).size
     return lanes * mine.num_inputs(size_in) + plan.pair.rank * mine.num_outputs(size_out)

@@ -69,25 +69,7 @@ class Checkpoint(Folder):
         with as_checkpoint_error():
             return self.read_object(GENERATION_CONFIG_FILE, max_bytes=limits.MAX_GENERATION_CONFIG_BYTES)
 
-    def tensors(self) -> CheckpointTensors:
-        """All tensors, headers checked. Raises CheckpointError."""
+    def tensors(self) -> WeightFolder:
+        """All tensors, headers checked; a context manager. Raises CheckpointError."""
         with as_checkpoint_error():
-            return CheckpointTensors(self, _FILES)
-
-
-class CheckpointTensors(WeightFolder):
-    """All tensors of a checkpoint, from one file or from shards; a context manager. ``unread``: names, to be applied.
-
-    Raises CheckpointError: no weights, a pickle, a header that lies, or an index that disagrees with its shards.
-    """
-
-    def __init__(self, folder: Folder, names: WeightFiles) -> None:
-        super().__init__(folder, names)
-        self.unread = set(self.infos)
-
-    def read_whole(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, as stored. Raises CheckpointError where a value is NaN or infinite."""
-        with as_checkpoint_error():
-            tensor = self.read(name)
-        self.unread.discard(name)
-        return tensor
+            return WeightFolder(self, _FILES)

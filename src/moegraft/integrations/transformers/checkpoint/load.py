@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from moegraft.core.errors import CheckpointError, UnsupportedModelError
-from moegraft.files import TensorInfo
+from moegraft.files import TensorInfo, WeightFolder
 from moegraft.formats.int4 import refuse_act_order
 from moegraft.integrations.transformers.checkpoint.build import (
     PackedConfig,
@@ -24,7 +24,7 @@ from moegraft.integrations.transformers.checkpoint.files import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     Checkpoint,
-    CheckpointTensors,
+    as_checkpoint_error,
 )
 from moegraft.integrations.transformers.checkpoint.plan import CheckpointPlan, PackedLayer, plan_checkpoint
 from moegraft.integrations.transformers.checkpoint.scheme import (
@@ -77,13 +77,13 @@ def load_quantised(
 
     The model is for inference and cannot be saved. Raises CheckpointError or UnsupportedModelError.
     """
-    with Checkpoint(path) as folder, folder.tensors() as tensors:
+    with as_checkpoint_error(), Checkpoint(path) as folder, folder.tensors() as tensors:
         structure = _structure(folder, tensors)
         plan, target_dtype = structure.plan, _dtype(structure.model.config, dtype)
         generation_config = _read_generation_config(folder, structure.model)
         model = _build(structure, tensors, target_dtype).to(device)
         for name, layer in plan.experts.items():
-            weights = read_layer(layer, tensors.read_whole, dtype=target_dtype, device=torch.device(device))
+            weights = read_layer(layer, tensors.read, dtype=target_dtype, device=torch.device(device))
             pack_experts(model.get_submodule(name), weights, target_dtype)
             guard_implementation(model.get_submodule(name))
         unread = tensors.unread - set(plan.ignored)
@@ -109,24 +109,24 @@ def read_structure(path: str | os.PathLike[str]) -> CheckpointStructure:
 
     Raises as it does, but for what only weights tell.
     """
-    with Checkpoint(path) as folder, folder.tensors() as tensors:
+    with as_checkpoint_error(), Checkpoint(path) as folder, folder.tensors() as tensors:
         structure = _structure(folder, tensors)
         for layer in structure.plan.experts.values():
             _refuse_act_order(layer, tensors)
         return structure
 
 
-def _refuse_act_order(layer: PackedLayer, tensors: CheckpointTensors) -> None:
+def _refuse_act_order(layer: PackedLayer, tensors: WeightFolder) -> None:
     """From the group indices of one expert: no header says whether they are in order."""
     part = GROUP_ORDER.get(layer.scheme.layout, "")
     names = [parts[part] for (expert, _), parts in layer.matrices.items() if expert == 0 and part in parts]
     for name in names:
         with unfit(name):
-            group_of = tensors.read_whole(name)
+            group_of = tensors.read(name)
             refuse_act_order(part, group_of, group_of.numel(), max(layer.scheme.group_size, 0))
 
 
-def _structure(folder: Checkpoint, tensors: CheckpointTensors) -> CheckpointStructure:
+def _structure(folder: Checkpoint, tensors: WeightFolder) -> CheckpointStructure:
     fields = folder.config()
     schemes = read_schemes(fields)
     model = model_of_fields(fields, hollow_structure)
@@ -156,12 +156,12 @@ def _check_size(model: Iterable[torch.Tensor], experts: Iterable[ExpertsTarget],
         )
 
 
-def _build(structure: CheckpointStructure, tensors: CheckpointTensors, dtype: torch.dtype) -> PreTrainedModel:
+def _build(structure: CheckpointStructure, tensors: WeightFolder, dtype: torch.dtype) -> PreTrainedModel:
     """The model without its packed experts, on the CPU."""
     plan = structure.plan
-    state = {name: tensors.read_whole(name) for name in plan.plain}
+    state = {name: tensors.read(name) for name in plan.plain}
     for module, linear in plan.linears.items():
-        read = {part: tensors.read_whole(name) for part, name in linear.parts.items()}
+        read = {part: tensors.read(name) for part, name in linear.parts.items()}
         state[f"{module}.weight"] = dequantise_linear(linear.scheme, read, module).to(dtype)
     return build_model(structure.model, PackedConfig(plan.formats), state, dtype)
 
