@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -36,14 +37,12 @@ from moegraft.formats.dense import DenseExperts
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
-from moegraft.lora.local_targets import local_targets
 from moegraft.lora.rows import AdapterRows, RankBounds
-from moegraft.lora.slicing import slice_adapter
-from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
+from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets, local_targets
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.expert_map import ExpertMap
-from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice
+from moegraft.parallel.slices import RankSlice, Share, experts_slice
 from moegraft.testing import LoRASpec, make_lora, relative_error
 
 MODULE = "experts"
@@ -172,6 +171,8 @@ class RankLayer:
         self.bank = CollectiveBank(
             AdapterBank(layout, capacity_bytes=256 << 20, device=weights.device, max_slots=NUM_ADAPTERS), groups
         )
+        from support.slicing import slice_adapter
+
         generator = torch.Generator().manual_seed(2)
         spec = LoRASpec(r_gate=RANK_OF_ADAPTER, r_up=RANK_OF_ADAPTER, r2=RANK_OF_ADAPTER)
         for i in range(NUM_ADAPTERS):
@@ -359,6 +360,8 @@ def main() -> None:
     if wrong:
         sys.exit(f"{wrong} cells are wrong and are not reported")
 
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 if __name__ == "__main__":
     main()

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.build import build_fused_moe, build_fused_moe_with_lora
-from moegraft.core.config import Activation, ActivationKind, MoEConfig
-from moegraft.formats.dense import DenseExperts
-from moegraft.lora.bank import AdapterBank, BankLayout
-from moegraft.lora.rows import AdapterRows, RankBounds
-from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets
-from moegraft.moe.router import RouterConfig, Scoring
+from moegraft.layers import (
+    Activation,
+    ActivationKind,
+    AdapterBank,
+    AdapterRows,
+    AdapterWeights,
+    BankLayout,
+    DenseExperts,
+    ExpertsLoRA,
+    ExpertsTarget,
+    ModelTargets,
+    MoEConfig,
+    RankBounds,
+    RouterConfig,
+    Scoring,
+    build_fused_moe,
+    build_fused_moe_with_lora,
+)
 
 E, K, D, F = 8, 2, 64, 48
 LAYER = "layers.0.experts"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.slicing import slice_experts, slice_linear
 
 from moegraft.core.config import MoEConfig
-from moegraft.lora.slicing import slice_experts, slice_linear
 from moegraft.lora.targets import ExpertsLoRA, ExpertsTarget, LinearLoRA
 from moegraft.parallel import ExpertsSlice, LinearSlice, Share, column_parallel, experts_slice, row_parallel
 from moegraft.parallel.slices import contiguous_experts, round_robin_experts

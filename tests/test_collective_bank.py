@@ -24,13 +24,12 @@ from moegraft.core.errors import (
 )
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
-from moegraft.lora.local_targets import local_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.lora.peft.loader import SAMPLED_TENSORS, adapter_digest
 from moegraft.lora.rows import AdapterRows, GroupAdapters
-from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
+from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets, local_targets
 from moegraft.parallel import ParallelConfig, ParallelGroups, Step
-from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice
+from moegraft.parallel.slices import RankSlice, Share, experts_slice
 
 if TYPE_CHECKING:
     from support.distributed import WorldPool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from moegraft import layers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -31,6 +34,20 @@ def run(name: str, *flags: str, launcher: tuple[str, ...] = ()) -> str:
 def test_every_example_is_tested() -> None:
     tested = {"engine_layers.py", "parallel_generate.py", "transformers_mixed_batch.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_engine_layers_imports_one_module_of_moegraft() -> None:
+    tree = ast.parse((EXAMPLES / "engine_layers.py").read_text(encoding="utf-8"))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert modules == {"__future__", "moegraft.layers"}
+    assert [node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)] == ["torch"]
+
+
+def test_the_module_for_engines_has_what_it_names() -> None:
+    assert layers.__all__ == sorted(layers.__all__)
+    assert all(getattr(layers, name).__name__ == name for name in layers.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'attach'"):
+        layers.attach  # noqa: B018
 
 
 def test_engine_layers() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 OPTIONAL = ("accelerate", "peft", "rich", "safetensors", "transformers", "triton", "typer")
-LIBRARY = ("moegraft", "moegraft.build", "moegraft.lora.peft", "moegraft.moe.experts", "moegraft.testing")
+LIBRARY = ("moegraft", "moegraft.build", "moegraft.layers", "moegraft.testing")
 
 
 def import_without(

@@ -31,6 +31,7 @@ LEVELS = {
     "oracle": 5,
     "build": 6,
     "integrations": 7,
+    "layers": 7,
     "tuner": 7,
     "serving": 8,
     "cli": 9,

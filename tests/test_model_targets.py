@@ -27,7 +27,8 @@ from transformers import (
 import moegraft
 from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.targets import discover_targets, experts_activation, find_unsupported
+from moegraft.integrations.transformers.storage import HostExperts
+from moegraft.integrations.transformers.targets import discover_targets, find_unsupported
 
 TINY = {
     "vocab_size": 96,
@@ -289,16 +290,16 @@ def test_activation_is_recognised_by_what_it_computes(family: str, act_fn: objec
     experts = model.get_submodule(next(iter(discover_targets(model).experts)))
     del experts.act_fn
     experts.act_fn = act_fn
-    assert experts_activation(experts) == Activation(kind=kind, gated=family == "mixtral")
+    assert HostExperts.of(experts).activation == Activation(kind=kind, gated=family == "mixtral")
 
 
 def test_alpha_and_limit_are_read_and_checked() -> None:
     experts = build("gpt_oss").model.layers[0].mlp.experts
     experts.alpha, experts.limit = 1.5, 3.0
-    assert experts_activation(experts) == Activation(kind=ActivationKind.SWIGLU_OAI, alpha=1.5, limit=3.0)
+    assert HostExperts.of(experts).activation == Activation(kind=ActivationKind.SWIGLU_OAI, alpha=1.5, limit=3.0)
     experts.is_concatenated = True  # a lie about where gate and up stand
     with pytest.raises(UnsupportedModelError, match="GptOssExperts computes an activation"):
-        experts_activation(experts)
+        _ = HostExperts.of(experts).activation
 
 
 @pytest.mark.parametrize(
@@ -313,14 +314,14 @@ def test_alpha_and_limit_are_read_and_checked() -> None:
 def test_clamped_and_soft_capped_activations(model_type: str, activation: Activation) -> None:
     model = tiny_model(model_type)
     for name in discover_targets(model).experts:
-        assert experts_activation(model.get_submodule(name)) == activation
+        assert HostExperts.of(model.get_submodule(name)).activation == activation
 
 
 def test_an_unknown_gate_is_named_as_such() -> None:
     experts = build("mixtral").model.layers[0].mlp.experts
     experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0]
     with pytest.raises(UnsupportedModelError, match=r"not know \(MixtralExperts\._apply_gate, with act_fn SiLU"):
-        experts_activation(experts)
+        _ = HostExperts.of(experts).activation
 
 
 @pytest.mark.parametrize("act_fn", [nn.Tanh(), nn.ReLU(), lambda x: torch.sigmoid(1.702 * x) * x])

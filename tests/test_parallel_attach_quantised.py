@@ -14,8 +14,7 @@ from support.formats import PACKS
 from support.parallel_models import ModelCase, assert_within, make_batch
 
 import moegraft
-from moegraft.integrations.transformers.storage import experts_weights, give_up_experts, pack_experts
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.storage import host_experts, pack_experts
 from moegraft.parallel import ParallelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,13 +43,12 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> ModelCase:
 def run_quantised(case: ModelCase, packing: str) -> Logits:
     """Logits of the rank's rows, without and with adapters; every rank of a world runs it, or one process alone."""
     model = build(case.family)
-    for name, target in discover_targets(model).experts.items():
-        module = model.get_submodule(name)
+    for host in host_experts(model).values():
         pack = PACKS[packing].pack
         assert pack is not None
-        packed = pack(experts_weights(module, target))  # type: ignore[arg-type]
-        give_up_experts(module)
-        pack_experts(module, packed, torch.float32)
+        packed = pack(host.weights())  # type: ignore[arg-type]
+        host.give_up()
+        pack_experts(host.module, packed, torch.float32)
     with moegraft.attach(model, adapter_memory="64MiB", parallel=case.config) as graft:
         for name, path in case.adapters.items():
             graft.load_adapter(path, name=name)

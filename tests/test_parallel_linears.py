@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.linear import MODULE, LinearCase, make_linear_case
+from support.slicing import slice_linear
 
+from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import BatchError
 from moegraft.lora.bank import AdapterBank, BankLayout
-from moegraft.lora.local_targets import local_targets
 from moegraft.lora.punica.sharded import ShardedLinearPunica
 from moegraft.lora.rows import AdapterRows
-from moegraft.lora.slicing import cut_tensor, slice_linear
-from moegraft.lora.targets import AdapterWeights, LinearTarget, ModelTargets
+from moegraft.lora.targets import AdapterWeights, LinearTarget, ModelTargets, local_targets
 from moegraft.parallel import (
     LinearSlice,
     ParallelConfig,

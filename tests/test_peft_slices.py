@@ -25,13 +25,13 @@ from support.rank_slices import (
     make_targets,
 )
 from support.sliced import ADAPTERS
+from support.slicing import slice_adapter
 
+from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import AdapterConfigError, ParallelError
 from moegraft.files.safetensors import MIN_RUN_BYTES, SafetensorsFile
-from moegraft.lora.local_targets import local_targets
 from moegraft.lora.peft import load_peft_adapter
-from moegraft.lora.slicing import cut_tensor, slice_adapter
-from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets
+from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets, local_targets
 from moegraft.parallel import LinearSlice, RankSlice, Share
 from moegraft.parallel.slices import round_robin_experts
 

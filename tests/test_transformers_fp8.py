@@ -26,7 +26,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 import moegraft
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.storage import experts_weights, unsupported_storage
+from moegraft.integrations.transformers.storage import HostExperts
 from moegraft.integrations.transformers.targets import discover_targets, experts_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.testing import assert_close_delta, relative_error
@@ -138,7 +138,7 @@ def test_one_scale_a_matrix_and_static_activations(checkpoint: QuantisedCheckpoi
     module.down_proj_scale_inv = torch.nn.Parameter(torch.rand(E, 1, 1))
     for projection in ("gate_up_proj", "down_proj"):
         setattr(module, f"{projection}_activation_scale", torch.nn.Parameter(0.1 * torch.rand(E)))
-    weights = experts_weights(module, target)
+    weights = HostExperts.of(module).weights()
     w13, w2 = weights.dequantise(torch.float32)
     scale = module.gate_up_proj_scale_inv.detach().repeat_interleave(F, 1)
     torch.testing.assert_close(w13, module.gate_up_proj.detach().float() * scale)
@@ -164,4 +164,4 @@ def test_refusals_name_module_and_reason(checkpoint: QuantisedCheckpoint) -> Non
     with pytest.raises(UnsupportedModelError, match=rf"'{name}'.*blocks of \(64, 64\)"):
         moegraft.attach(model)
     module.down_proj = torch.nn.Parameter(torch.zeros(5, 256, 64, dtype=torch.int8), requires_grad=False)
-    assert "torch.int8" in (unsupported_storage(module) or "")
+    assert "torch.int8" in (HostExperts.of(module).unsupported() or "")

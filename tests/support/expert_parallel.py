@@ -13,17 +13,16 @@ from moegraft.build import build_fused_moe_with_lora, build_parallel_moe, take_s
 from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
-from moegraft.lora.local_targets import local_targets
 from moegraft.lora.rows import AdapterRows, RankBounds
-from moegraft.lora.slicing import slice_adapter
-from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets
+from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets, local_targets
 from moegraft.moe.layer import FusedMoE
 from moegraft.parallel import ParallelConfig, ParallelGroups
 from moegraft.parallel.expert_map import ExpertMap
-from moegraft.parallel.rank_slice import RankSlice, Share, experts_slice
+from moegraft.parallel.slices import RankSlice, Share, experts_slice
 from moegraft.testing import MoECase, MoEInputs, assert_close, assert_close_delta, make_inputs, poison_allocations
 from support.formats import PACKS
 from support.layers import DELTA_TOL, MODULE, BuiltLayer, build_layer, dense_weights, experts_target, fields_of
+from support.slicing import slice_adapter
 
 POOL_BYTES = 4 << 20
 

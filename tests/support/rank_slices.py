@@ -8,13 +8,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import AdapterTensorError
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.dora import finish_dora
-from moegraft.lora.local_targets import local_targets
 from moegraft.lora.peft import load_peft_adapter
-from moegraft.lora.slicing import cut_tensor
-from moegraft.lora.targets import AdapterWeights, EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
+from moegraft.lora.targets import (
+    AdapterWeights,
+    EmbeddingTarget,
+    ExpertsTarget,
+    LinearTarget,
+    ModelTargets,
+    local_targets,
+)
 from moegraft.parallel import (
     LinearSlice,
     ParallelConfig,

@@ -114,23 +114,17 @@ def model_layers(folder: Path, *, rank: int, num_adapters: int) -> tuple[TunedLa
     """The distinct experts layers of a checkpoint, which is not loaded. Raises CommandError, UnsupportedModelError."""
     from moegraft.cli.structure import hollow_model
     from moegraft.integrations.transformers import is_quantised
-    from moegraft.integrations.transformers.targets import discover_targets, experts_activation, experts_per_token
+    from moegraft.integrations.transformers.storage import HostExperts
+    from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 
     if is_quantised(folder):
         raise CommandError(f"{folder} is quantised: tables are for unquantised layers, tiles of others follow rules")
     model = hollow_model(folder)
     layers: dict[TuningShape, TunedLayer] = {}
     for name, target in discover_targets(model).experts.items():
-        module = model.get_submodule(name)
-        dtype = getattr(module, target.w13_param).dtype
-        config = MoEConfig(
-            num_experts=target.num_experts,
-            top_k=experts_per_token(model),
-            hidden_size=target.hidden_size,
-            intermediate_size=target.intermediate_size,
-            activation=experts_activation(module),
-            dtype=torch.float16 if dtype is torch.float16 else torch.bfloat16,
-        )
+        host = HostExperts.of(model.get_submodule(name))
+        dtype = torch.float16 if host.dtype(model) is torch.float16 else torch.bfloat16
+        config = replace(host.config(experts_per_token(model), dtype), has_bias=False)
         layer = TunedLayer(config=config, is_transposed=target.is_transposed, is_interleaved=target.is_interleaved)
         layer = replace(layer, rank=rank, num_adapters=num_adapters)
         layers.setdefault(layer.shape(1), layer)

@@ -12,26 +12,27 @@ import torch
 
 def half_slices(size: int, *, num_halves: int, is_interleaved: bool) -> tuple[slice, ...]:
     """Where each half of F = ``size`` lies along the axis."""
+    if num_halves == 1:
+        return (slice(0, size),)
     if is_interleaved:
-        return tuple(slice(half, num_halves * size, num_halves) for half in range(num_halves))
-    return tuple(slice(half * size, (half + 1) * size) for half in range(num_halves))
+        return slice(0, 2 * size, 2), slice(1, 2 * size, 2)
+    return slice(0, size), slice(size, 2 * size)
 
 
 def half_strides(stride: int, size: int, *, num_halves: int, is_interleaved: bool) -> tuple[int, int]:
     """(stride from f to f + 1, offset from gate to up) in elements, from the stride of the axis."""
     if num_halves == 1:
         return stride, 0
-    return (num_halves * stride, stride) if is_interleaved else (stride, size * stride)
+    return (2 * stride, stride) if is_interleaved else (stride, size * stride)
 
 
 def half_intervals(
     start: int, stop: int, size: int, *, num_halves: int, is_interleaved: bool
 ) -> tuple[tuple[int, int], ...]:
     """Columns [start, stop) of F in both halves, as intervals of the axis in stored order."""
-    if is_interleaved:
-        return ((num_halves * start, num_halves * stop),)
-    halves = half_slices(size, num_halves=num_halves, is_interleaved=False)
-    return tuple((half.start + start, half.start + stop) for half in halves)
+    if num_halves == 1:
+        return ((start, stop),)
+    return ((2 * start, 2 * stop),) if is_interleaved else ((start, stop), (size + start, size + stop))
 
 
 def split_halves(
@@ -41,8 +42,8 @@ def split_halves(
     axis %= tensor.dim()
     size = tensor.shape[axis] // num_halves
     slices = half_slices(size, num_halves=num_halves, is_interleaved=is_interleaved)
-    gate, *_, up = (tensor[(slice(None),) * axis + (half,)] for half in (slices[0], slices[-1]))
-    return gate, up
+    lead = (slice(None),) * axis
+    return tensor[(*lead, slices[0])], tensor[(*lead, slices[-1])]
 
 
 def join_halves(halves: Sequence[torch.Tensor], axis: int, *, is_interleaved: bool) -> torch.Tensor:

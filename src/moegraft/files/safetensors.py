@@ -17,13 +17,11 @@ from typing import Any, Self
 
 import torch
 
+from moegraft.core.cuts import Cuts, cut_tensor
 from moegraft.core.errors import FileError, StoredTensorError
 from moegraft.files import limits
 from moegraft.files.folder import Folder
 from moegraft.files.strict_json import StrictJSONError, parse_object, shorten
-
-Cuts = Mapping[int, Sequence[tuple[int, int]]]
-"""Axis -> the intervals [start, stop) of it that are read, in this order."""
 
 # Shorter runs are not skipped over but read along: a disk gives no less, and a call costs more than their bytes.
 MIN_RUN_BYTES = 512
@@ -344,15 +342,6 @@ def _weight_map(folder: Folder, names: WeightFiles) -> Mapping[str, str] | None:
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             raise FileError(f"{names.index}: tensor {shorten(name)}: {shorten(file)} is no safetensors file")
     return weight_map
-
-
-def cut_tensor(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """The tensor with only the given intervals of some axes; a copy where anything is cut off."""
-    for axis, pieces in cuts.items():
-        if tuple(pieces) != ((0, tensor.shape[axis]),):
-            parts = [tensor.narrow(axis, start, stop - start) for start, stop in pieces]
-            tensor = torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0).clone()
-    return tensor
 
 
 def _split_cuts(info: TensorInfo, cuts: Cuts) -> tuple[Cuts, Cuts]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
-from torch.nn.functional import pad
 
 from moegraft.core.halves import join_halves, split_halves
 
@@ -92,13 +91,3 @@ class ExpertsWeights(ABC):
             w13[expert] = rows
             w2[expert] = self.w2_in_out_of(expert, dtype).mT
         return w13, w2
-
-
-def cut_axis(
-    tensor: torch.Tensor, axis: int, start: int, stop: int, extra: int = 0, *, fill: float = 0.0
-) -> torch.Tensor:
-    """A copy of [start, stop) along an axis, with ``extra`` elements of ``fill`` behind it."""
-    behind_last_axis = [0, 0] * (tensor.dim() - 1 - axis)
-    return pad(tensor.narrow(axis, start, stop - start), [*behind_last_axis, 0, extra], value=fill).clone(
-        memory_format=torch.contiguous_format
-    )

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from moegraft.core.cuts import cut_axis
 from moegraft.core.halves import cut_halves, join_halves, split_halves
-from moegraft.formats.base import ExpertsWeights, cut_axis
+from moegraft.formats.base import ExpertsWeights
 
 
 @dataclass(frozen=True, kw_only=True)

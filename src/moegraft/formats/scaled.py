@@ -14,8 +14,9 @@ from typing import ClassVar, Self
 import torch
 from torch.nn.functional import pad
 
+from moegraft.core.cuts import cut_axis
 from moegraft.core.halves import cut_halves
-from moegraft.formats.base import ExpertsWeights, cut_axis
+from moegraft.formats.base import ExpertsWeights
 
 BLOCK = 128
 """Side of a block of weights under one scale, and the columns of a group of activations."""

@@ -60,11 +60,12 @@ class AdapterCall:
     """The adapters of one batch, held, and the rows that layers ask for. Rows are stated, never shared out by guess.
 
     batch: one entry a sequence, or ``lengths``: entry i serves the next lengths[i] tokens of packed rows · slots_M: a
-    buffer of the caller's that has the slot of every token row instead · rank_bound: what runs must also serve other
-    adapters, of ranks up to this, on any module: rows are read from the device whenever a layer, or a graph that
-    captured it, runs · group: the adapters of all ranks' rows, where experts see those of other ranks · memory: of the
-    calls before · heads: modules that see the last tokens of each sequence, or one row a sequence · modules: where LoRA
-    is launched at all · growth: how many rows of the model one entry may stand for; None: any number, all alike.
+    buffer of the caller's that has the slot of every token row instead, ``run_length`` of which are alike ·
+    rank_bound: what runs must also serve other adapters, of ranks up to this, on any module: rows are read from the
+    device whenever a layer, or a graph that captured it, runs · group: the adapters of all ranks' rows, where experts
+    see those of other ranks · memory: of the calls before · heads: modules that see the last tokens of each sequence,
+    or one row a sequence · modules: where LoRA is launched at all · growth: how many rows of the model one entry may
+    stand for; None: any number, all alike.
     """
 
     def __init__(  # noqa: PLR0913  # what a batch states, each by its name
@@ -74,6 +75,7 @@ class AdapterCall:
         *,
         lengths: Sequence[int] | None = None,
         slots_M: torch.Tensor | None = None,
+        run_length: int = 1,
         rank_bound: int | None = None,
         group: GroupBatch | None = None,
         memory: CallMemory | None = None,
@@ -87,6 +89,7 @@ class AdapterCall:
         self.device = device
         self.lengths = None if lengths is None else tuple(lengths)
         self.slots_M = slots_M
+        self._static = None if slots_M is None else AdapterRows.on_device(slots_M, run_length=run_length)
         self.rank_bound = rank_bound
         self.group: GroupAdapters | None = None if group is None else group.group
         self.is_over = False  # its block was left: it must serve no layer any more
@@ -98,6 +101,12 @@ class AdapterCall:
         self.modules = frozenset(modules)
         self._heads, self._growth = heads, growth
         self._forwards: dict[int, list[ForwardRows | None]] = {}
+
+    @property
+    def is_static(self) -> bool:
+        """Whether what layers read of the call never changes but in the device's memory: a graph may be traced from it
+        and captured."""
+        return self._static is not None and self.rank_bound is not None and self.device.type == "cuda"
 
     # Rows
 
@@ -161,6 +170,8 @@ class AdapterCall:
     def rows(self, module: str, shape: Sequence[int]) -> AdapterRows:
         """Of a module whose input has these leading dimensions: all tokens of the forward pass, [B, S] or flattened,
         or what a head sees of them. Raises BatchError for anything else, by the module's name."""
+        if self._static is not None and math.prod(shape) == self._static.num_rows:
+            return self._static  # without a look at the thread: this path is traced
         forwards = self._forwards.get(threading.get_ident())
         forward = forwards[-1] if forwards else None
         found = tuple(shape)
@@ -189,7 +200,8 @@ class AdapterCall:
         if self.slots_M is not None:
             if self.slots_M.shape[0] != B * S:
                 raise BatchError(f"slots= has {self.slots_M.shape[0]} rows, {given}")
-            return AdapterRows.on_device(self.slots_M, run_length=S)
+            assert self._static is not None
+            return self._static
         if self.lengths is not None:
             if sum(self.lengths) != B * S:
                 raise BatchError(f"lengths={list(self.lengths)} are {sum(self.lengths)} tokens, {given}")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import AdapterTensorError
-from moegraft.lora.slicing import cut_tensor
 from moegraft.lora.targets import LinearLoRA
 from moegraft.parallel.groups import ParallelGroups
-from moegraft.parallel.rank_slice import Pieces
+from moegraft.parallel.slices import Pieces
 
 if TYPE_CHECKING:
     from moegraft.lora.targets import AdapterWeights

@@ -4,17 +4,20 @@ from moegraft.parallel.agreement import Agreement, Step
 from moegraft.parallel.collectives import Communicator, Traffic
 from moegraft.parallel.config import ParallelConfig
 from moegraft.parallel.groups import ParallelGroups, backend_of
-from moegraft.parallel.rank_slice import (
+from moegraft.parallel.slices import (
     ExpertsSlice,
     LinearSlice,
     ParameterSlice,
     RankSlice,
+    Shard,
     Share,
     column_parallel,
     experts_slice,
+    half_columns,
     row_parallel,
+    shard,
+    shards,
 )
-from moegraft.parallel.slices import Shard, half_columns, shard, shards
 
 __all__ = [
     "Agreement",

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import BatchError
+from moegraft.integrations.transformers import compiled
 from moegraft.integrations.transformers.scope import HEADS
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.targets import ModelTargets
@@ -45,9 +46,26 @@ class CallState:
     block was left serves no layer, and blocks of one thread are left in the reverse order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._bound: _Block | None = None
         self._lock = threading.Lock()
+        # What a traced graph reads; see compiled.py.
+        self.order = torch.zeros(1, dtype=torch.int32, device=device)
+        self.version = "0"
+        self.fixed: AdapterCall | None = None
+        self.number = compiled.register(self)
+
+    def refuse_batch(self) -> None:
+        """Of a graph that was traced to compute gradients. Raises BatchError inside a batch of adapters."""
+        if self.current() is not None:
+            raise BatchError(
+                "the model was compiled where gradients were wanted, and such a graph has no adapters: call it under "
+                "torch.no_grad(), which compiles another one"
+            )
+
+    def hooks_changed(self) -> None:
+        """Graphs that were traced before are traced again."""
+        self.version = str(int(self.version) + 1)
 
     def current(self) -> AdapterCall | None:
         """Raises BatchError for a call whose block was left meanwhile."""
@@ -90,6 +108,7 @@ class CallState:
             if outer is not None and outer.thread != thread:
                 raise BatchError("another thread runs a batch with all_threads=True now; one such batch at a time")
             block = self._bound = _Block(self, call, outer, thread)
+            self.fixed = call if call.is_static else None
         try:
             yield
         finally:
@@ -97,6 +116,8 @@ class CallState:
             with self._lock:
                 is_last = self._bound is block
                 self._bound = _alive(self._bound)
+                around = self._bound.call if self._bound is not None else None
+                self.fixed = around if around is not None and around.is_static else None
             if not is_last:
                 raise BatchError(_NOT_NESTED)
 
@@ -124,43 +145,16 @@ class ForwardHooks:
 
     def __init__(self, state: CallState, model: PreTrainedModel, names: Collection[str]) -> None:
         """``names``: the modules inside ``model`` that are given tokens, [B, S]; the model itself is the empty name."""
-        self._state = state
-        self._root = model
-        self._begun = _Begun()
-        self._positions: dict[nn.Module, tuple[str, ...]] = {}
-        for name in names:
-            module = model.get_submodule(name)
-            parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
-            self._positions[module] = tuple(parameters)[1:]  # behind self
+        begun = _Begun()
+        self._hooks = [_ForwardHook(state, begun, model.get_submodule(name), is_root=name == "") for name in names]
 
     def install(self) -> None:
-        for module in self._positions:
-            module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
-            module.register_forward_hook(self._after, always_call=True)
+        for hook in self._hooks:
+            hook.install()
 
     def remove(self) -> None:
-        for module in self._positions:
-            remove_hooks(module, self)
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        begun, is_root = self._begun.calls, module is self._root
-        if is_root:
-            begun.clear()  # what an interrupt has left behind
-        begun.append(None)
-        call = self._state.starting()
-        if call is None:
-            return
-        given = dict(zip(self._positions[module], args, strict=False)) | kwargs
-        shape = _token_shape(given)
-        if shape is None:
-            return
-        call.begin(*shape, kept=_kept(given), is_outermost=is_root)
-        begun[-1] = call
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        call = self._begun.calls.pop()
-        if call is not None:
-            call.end()
+        for hook in self._hooks:
+            hook.remove()
 
 
 def remove_hooks(module: nn.Module, owner: object) -> None:
@@ -183,18 +177,72 @@ class _Begun(threading.local):
         self.calls: list[AdapterCall | None] = []
 
 
-def _token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
+class _ForwardHook:
+    """Around the forward passes of one module."""
+
+    def __init__(self, state: CallState, begun: _Begun, module: nn.Module, *, is_root: bool) -> None:
+        self._state = state
+        self._begun = begun
+        self._is_root = is_root
+        parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+        self._positions = tuple(parameters)[1:]  # behind self
+        self._number = compiled.register(self)
+        self._module = module
+
+    def install(self) -> None:
+        self._module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self._module.register_forward_hook(self._after, always_call=True)
+
+    def remove(self) -> None:
+        remove_hooks(self._module, self)
+
+    def begin(self, tokens: torch.Tensor | None, kept: int | torch.Tensor | None) -> None:
+        """A forward pass over tokens [B, S, ...] begins; None: one that says nothing of its rows."""
+        calls = self._begun.calls
+        if self._is_root:
+            calls.clear()  # what an interrupt has left behind
+        calls.append(None)
+        call = self._state.starting()
+        if call is not None and tokens is not None:
+            call.begin(tokens.shape[0], tokens.shape[1], kept, is_outermost=self._is_root)
+            calls[-1] = call
+
+    def end(self) -> None:
+        """The one that began last is over."""
+        call = self._begun.calls.pop()
+        if call is not None:
+            call.end()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens, kept = _tokens(self._positions, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.begin(tokens, kept)
+        elif self._state.fixed is None:
+            count = kept if isinstance(kept, int) else 0 if kept is None else -1
+            which = kept if isinstance(kept, torch.Tensor) else None
+            state = self._state
+            torch.ops.moegraft.graft_begin(tokens, which, count, state.order, self._number, state.version)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.end()
+        elif self._state.fixed is None:
+            torch.ops.moegraft.graft_end(self._state.order, self._number)
+
+
+def _tokens(
+    positions: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[torch.Tensor | None, int | torch.Tensor | None]:
+    """(the input whose first dimensions are [B, S], which of the tokens the head is to see or None)."""
+    given = {**dict(zip(positions, args, strict=False)), **kwargs}
+    kept = given.get("logits_to_keep")
+    if not isinstance(kept, torch.Tensor) and not (isinstance(kept, int) and kept > 0):
+        kept = None
     for name in _TOKENS:
         value = given.get(name)
         if isinstance(value, torch.Tensor) and value.dim() >= 2:
-            return value.shape[0], value.shape[1]
-    return None
-
-
-def _kept(given: Mapping[str, Any]) -> int | torch.Tensor | None:
-    """transformers' ``logits_to_keep``: the last so many tokens of each row, or those of these indices; 0 means all."""
-    kept = given.get("logits_to_keep")
-    return kept if isinstance(kept, torch.Tensor) or (isinstance(kept, int) and kept > 0) else None
+            return value, kept
+    return None, kept
 
 
 def batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, SupportsIndex, cast
 
 import torch
@@ -13,22 +13,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moegraft.build import build_fused_moe, build_fused_moe_with_lora, build_parallel_moe, take_slice
+from moegraft.build import build_fused_moe, build_fused_moe_with_lora, build_parallel_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.formats.base import ExpertsWeights
+from moegraft.integrations.transformers import compiled
 from moegraft.integrations.transformers.call import CallState
 from moegraft.integrations.transformers.parallel_layout import RankLayout
-from moegraft.integrations.transformers.scope import HookedExperts
-from moegraft.integrations.transformers.storage import (
-    PackedExperts,
-    experts_sizes,
-    experts_weights,
-    give_up_experts,
-    moved,
-    packed_experts,
-)
-from moegraft.integrations.transformers.targets import experts_activation
+from moegraft.integrations.transformers.storage import HostExperts, PackedExperts, packed_experts
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.targets import ExpertsTarget
@@ -51,6 +42,15 @@ class ExpertsSite:
     state: CallState
     previous_implementation: str | None
     is_cut: bool = False  # to this rank's slice: the module has no parameters any more
+    number: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", compiled.register(self))
+
+    def run(self, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        """As ``forward``, under the call that runs now."""
+        with torch.no_grad():
+            return self.forward(self.state.current(), x_TD, topk_weights_TK, topk_ids_TK).contiguous()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise UnsupportedModelError(
@@ -90,6 +90,8 @@ def experts_forward(
             f"{type(module).__name__} was cut to a rank's slice by attach(parallel=...): it runs while the model is "
             "grafted, under torch.no_grad(), and cannot be given back; load the model again"
         )
+    if torch.compiler.is_compiling() and site is not None:
+        return _traced_forward(module, site, hidden_states, top_k_weights, top_k_index)
     call = None if site is None else site.state.current()
     if site is None or (call is None and _wants_grad(module, hidden_states)):
         packed = packed_experts(module)
@@ -98,6 +100,19 @@ def experts_forward(
         return _original_forward(module, site)(module, hidden_states, top_k_index, top_k_weights)
     with torch.no_grad():
         return site.forward(call, hidden_states, top_k_weights, top_k_index)
+
+
+def _traced_forward(
+    module: nn.Module, site: ExpertsSite, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+) -> torch.Tensor:
+    """What a graph has of the module. One that computes gradients runs transformers' own code, and no batch."""
+    state = site.state
+    if state.fixed is not None:
+        return site.forward(state.fixed, x_TD, topk_weights_TK, topk_ids_TK)
+    if _wants_grad(module, x_TD) and packed_experts(module) is None:
+        torch.ops.moegraft.graft_no_batch(state.order, state.number)
+        return cast("torch.Tensor", _original_forward(module, site)(module, x_TD, topk_ids_TK, topk_weights_TK))
+    return torch.ops.moegraft.graft_experts(x_TD, topk_weights_TK, topk_ids_TK, state.order, site.number, state.version)
 
 
 def guard_implementation(module: nn.Module) -> None:
@@ -137,7 +152,7 @@ def _packed_forward(
             "the model under torch.no_grad()"
         )
     if packed.base_layer is None:
-        config = moe_config(module, topk_ids_TK.shape[1], packed.dtype)
+        config = HostExperts.of(module).config(topk_ids_TK.shape[1], packed.dtype)
         layer, _ = build_fused_moe(config, packed.weights, lora_experts=False)
         packed.keep_layer(layer)
     assert packed.base_layer is not None
@@ -155,17 +170,7 @@ def _original_forward(module: nn.Module, site: ExpertsSite | None) -> Any:
 
 def moe_config(module: nn.Module, top_k: int, dtype: torch.dtype, *, batch_invariant: bool = False) -> MoEConfig:
     """Sizes and options of an experts module. ``dtype``: of its activations."""
-    num_experts, hidden_size, intermediate_size = experts_sizes(module)
-    return MoEConfig(
-        num_experts=num_experts,
-        top_k=top_k,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        activation=experts_activation(cast("HookedExperts", module)),
-        has_bias=bool(module.has_bias),
-        dtype=dtype,
-        batch_invariant=batch_invariant,
-    )
+    return HostExperts.of(module).config(top_k, dtype, batch_invariant=batch_invariant)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +194,11 @@ def decide_backends(
 ) -> dict[str, Decision]:
     """What would serve whole layers on ``options.device``, where they may not lie yet. Raises NoBackendError."""
     decisions = {}
-    for name, target in targets.items():
+    for name in targets:
         request = BackendRequest(
             config=options.configs[name],
             device=DeviceTarget.of(options.device),
-            format_name=experts_weights(model.get_submodule(name), target).format_name,
+            format_name=HostExperts.of(model.get_submodule(name)).weights().format_name,
             adapters_touch_experts=options.lora_experts,
         )
         decisions[name] = select_experts(request, backend=options.backend)
@@ -203,15 +208,15 @@ def decide_backends(
 def build_site(module: nn.Module, target: ExpertsTarget, options: SiteOptions) -> ExpertsSite:
     """The layers of one experts module; changes nothing. Raises NoBackendError."""
     layout, name, backend = options.layout, target.name, options.backend
-    weights = experts_weights(module, target)
+    host = HostExperts.of(module)
     config = options.configs[name]
     expert_map = layout.expert_maps.get(name)
     if expert_map is None:
+        weights = host.weights()
         local = replace(config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
         base, decision = build_fused_moe(local, weights, backend=backend, lora_experts=options.lora_experts)
     else:
-        kept = take_slice(weights, layout.mine.experts[name], adds_bias=layout.groups.tp_rank == 0)
-        kept = cast("ExpertsWeights", moved(kept, options.device))
+        kept = host.take(layout.mine.experts[name], options.device, adds_bias=layout.groups.tp_rank == 0)
         base, decision = build_parallel_moe(
             config, kept, layout.groups, expert_map, backend=backend, lora_experts=options.lora_experts
         )
@@ -235,7 +240,7 @@ def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> N
     model.set_experts_implementation(IMPLEMENTATION)
     for name, site in sites.items():
         if site.is_cut:
-            give_up_experts(model.get_submodule(name))
+            HostExperts.of(model.get_submodule(name)).give_up()
 
 
 def experts_configs(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> list[PreTrainedConfig]:

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 
 from moegraft.core.config import BackendRequest, DeviceTarget
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.experts import moe_config
-from moegraft.integrations.transformers.storage import experts_placement
-from moegraft.integrations.transformers.targets import experts_per_token, find_unsupported, hooked_experts
+from moegraft.integrations.transformers.storage import host_experts
+from moegraft.integrations.transformers.targets import experts_per_token, find_unsupported
 from moegraft.oracle import Decision, Rejection, select_experts
 
 
@@ -73,11 +72,10 @@ def explain_structure(model: PreTrainedModel, packed: Mapping[str, str]) -> Expl
     if reason is not None:
         raise UnsupportedModelError(reason)
     top_k, choices = experts_per_token(model), []
-    for name, module in hooked_experts(model).items():
-        device, dtype = experts_placement(model, module)
+    for name, host in host_experts(model).items():
         request = BackendRequest(
-            config=moe_config(module, top_k, dtype),
-            device=DeviceTarget.of(device),
+            config=host.config(top_k, host.dtype(model)),
+            device=DeviceTarget.of(host.device),
             format_name=packed.get(name, "dense"),
         )
         choices.append(LayerChoice.of(name, select_experts(request), is_ours=name in packed))

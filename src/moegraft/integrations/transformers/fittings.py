@@ -60,7 +60,11 @@ class Fittings:
         layout: RankLayout,
         targets: ModelTargets,
         local_targets: ModelTargets,
+        *,
+        compiled: bool = False,
     ) -> None:
+        """``compiled``: seams of every module that takes LoRA stand there from the beginning."""
+        self._compiled = compiled
         self.model = model
         self.bank = bank
         self.state = state
@@ -87,6 +91,8 @@ class Fittings:
         self._experts_configs = experts_configs(self.model, sites)
         install_sites(self.model, sites)
         self._hooks.install()
+        if self._compiled:
+            self.fit()
 
     def watch(self) -> None:
         """From now on the experts must stay what and where they are."""
@@ -135,6 +141,8 @@ class Fittings:
         """
         with self._lock:
             wanted = list(self._wanted())
+            if self._seams.keys() != set(wanted):
+                self.state.hooks_changed()  # before they do: an interrupt may come
             for key in [key for key in self._seams if key not in wanted]:
                 self._watched.pop(key, None)
                 self._seams[key].remove()
@@ -161,7 +169,10 @@ class Fittings:
 
     def _wanted(self) -> Iterator[Key]:
         handles = self.bank.handles(coming=True)
-        for module in dict.fromkeys(module for handle in handles for module in handle.ranks):
+        touched = [module for handle in handles for module in handle.ranks]
+        if self._compiled:
+            touched += [*self.targets.linears, *self.targets.embeddings]
+        for module in dict.fromkeys(touched):
             if module in self.targets.linears:
                 yield module, RouterSeam if self.targets.linears[module].router else LinearSeam
             elif module in self.targets.embeddings:

@@ -35,7 +35,7 @@ from moegraft.integrations.transformers.parallel_layout import (
     planned,
     with_whole_parameters,
 )
-from moegraft.integrations.transformers.storage import check_uniform, packed_experts
+from moegraft.integrations.transformers.storage import HostExperts, check_uniform, packed_experts
 from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.call import AdapterCall, CallMemory
@@ -57,6 +57,7 @@ def attach(  # noqa: PLR0913  # the one call of users: every option by its name
     backend: str | None = None,
     lora_experts: bool = True,
     batch_invariant: bool = False,
+    compiled: bool = False,
     parallel: ParallelConfig | None = None,
     expert_maps: Mapping[str, ExpertMap] | None = None,
     device: torch.device | str | None = None,
@@ -69,6 +70,9 @@ def attach(  # noqa: PLR0913  # the one call of users: every option by its name
     touch experts: backends that take no LoRA are then considered too, and an adapter with LoRA on experts is refused.
     batch_invariant: only backends whose experts layers give a row the same bits in any batch (docs/numerics.md has the
     price); attention and what else the model computes itself is as batch-invariant as the host's own GEMMs.
+    compiled: the model will be compiled (``torch.compile(model, fullgraph=True)``): the places where adapters take
+    part are put in once, for all modules, so that one graph serves every adapter that comes and goes. A model that is
+    compiled without it is right too, and compiled anew whenever an adapter touches modules that none touched before.
 
     parallel: several processes, each of which has loaded the whole model, keep a slice of the experts each and free the
     rest; ``detach`` cannot give that back (docs/parallel.md). All ranks attach together, and from then on load, unload
@@ -87,6 +91,7 @@ def attach(  # noqa: PLR0913  # the one call of users: every option by its name
         backend=backend,
         lora_experts=lora_experts,
         batch_invariant=batch_invariant,
+        compiled=compiled,
         ranks=ranks,
     )
 
@@ -107,10 +112,10 @@ class GraftedModel:
         backend: str | None,
         lora_experts: bool,
         batch_invariant: bool,
+        compiled: bool,
         ranks: RankOptions,
     ) -> None:
         self.model = model
-        self._state = CallState()
         self._process = os.getpid()
         self._attached = False
         alike = {"lora_experts": lora_experts, "batch_invariant": batch_invariant}
@@ -118,6 +123,7 @@ class GraftedModel:
         agreement = Agreement(self.layout.groups.control)
         fittings = None
         try:
+            self._state = CallState(facts.device)
             self._targets = facts.targets if facts.plan is None else with_whole_parameters(facts.targets)
             self._local_targets = self.layout.local_targets(self._targets)
             with agreement.step():
@@ -142,7 +148,7 @@ class GraftedModel:
             )
             sites = self._build_sites(options, agreement, is_moved=ranks.device is not None)
             self._fittings = fittings = Fittings(
-                model, self.bank, self._state, self.layout, self._targets, self._local_targets
+                model, self.bank, self._state, self.layout, self._targets, self._local_targets, compiled=compiled
             )
             self._adapters = CollectiveBank(self.bank, self.layout.groups, fit=fittings.fit)
             vocab_size = getattr(model.get_input_embeddings(), "num_embeddings", None)
@@ -268,6 +274,7 @@ class GraftedModel:
         *,
         lengths: Sequence[int] | None = None,
         slots: torch.Tensor | None = None,
+        run_length: int = 1,
         rank_bound: int | None = None,
         all_threads: bool = False,
     ) -> Iterator[AdapterCall | None]:
@@ -276,8 +283,9 @@ class GraftedModel:
         For engines that call the model themselves. ``adapters`` has one entry a row of the model's input, or the input
         has as many rows for each entry, next to each other (beams). Packed rows: entry i serves the next ``lengths[i]``
         tokens. ``slots``: a tensor of the caller's, int32 [tokens] on the device, -1 = base, that says it instead,
-        whenever a layer runs; it may change between calls and holds slots of ``adapters`` only. ``all_threads``: also
-        in threads that the block did not start, one such block at a time; otherwise only in this thread or task.
+        whenever a layer runs; it may change between calls and holds slots of ``adapters`` only; ``run_length``: how
+        many neighbours have the same slot, about, which chooses tiles and no results. ``all_threads``: also in threads
+        that the block did not start, one such block at a time; otherwise only in this thread or task.
 
         A call belongs to its block: blocks of one thread nest. Raises BatchError or UnknownAdapterError; BatchError
         also where a module meets rows of which the batch does not say which adapter each uses.
@@ -290,7 +298,13 @@ class GraftedModel:
         between ranks.
         """
         with self._batch(
-            adapters, rows, lengths=lengths, slots_M=slots, rank_bound=rank_bound, all_threads=all_threads
+            adapters,
+            rows,
+            lengths=lengths,
+            slots_M=slots,
+            run_length=run_length,
+            rank_bound=rank_bound,
+            all_threads=all_threads,
         ) as call:
             yield call
 
@@ -425,7 +439,7 @@ def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:
     if ranks.device is not None and torch.device(ranks.device).type == "meta":
         raise UnsupportedModelError("device='meta' would throw the weights away; expected a device that has memory")
     targets = discover_targets(model)
-    device, dtype = check_uniform(model, [model.get_submodule(name) for name in targets.experts])
+    device, dtype = check_uniform(model, [HostExperts.of(model.get_submodule(name)) for name in targets.experts])
     return ModelFacts(
         targets=targets,
         device=device if ranks.device is None else torch.device(ranks.device),

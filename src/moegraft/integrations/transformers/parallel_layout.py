@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from moegraft.core.errors import AdapterMismatchError, ParallelError, UnsupportedModelError
 from moegraft.integrations.transformers.dtensors import is_sharded, whole
 from moegraft.integrations.transformers.parallel_plan import ModelPlan, has_plan, read_plan
-from moegraft.integrations.transformers.storage import experts_weights
-from moegraft.lora.local_targets import local_targets
-from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets
+from moegraft.integrations.transformers.storage import HostExperts
+from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets, local_targets
 from moegraft.parallel import Agreement, ExpertsSlice, ParallelConfig, ParallelGroups, RankSlice, Share, experts_slice
 from moegraft.parallel.expert_map import ExpertMap
 
@@ -265,7 +264,7 @@ def _slice_of(
         intermediate_size=target.intermediate_size,
         tp=Share(config.tp, groups.tp_rank),
         ep=Share(config.ep, groups.ep_rank),
-        granule=experts_weights(model.get_submodule(target.name), target).intermediate_granule,
+        granule=HostExperts.of(model.get_submodule(target.name)).weights().intermediate_granule,
         experts=expert_map.experts_of_rank[groups.ep_rank] if config.ep > 1 else None,
         fully_sharded=config.fully_sharded,
     )

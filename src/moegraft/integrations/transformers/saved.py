@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from moegraft.core.errors import BatchError, UnsupportedModelError
+from moegraft.integrations.transformers import compiled
 from moegraft.integrations.transformers.call import CallState
 from moegraft.integrations.transformers.dtensors import whole
 from moegraft.integrations.transformers.seams import HookSeam
@@ -44,11 +46,28 @@ class SavedSeam(HookSeam):
         super().__init__(name, module, bank, state)
         self.is_planned = is_planned
         self._variants: WeakKeyDictionary[AdapterHandle, _Variant] = WeakKeyDictionary()
+        self._number = compiled.register(self)
 
     def install(self) -> None:
         """Raises UnsupportedModelError where a copy of the module could not run what the module runs."""
         self._copy({})
         super().install()
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Raises UnsupportedModelError for modules that take or give more than tensors."""
+        outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+        if kwargs or not all(isinstance(value, torch.Tensor) for value in (*args, *outputs)):
+            raise UnsupportedModelError(
+                f"an adapter replaces parameters of {self.name!r} (modules_to_save), which takes or gives more than "
+                "tensors: a compiled graph cannot run the replacement; call the model without torch.compile"
+            )
+        torch.ops.moegraft.graft_saved(outputs, list(args), self.state.order, self._number)
+
+    def replace_in(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        """Under the call that runs now, if there is one."""
+        call = self.state.current()
+        if call is not None:
+            self.apply(call, tuple(inputs), {}, outputs[0] if len(outputs) == 1 else tuple(outputs))
 
     def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if call.rank_bound is not None:

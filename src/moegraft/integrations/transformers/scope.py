@@ -6,12 +6,13 @@ Only there is it known which adapter a row uses. What is not known to be of that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from moegraft.integrations.transformers.storage import HostExperts
 
 # Modules of a text stack that see other rows than the tokens', by the end of their names: why adapters may not touch
 # them. tests/test_families.py looks for them in every family that transformers has.
@@ -25,19 +26,6 @@ _OTHER_ROWS: Mapping[str, str] = {
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 
-class HookedExperts(nn.Module):
-    """What transformers' ``use_experts_implementation`` makes of an experts class. For annotations only: it declares
-    the attributes that are read here, and no model has an instance of it."""
-
-    down_proj: torch.Tensor
-    act_fn: nn.Module
-    has_gate: bool
-    has_bias: bool
-    is_transposed: bool
-    is_concatenated: bool
-    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
-
-
 @dataclass(frozen=True, kw_only=True)
 class TextScope:
     """The modules whose rows are tokens of the batch, without what lies inside experts modules.
@@ -49,11 +37,11 @@ class TextScope:
     stack: str
     decoder: str
     owners: Mapping[str, PreTrainedModel]
-    experts: Mapping[str, HookedExperts]
+    experts: Mapping[str, HostExperts]
     modules: Mapping[str, nn.Module]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, hooked: Mapping[str, HookedExperts]) -> TextScope:
+    def of(cls, model: PreTrainedModel, hooked: Mapping[str, HostExperts]) -> TextScope:
         """What belongs to the text stack itself, and the heads of the models around it. ``hooked``: all experts."""
         names = {id(module): name for name, module in model.named_modules()}
         owners = {names[id(part)]: part for part in model.modules() if isinstance(part, PreTrainedModel)}

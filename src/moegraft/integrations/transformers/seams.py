@@ -16,6 +16,7 @@ from torch import nn
 from moegraft.build import punica_for
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.core.tables import LinearFactor, LinearTables
+from moegraft.integrations.transformers import compiled
 from moegraft.integrations.transformers.call import CallState, remove_hooks
 from moegraft.integrations.transformers.dtensors import local
 from moegraft.integrations.transformers.router_weight import RouterWeight
@@ -61,9 +62,17 @@ class HookSeam(Seam):
             # hook takes keyword arguments. No adapter of a running batch needs a seam that comes or goes.
             return
         kwargs, output = rest
-        call = self.state.current()
+        is_traced = torch.compiler.is_compiling()
+        if is_traced and self.state.fixed is None:
+            self.trace(args, kwargs, output)
+            return
+        call = self.state.fixed if is_traced else self.state.current()
         if call is not None:
             _without_grad(self.apply, call, args, kwargs, output)
+
+    @abstractmethod
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Leave an op in a graph that is being traced, which does what ``apply`` does for the call of its time."""
 
     @abstractmethod
     def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -93,14 +102,26 @@ class LinearDelta:
         self.tables = bank.linear_tables(target.name)
         self.punica = punica or punica_for(self.tables.pool.device)
         self.state = state
+        self.number = compiled.register(self)
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the call in flight has LoRA on this map."""
-        call = self.state.current()
-        return call is not None and call.linear_bound(self.name) > 0
+        """Whether the call in flight has LoRA on this map; a graph that is traced serves calls that may."""
+        is_traced = torch.compiler.is_compiling()
+        call = self.state.fixed if is_traced else self.state.current()
+        return is_traced if call is None else call.linear_bound(self.name) > 0
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            if self.state.fixed is None:
+                torch.ops.moegraft.graft_delta(y, x, bias_O, self.state.order, self.number)
+            else:
+                self.add(self.state.fixed, y, x, bias_O)
+        else:
+            self.add_to(y, x, bias_O)
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        """Under the call that runs now, if there is one."""
         call = self.state.current()
         if call is not None:
             self.add(call, y, x, bias_O)
@@ -131,8 +152,14 @@ class LinearSeam(HookSeam):
         self.delta = LinearDelta(target, bank, state, punica)
 
     def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.delta.add(call, output, args[0] if args else kwargs["input"], self._bias())
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.delta(output, args[0] if args else kwargs["input"], self._bias())
+
+    def _bias(self) -> torch.Tensor | None:
         bias = getattr(self.module, "bias", None)
-        self.delta.add(call, output, args[0] if args else kwargs["input"], None if bias is None else local(bias))
+        return None if bias is None else local(bias)
 
 
 class EmbeddingSeam(HookSeam):
@@ -153,6 +180,7 @@ class EmbeddingSeam(HookSeam):
         super().__init__(name, module, bank, state)
         self.ranks = ranks
         self.pieces = None if mine is None else mine.inputs
+        self.number = compiled.register(self)
         self.num_embeddings = bank.layout.embeddings[name].num_embeddings
         self.tables = LinearTables(
             pool=bank.pool.data,
@@ -160,6 +188,16 @@ class EmbeddingSeam(HookSeam):
             factors=bank.tables.factors[:, bank.layout.module_entries(name)],
             page_elems=bank.pool.page_elems,
         )
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ids = args[0] if args else kwargs["input"]
+        torch.ops.moegraft.graft_delta(output, ids, None, self.state.order, self.number)
+
+    def add_to(self, y: torch.Tensor, ids: torch.Tensor, _: torch.Tensor | None) -> None:
+        """Under the call that runs now, if there is one."""
+        call = self.state.current()
+        if call is not None:
+            self.apply(call, (ids,), {}, y)
 
     def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rank_bound = call.linear_bound(self.name)

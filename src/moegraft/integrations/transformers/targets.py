@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -15,29 +15,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moegraft.core.activation import apply_activation
-from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.dtensors import is_sharded
-from moegraft.integrations.transformers.scope import HEADS, HookedExperts, TextScope, innermost
-from moegraft.integrations.transformers.storage import (
-    experts_device,
-    experts_sizes,
-    linear_weight,
-    packed_experts,
-    unsupported_storage,
-    w13_param,
-)
+from moegraft.formats.scaled import spread_blocks
+from moegraft.integrations.transformers.dtensors import is_sharded, local
+from moegraft.integrations.transformers.scope import HEADS, TextScope, innermost
+from moegraft.integrations.transformers.storage import WEIGHT_DTYPES, HostExperts, host_experts
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
 
-# Set on every instance by transformers' ``use_experts_implementation``; its other attributes came with later versions.
-_HOOK_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 # Linear maps whose weight is read without calling the module (Jamba's mixer): the weight itself gets the delta.
 _READ_DIRECTLY = ("dt_proj",)
 # A class that is a mixture of experts by its name, after the name of the model.
 _MIXTURE = re.compile(r"(MoE|Moe|MOE|Experts?)(?![a-z])")
-# Both sides of every clamp and the bend of every curve: a limit beyond the last scale has no practical effect.
-_PROBE_SCALES = (1.0, 4.0, 16.0, 1000.0)
 
 
 def discover_targets(model: PreTrainedModel) -> ModelTargets:
@@ -52,11 +40,11 @@ def discover_targets(model: PreTrainedModel) -> ModelTargets:
     reason = find_unsupported(model)
     if reason is not None:
         raise UnsupportedModelError(reason)
-    scope = TextScope.of(model, hooked_experts(model))
+    scope = TextScope.of(model, host_experts(model))
     routers = dict(_parameter_routers(scope))
     return ModelTargets(
         model_type=model.config.model_type,
-        experts={name: _experts_target(name, module) for name, module in scope.experts.items()},
+        experts={name: host.target(name) for name, host in scope.experts.items()},
         linears=_linear_targets(scope, routers),
         embeddings={
             name: _embedding_target(name, m) for name, m in scope.modules.items() if isinstance(m, nn.Embedding)
@@ -77,28 +65,28 @@ def find_unsupported(model: nn.Module) -> str | None:
                 f"{model_class}: '{name}' is a PEFT {type(module).__name__}; unload PEFT and attach to the base model"
             )
     if type(model).forward is nn.Module.forward:
-        parts = [name for name, part in model.named_children() if hooked_experts(part)]
+        parts = [name for name, part in model.named_children() if host_experts(part)]
         return (
             f"{model_class} has no forward pass of its own, it generates by calling its parts; attach to the one whose "
             f"adapters you have: {' or '.join(f'model.{name}' for name in parts) or 'none of them has experts'}"
         )
-    hooked = hooked_experts(model)
+    hooked = host_experts(model)
     if not hooked:
         return _why_no_experts(model)
     scope = TextScope.of(model, hooked)
     if not scope.experts:
-        name, module = next(iter(hooked.items()))
-        return f"{model_class}: experts module '{name}' ({type(module).__name__}) {scope.why_not(name)}"
-    for name, module in scope.experts.items():
-        reason = _unsupported_experts(module) or scope.why_shared(name)
+        name, host = next(iter(hooked.items()))
+        return f"{model_class}: experts module '{name}' ({type(host.module).__name__}) {scope.why_not(name)}"
+    for name, host in scope.experts.items():
+        reason = _unsupported_experts(host) or scope.why_shared(name)
         if reason is not None:
-            return f"{model_class}: experts module '{name}' ({type(module).__name__}) {reason}"
+            return f"{model_class}: experts module '{name}' ({type(host.module).__name__}) {reason}"
     return None
 
 
 def experts_targets(model: PreTrainedModel) -> dict[str, ExpertsTarget]:
     """All experts modules, those of towers too; their weights may lie on the meta device."""
-    return {name: _experts_target(name, module) for name, module in hooked_experts(model).items()}
+    return {name: host.target(name) for name, host in host_experts(model).items()}
 
 
 def experts_per_token(model: PreTrainedModel) -> int:
@@ -112,65 +100,6 @@ def experts_per_token(model: PreTrainedModel) -> int:
         if isinstance(value, int):
             return value
     return 1
-
-
-def hooked_experts(model: nn.Module) -> dict[str, HookedExperts]:
-    """Experts modules that dispatch through transformers' experts interface, by name, in the order of the model."""
-    return {
-        name: cast("HookedExperts", module)
-        for name, module in model.named_modules()
-        if all(hasattr(module, attribute) for attribute in _HOOK_ATTRIBUTES)
-        and (hasattr(module, "down_proj") or packed_experts(module) is not None)
-    }
-
-
-def experts_activation(module: HookedExperts) -> Activation:
-    """The activation of an experts module, recognised by what it computes and not by its name.
-
-    The module's own ``_apply_gate`` (or ``act_fn``, without a gate) runs on a few float32 rows and must agree with
-    one of our formulas to 1e-5; the rows reach far enough to tell a clamp from none.
-
-    Raises:
-        UnsupportedModelError: no formula agrees; the message names the module's class.
-    """
-    _, _, width = experts_sizes(module)
-    rows = _probe_rows(2 * width if module.has_gate else width, device=experts_device(module))
-    with torch.no_grad():
-        expected = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    for activation in _candidates(module):
-        found = apply_activation(rows, activation, is_interleaved=not module.is_concatenated)
-        if torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
-            return activation
-    how = f"act_fn {type(getattr(module, 'act_fn', None)).__name__}"
-    if module.has_gate:
-        how = f"{type(module).__name__}._apply_gate, with {how}"
-    raise UnsupportedModelError(
-        f"{type(module).__name__} computes an activation that moegraft does not know ({how}), from which each of "
-        f"{', '.join(ActivationKind)} differs"
-    )
-
-
-def _candidates(module: HookedExperts) -> Iterator[Activation]:
-    for kind in (ActivationKind.SILU, ActivationKind.GELU, ActivationKind.GELU_TANH, ActivationKind.RELU2):
-        yield Activation(kind=kind, gated=module.has_gate)
-    if not module.has_gate:
-        return
-    alpha = getattr(module, "alpha", getattr(module, "swiglu_alpha", None))
-    limit = getattr(module, "limit", getattr(module, "swiglu_limit", None))
-    if limit is not None:
-        yield Activation(kind=ActivationKind.SILU_CLAMPED, limit=float(limit))
-        if alpha is not None:
-            yield Activation(kind=ActivationKind.SWIGLU_OAI, alpha=float(alpha), limit=float(limit))
-    act_fn: Any = getattr(module, "act_fn", None)
-    if hasattr(act_fn, "gate_softcap") and hasattr(act_fn, "up_softcap"):
-        alpha, limit = act_fn.gate_softcap.softcap, act_fn.up_softcap.softcap
-        yield Activation(kind=ActivationKind.SILU_SOFTCAPPED, alpha=float(alpha), limit=float(limit))
-
-
-def _probe_rows(width: int, *, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(len(_PROBE_SCALES), width, generator=generator) * torch.tensor(_PROBE_SCALES)[:, None]
-    return rows.to(device)
 
 
 def _why_no_experts(model: PreTrainedModel) -> str:
@@ -198,8 +127,8 @@ def _why_no_experts(model: PreTrainedModel) -> str:
     return f"{model_class} ({model.config.model_type}) has no mixture-of-experts layer"
 
 
-def _unsupported_experts(module: HookedExperts) -> str | None:
-    reason = unsupported_storage(module)
+def _unsupported_experts(host: HostExperts) -> str | None:
+    module, reason = host.module, host.unsupported()
     if reason is not None:
         return reason
     if getattr(module, "has_post_expert_norm", False):
@@ -207,33 +136,19 @@ def _unsupported_experts(module: HookedExperts) -> str | None:
     if getattr(module, "_is_expert_parallel", False) and not any(map(is_sharded, module.parameters(recurse=False))):
         return "is shared out over ranks (expert parallel), but not by a plan of transformers; load the model whole"
     try:
-        experts_activation(module)
+        _ = host.activation
     except UnsupportedModelError as error:
         return f"cannot be served: {error}"
     return None
 
 
-def _experts_target(name: str, module: HookedExperts) -> ExpertsTarget:
-    num_experts, hidden, intermediate = experts_sizes(module)
-    return ExpertsTarget(
-        name=name,
-        num_experts=num_experts,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        has_gate=module.has_gate,
-        is_transposed=module.is_transposed,
-        is_interleaved=module.has_gate and not module.is_concatenated,
-        w13_param=w13_param(module),
-    )
-
-
 def _beside_experts(scope: TextScope) -> Iterator[tuple[str, nn.Module, int]]:
     """(name, module, number of experts) of all that shares its parent with an experts module."""
     for experts_name, experts in scope.experts.items():
-        prefix = experts_name.rpartition(".")[0] + "."
+        prefix, num_experts = experts_name.rpartition(".")[0] + ".", experts.sizes[0]
         for name, module in scope.modules.items():
             if name.startswith(prefix):
-                yield name, module, experts_sizes(experts)[0]
+                yield name, module, num_experts
 
 
 def _parameter_routers(scope: TextScope) -> Iterator[tuple[str, nn.Module]]:
@@ -274,9 +189,33 @@ def _linear_targets(scope: TextScope, routers: Mapping[str, nn.Module]) -> dict[
             in_features=in_features,
             out_features=out_features,
             router=by_weight,
-            weight=partial(getattr, module, "weight") if by_weight else linear_weight(module),
+            weight=partial(getattr, module, "weight") if by_weight else _linear_weight(module),
         )
     return targets
+
+
+def _linear_weight(module: nn.Module) -> Callable[[], torch.Tensor] | None:
+    """What gives the weight [out, in] of a linear map as it multiplies; None where that cannot be told.
+
+    A weight that some library has quantised still takes LoRA beside it, but no DoRA: its row norms are not at hand.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or list(weight.shape) != [module.out_features, module.in_features]:
+        return None
+    if weight.dtype in WEIGHT_DTYPES:
+        return lambda: local(cast("torch.Tensor", module.weight))
+    if weight.dtype is torch.float8_e4m3fn and hasattr(module, "weight_scale_inv"):
+        return partial(_fp8_linear_weight, module)
+    return None
+
+
+def _fp8_linear_weight(module: nn.Module) -> torch.Tensor:
+    """transformers' FP8Linear: one scale, or one for each block that is cut short at the borders."""
+    weight, scale = cast("torch.Tensor", module.weight).float(), cast("torch.Tensor", module.weight_scale_inv).float()
+    if scale.dim() < 2:
+        return weight * scale
+    block_size = cast("tuple[int, int]", module.block_size)
+    return weight * spread_blocks(scale, *weight.shape, block_size=block_size)
 
 
 def _is_read_directly(name: str) -> bool:
@@ -322,7 +261,7 @@ def _is_router_name(name: str) -> bool:
 
 def _left_out(model: PreTrainedModel, scope: TextScope) -> dict[str, str]:
     """Why adapters may not touch what they could touch elsewhere: linear maps, embeddings, experts, norms."""
-    hooked = hooked_experts(model)
+    hooked = host_experts(model)
     reasons = {}
     for name, module in model.named_modules():
         is_inside = innermost(hooked, name) not in (None, name)

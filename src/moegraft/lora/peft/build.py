@@ -6,14 +6,14 @@ from typing import Protocol
 
 import torch
 
+from moegraft.core.cuts import Cuts, cut_axis, cut_tensor
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
 from moegraft.files import TensorInfo
-from moegraft.files.safetensors import Cuts, all_finite, cut_tensor
+from moegraft.files.safetensors import all_finite
 from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair
-from moegraft.lora.slicing import cut_lanes
 from moegraft.lora.targets import EmbeddingLoRA, LinearLoRA
-from moegraft.parallel.rank_slice import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
+from moegraft.parallel.slices import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
 
 # Rows of a base weight that are widened to float32 at a time (DoRA): bounds the memory for a large vocabulary.
 _NORM_ROWS = 4096
@@ -69,7 +69,7 @@ def build_linear(
         magnitude = read(plan.magnitude.name, _cut(0, mine.outputs))
         gain = magnitude.to(b.dtype) / _square_sums(weight, a, b).sqrt()
         b = b * gain
-        a = cut_tensor(cut_lanes(a, mine.lanes), _cut(1, mine.inputs))
+        a = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs))
     return LinearLoRA(
         a=cast(a, dtype, plan.pair.a),
         b=cast(b, dtype, plan.pair.b),
@@ -165,3 +165,11 @@ def _square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torc
         delta = b[:, start : start + _NORM_ROWS].T @ a.to(b.dtype)
         sums.append((rows + delta).square_().sum(dim=1))
     return torch.cat(sums)
+
+
+def _own_lanes(a_RI: torch.Tensor, mine: LinearSlice) -> torch.Tensor:
+    """The share of A's rank rows, zero rows behind them up to the common length."""
+    if mine.lanes is None:
+        return a_RI
+    part = mine.lanes.of(a_RI.shape[0])
+    return cut_axis(a_RI, 0, part.start, part.stop, part.padding)

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
+from moegraft.core.cuts import pad_axis
 from moegraft.core.halves import split_halves
 from moegraft.lora.peft import fused
 from moegraft.lora.peft.build import Read, cast, scalable
 from moegraft.lora.peft.names import Projection
 from moegraft.lora.peft.plan import ExpertsPlan, FusedPair, Pair
-from moegraft.lora.slicing import local_experts_of, pad_axis
 from moegraft.lora.targets import ExpertsLoRA, ExpertsTarget
-from moegraft.parallel.rank_slice import WHOLE_EXPERTS, ExpertsSlice, Pieces
-from moegraft.parallel.slices import count, half_columns
+from moegraft.parallel.slices import WHOLE_EXPERTS, ExpertsSlice, Pieces, count, half_columns
 
 
 def build_experts(
@@ -26,7 +25,7 @@ def build_experts(
 
     None where it touches none of this rank's experts.
     """
-    experts, _ = local_experts_of(_held_experts(plan), mine)
+    experts, _ = mine.local_experts(_held_experts(plan))
     if not experts:
         return None
     sides = {cut.projection: cut.read(plan, read) for cut in _cuts(plan, mine, dtype)}
@@ -59,7 +58,7 @@ def num_elems(plan: ExpertsPlan, mine: ExpertsSlice) -> int:
     """Elements of all factors that ``build_experts`` gives, without padding; from the plan alone."""
     if mine is WHOLE_EXPERTS:
         return sum([math.prod(info.shape) for info in plan.infos()])
-    held = len(local_experts_of(_held_experts(plan), mine)[0])
+    held = len(mine.local_experts(_held_experts(plan))[0])
     total = 0
     for cut in _cuts(plan, mine, torch.float32) if held else ():
         pair = plan.stacked.get(cut.projection)
@@ -73,7 +72,7 @@ def tensors_elsewhere(plan: ExpertsPlan, mine: ExpertsSlice) -> Iterator[str]:
     """Tensors that ``build_experts`` leaves to other ranks as a whole: those of single experts that live there."""
     if mine.experts is None:
         return
-    nobody_here = not local_experts_of(_held_experts(plan), mine)[0]
+    nobody_here = not mine.local_experts(_held_experts(plan))[0]
     for pairs in plan.single.values():
         for expert, pair in pairs.items():
             if nobody_here or expert not in mine.experts:

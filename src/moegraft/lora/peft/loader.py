@@ -30,7 +30,7 @@ from moegraft.lora.peft.config import CONFIG_FILE, read_config
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
 from moegraft.lora.targets import AdapterWeights, LinearLoRA, ModelTargets
-from moegraft.parallel.rank_slice import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
+from moegraft.parallel.slices import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
 
 ADAPTER_FILES = WeightFiles(
     weights="adapter_model.safetensors",

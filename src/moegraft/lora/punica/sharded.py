@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from moegraft.core.cuts import cut_tensor, pad_axis
 from moegraft.core.errors import BatchError
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
 from moegraft.lora.punica.base import Segments
@@ -29,10 +30,8 @@ from moegraft.lora.punica.cpu import (
     shrink_rows,
 )
 from moegraft.lora.rows import AdapterRows
-from moegraft.lora.slicing import cut_tensor, pad_axis
 from moegraft.parallel.collectives import Communicator
-from moegraft.parallel.rank_slice import LinearSlice
-from moegraft.parallel.slices import Shard, shard
+from moegraft.parallel.slices import LinearSlice, Shard, shard
 
 
 class ShardedExpertsPunica(PunicaWrapperCPU):

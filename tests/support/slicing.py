@@ -1,4 +1,4 @@
-"""Cuts tensors and whole adapters to what one rank holds. The PEFT loader reads the same slices straight from files.
+"""Whole adapters cut in memory to what one rank holds: the truth for the loader, which reads slices from files.
 
 Shape letters: E experts · D hidden size · F expert intermediate size · h experts that an adapter holds · r rank
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.nn.functional import pad
 
-from moegraft.files.safetensors import cut_tensor as cut_tensor
+from moegraft.core.cuts import cut_axis, cut_tensor
 from moegraft.lora.targets import (
     AdapterWeights,
     EmbeddingLoRA,
@@ -19,21 +18,14 @@ from moegraft.lora.targets import (
     LinearLoRA,
     ModelTargets,
 )
-from moegraft.parallel.rank_slice import (
+from moegraft.parallel.slices import (
     WHOLE_EXPERTS,
     WHOLE_LINEAR,
     ExpertsSlice,
     LinearSlice,
     RankSlice,
-    Share,
+    Shard,
 )
-from moegraft.parallel.slices import Shard
-
-
-def pad_axis(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    """Zeros behind an axis, up to ``size``."""
-    missing = size - tensor.shape[axis]
-    return pad(tensor, [0, 0] * (tensor.dim() - 1 - axis) + [0, missing]) if missing else tensor
 
 
 def slice_adapter(weights: AdapterWeights, targets: ModelTargets, mine: RankSlice) -> AdapterWeights:
@@ -57,7 +49,7 @@ def slice_adapter(weights: AdapterWeights, targets: ModelTargets, mine: RankSlic
 
 def slice_experts(lora: ExpertsLoRA, target: ExpertsTarget, mine: ExpertsSlice) -> ExpertsLoRA | None:
     """One experts module; None where the adapter touches none of the rank's experts. Expert ids become local."""
-    local_ids, positions = local_experts_of(lora.expert_ids, mine)
+    local_ids, positions = mine.local_experts(lora.expert_ids)
     if not local_ids:
         return None
     columns, hidden = mine.columns(target.intermediate_size), mine.hidden(target.hidden_size)
@@ -67,11 +59,11 @@ def slice_experts(lora: ExpertsLoRA, target: ExpertsTarget, mine: ExpertsSlice) 
             return None
         if factor.shape[0] > 1 or len(lora.expert_ids) == 1:
             factor = factor[positions]
-        return factor.contiguous() if part is None else cut_padded(factor, 2, part)
+        return factor.contiguous() if part is None else _cut_shard(factor, 2, part)
 
     a13 = take(lora.a13)
     if a13 is not None and mine.low_rank is not None:
-        a13 = cut_padded(a13, 1, mine.low_rank.of(a13.shape[1]))
+        a13 = _cut_shard(a13, 1, mine.low_rank.of(a13.shape[1]))
     return replace(
         lora,
         expert_ids=local_ids,
@@ -85,7 +77,7 @@ def slice_experts(lora: ExpertsLoRA, target: ExpertsTarget, mine: ExpertsSlice) 
 
 def slice_linear(lora: LinearLoRA, mine: LinearSlice) -> LinearLoRA:
     """One linear map."""
-    a = cut_lanes(lora.a, mine.lanes)
+    a = lora.a if mine.lanes is None else _cut_shard(lora.a, 0, mine.lanes.of(lora.a.shape[0]))
     return LinearLoRA(
         a=a if mine.inputs is None else cut_tensor(a, {1: mine.inputs}),
         b=lora.b if mine.outputs is None else cut_tensor(lora.b, {1: mine.outputs}),
@@ -107,20 +99,5 @@ def slice_parameter(tensor: torch.Tensor, mine: RankSlice, module: str, param: s
     return tensor if part is None else cut_tensor(tensor, {part.axis: part.pieces})
 
 
-def cut_lanes(a_RI: torch.Tensor, share: Share | None) -> torch.Tensor:
-    """The share of A's rank rows, zero rows behind them up to the common length."""
-    return a_RI if share is None else cut_padded(a_RI, 0, share.of(a_RI.shape[0]))
-
-
-def cut_padded(tensor: torch.Tensor, axis: int, part: Shard) -> torch.Tensor:
-    """A shard of one axis with its padding; contiguous."""
-    return pad_axis(cut_tensor(tensor, {axis: part.pieces}), axis, part.padded).contiguous()
-
-
-def local_experts_of(held: tuple[int, ...], mine: ExpertsSlice) -> tuple[tuple[int, ...], list[int]]:
-    """Local ids, ascending, of the rank's experts that an adapter holds, and where each stands among ``held``."""
-    if mine.experts is None:
-        return held, list(range(len(held)))
-    position = {expert: index for index, expert in enumerate(held)}
-    found = [(local, position[expert]) for local, expert in enumerate(mine.experts) if expert in position]
-    return tuple(local for local, _ in found), [index for _, index in found]
+def _cut_shard(tensor: torch.Tensor, axis: int, part: Shard) -> torch.Tensor:
+    return cut_axis(tensor, axis, part.start, part.stop, part.padding)
