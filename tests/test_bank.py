@@ -593,3 +593,98 @@ def test_integrity_check_sees_damage():
     bank.pool.allocate(1)
     with pytest.raises(MoegraftError, match="neither free nor owned"):
         bank.check_integrity()
+
+
+class TestForSchedulers:
+    """What can be held, what it costs, and versions."""
+
+    def test_can_hold_is_what_acquire_does(self) -> None:
+        bank = make_bank(pages=4, max_slots=3)
+        for name in "abc":
+            bank.load(name, pages_weights(bank, 2))
+        before = bank.infos()
+        assert bank.can_hold(["a", None, "b"]) and not bank.can_hold(["a", "b", "c"])
+        assert bank.infos() == before
+        with pytest.raises(UnknownAdapterError, match="no adapter 'x' is loaded"):
+            bank.can_hold(["x"])
+        with bank.acquire(["a"]):
+            assert bank.can_hold(["c"]) and not bank.can_hold(["b", "c"])
+            resident = [name for name, info in bank.infos().items() if info.resident]
+            with pytest.raises(AdapterMemoryError):
+                bank.acquire(["b", "c"])
+            # It failed fast: nothing was evicted for it.
+            assert [name for name, info in bank.infos().items() if info.resident] == resident
+
+    def test_memory_says_what_is_free_and_what_would_make_room(self) -> None:
+        bank = make_bank(pages=8, max_slots=3)
+        for name, pages in (("a", 1), ("b", 2), ("c", 3)):
+            bank.load(name, pages_weights(bank, pages))
+        bank.pin("a")
+        with bank.acquire(["b"]):
+            memory = bank.memory()
+        assert (memory.num_pages, memory.free_pages, memory.evictable_pages) == (8, 2, 3)
+        assert (memory.num_slots, memory.free_slots, memory.evictable_slots) == (3, 0, 1)
+        assert memory.page_bytes == bank.layout.page_bytes
+        assert bank.memory().evictable_pages == 5
+
+    def test_prefetch_makes_room_and_refuses_without_a_change(self) -> None:
+        bank = make_bank(pages=4, max_slots=4)
+        weights = {name: pages_weights(bank, 2) for name in "abc"}
+        for name in "abc":
+            bank.load(name, weights[name], resident=name != "c")
+        assert not bank.info("c").resident
+        with bank.acquire(["a"]):
+            assert bank.prefetch(["c"])
+            assert {name for name, info in bank.infos().items() if info.resident} == {"a", "c"}
+            before = bank.infos()
+            assert not bank.prefetch(["b", "c"])
+            assert bank.infos() == before
+        with bank.acquire(["c"]):
+            assert_content(bank, bank.get("c"), weights["c"])
+        bank.check_integrity()
+
+    def test_uids_are_never_given_again(self) -> None:
+        bank = make_bank()
+        seen = []
+        for _ in range(3):
+            seen.append(bank.load("a", linear_weights(1)).uid)
+            bank.unload("a")
+        assert len(set(seen)) == 3 and seen == sorted(seen)
+        with pytest.raises(AdapterTensorError):
+            bank.load("b", AdapterWeights(linears={"q": _broken()}))
+        assert bank.load("b", linear_weights(1)).uid == seen[-1] + 1 == bank.info("b").uid
+
+
+def _broken() -> LinearLoRA:
+    return LinearLoRA(a=torch.zeros(0, 8), b=torch.zeros(0, 20))
+
+
+def test_a_built_adapter_cannot_be_named_before_it_is_installed():
+    bank = make_bank(pages=4)
+    new = bank.build("a", pages_weights(bank, 2))
+    assert bank.names() == () and bank.pool.num_free == 2
+    assert [handle.name for handle in bank.handles(coming=True)] == ["a"]
+    bank.check_integrity()
+    bank.discard(new)
+    bank.discard(new)
+    assert bank.pool.num_free == 4
+    new = bank.build("a", pages_weights(bank, 2))
+    assert bank.install(new) is bank.install(new) is bank.get("a")
+    late = bank.build("b", pages_weights(bank, 1))
+    bank.load("b", pages_weights(bank, 1))
+    with pytest.raises(AdapterNameError, match="'b' is already loaded"):
+        bank.install(late)
+    assert bank.pool.num_free == 1
+    bank.check_integrity()
+
+
+def test_a_built_adapter_and_a_batch_that_are_lost_give_back_what_they_held():
+    """As where an interrupt came before the caller had them."""
+    bank = make_bank(pages=4)
+    bank.build("lost", pages_weights(bank, 2))
+    bank.check_integrity()
+    assert bank.pool.num_free == 4
+    bank.load("a", pages_weights(bank, 2))
+    bank.acquire(["a"])
+    assert not bank.get("a").in_use
+    bank.unload("a")

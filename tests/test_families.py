@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from support.adapters import write_adapter
 from support.families import FAMILIES, VOCAB_SIZE, build
-from support.family_adapters import FamilyAdapter, save_everything, save_experts, save_part, save_replacements
+from support.family_adapters import (
+    FamilyAdapter,
+    save_everything,
+    save_experts,
+    save_part,
+    save_replacements,
+    save_with_config,
+)
 from support.oracle import merge, merged_logits
 from support.sweep import mixed_batch_error, stray_rows
 from support.zoo import image_inputs, text_inputs, tiny_model
@@ -130,6 +139,30 @@ def test_stray_rows_are_found(model_type: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(TextScope, "why_not", lambda *_: None)
     monkeypatch.setattr(TextScope, "why_shared", lambda *_: None)
     assert stray_rows(model, text_inputs(model))
+
+
+def test_a_router_that_multiplies_by_mm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Kolibri1's does on CUDA in half precision, past F.linear."""
+    router = type(tiny_model("kolibri1").model.layers[0].mlp.gate)
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = torch.mm(hidden_states.reshape(-1, self.hidden_dim), self.weight.t())
+        indices = torch.topk(logits + self.e_score_correction_bias, self.top_k, dim=-1)[1]
+        scores = logits.gather(1, indices).sigmoid()
+        return logits, scores / scores.sum(dim=-1, keepdim=True), indices
+
+    monkeypatch.setattr(router, "forward", forward)
+    model = tiny_model("kolibri1")
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.gate.weight"])
+    adapter = save_with_config(tiny_model("kolibri1"), config, tmp_path / "router")
+    inputs = text_inputs(model)
+    base, truth = model(**inputs).logits, adapter.truth(**inputs)
+    with moegraft.attach(model, adapter_memory="4MiB") as graft:
+        graft.load_adapter(adapter.path)
+        mixed = graft(**inputs, adapters=["router", None, "router"]).logits
+    for i in (0, 2):
+        _assert_within((mixed - base)[i], (truth - base)[i], scale=(truth - base)[i], what="router")
+    _assert_within(mixed[1], base[1], scale=base[1], what="base")
 
 
 def test_lora_on_a_weight_that_is_read_past_its_module(tmp_path: Path) -> None:

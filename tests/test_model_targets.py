@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.adapters import write_adapter
 from support.families import FAMILIES, build
 from support.zoo import tiny_config, tiny_model
 from torch import nn
@@ -26,7 +28,7 @@ from transformers import (
 
 import moegraft
 from moegraft.core.config import Activation, ActivationKind
-from moegraft.core.errors import UnsupportedModelError
+from moegraft.core.errors import AdapterMismatchError, UnsupportedModelError
 from moegraft.integrations.transformers.storage import HostExperts
 from moegraft.integrations.transformers.targets import discover_targets, find_unsupported
 
@@ -250,6 +252,21 @@ def test_modules_whose_rows_are_not_the_tokens_are_left_out_with_the_reason(mode
         model.get_submodule(name)
         assert reason in targets.left_out[name]
     assert not described & targets.left_out.keys()
+
+
+@pytest.mark.parametrize("model_type", LEFT_OUT)
+def test_an_adapter_for_a_module_that_is_left_out_is_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    with moegraft.attach(model, adapter_memory="4MiB") as graft:
+        for i, (name, reason) in enumerate(LEFT_OUT[model_type].items()):
+            norm = {f"base_model.model.{name}.weight": torch.ones(8)}
+            factors = {f"base_model.model.{name}.lora_{ab}.weight": torch.ones(2, 2) for ab in "AB"}
+            folder = write_adapter(tmp_path / str(i), norm if name.endswith("norm") else factors)
+            with pytest.raises(AdapterMismatchError) as caught:
+                graft.load_adapter(folder)
+            assert f"no adapter may touch '{name}': it " in str(caught.value)
+            assert reason in str(caught.value)
+            assert not graft.adapters
 
 
 @pytest.mark.parametrize(

@@ -16,25 +16,29 @@ from safetensors.torch import load_file, save_file
 from support.adapters import TensorFactory, save_with_peft, write_adapter
 from support.checkpoints import (
     LAYOUTS,
-    VISION_EXPERTS,
     QuantisedCheckpoint,
     edit_config,
     write_checkpoint,
     write_vision_checkpoint,
 )
-from support.families import FAMILIES
+from support.families import FAMILIES, build
 from support.fp8_truth import Rows, fp8_logits
 from support.mixed import random_ids
 from support.oracle import merge, merged_logits
+from support.zoo import image_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     CompressedTensorsConfig,
     Mxfp4Config,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
 )
 
 import moegraft
 from moegraft.core.errors import NoBackendError, UnsupportedModelError
+from moegraft.integrations.transformers.checkpoint import auto_class
 from moegraft.integrations.transformers.storage import packed_experts
 from moegraft.integrations.transformers.targets import discover_targets
 from moegraft.lora.peft import load_peft_adapter
@@ -250,13 +254,34 @@ def test_experts_and_attention_in_layouts_of_their_own(tmp_path: Path, monkeypat
     )
 
 
-def test_a_model_with_a_vision_tower(tmp_path: Path) -> None:
-    """Experts that transformers fuses in memory and libraries write one by one; the tower is plain."""
-    dense = write_vision_checkpoint(tmp_path)
-    model, ids = moegraft.load_quantised(tmp_path, dtype=torch.float32), random_ids()
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_a_model_with_a_vision_tower(model_type: str, tmp_path: Path) -> None:
+    """Experts that transformers fuses in memory and libraries write one by one; the tower is plain, and there: under
+    the config of Qwen3.5-MoE, transformers also knows a model that has none."""
+    dense = write_vision_checkpoint(tmp_path, model_type)
+    model = moegraft.load_quantised(tmp_path, dtype=torch.float32)
     assert type(model) is type(dense)
-    assert packed_experts(model.get_submodule(VISION_EXPERTS)) is not None
-    assert relative_error(model(input_ids=ids).logits, dense(input_ids=ids).logits) < TOL
+    experts = discover_targets(model).experts
+    assert len(experts) == 2
+    assert all(packed_experts(model.get_submodule(name)) is not None for name in experts)
+    inputs = image_inputs(dense)
+    assert inputs is not None
+    with torch.no_grad():
+        found, expected = model(**inputs).logits, dense(**inputs).logits
+        dark = dense(**{**inputs, "pixel_values": 0 * inputs["pixel_values"]}).logits
+    assert relative_error(found, expected) < TOL
+    assert relative_error(dark, expected) > 0.01
+
+
+def test_a_text_model_that_the_config_names_is_loaded_as_such(tmp_path: Path) -> None:
+    write_vision_checkpoint(tmp_path, "qwen3_5_moe")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert auto_class(config)._model_mapping[type(config)] is Qwen3_5MoeForConditionalGeneration
+    config.architectures = ["Qwen3_5MoeForCausalLM"]
+    assert auto_class(config)._model_mapping[type(config)] is Qwen3_5MoeForCausalLM
+    config.architectures = None
+    assert auto_class(config)._model_mapping[type(config)] is Qwen3_5MoeForConditionalGeneration
+    assert auto_class(build("mixtral").config) is AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.legacy is not None])

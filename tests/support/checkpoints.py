@@ -22,14 +22,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
 )
 
+from moegraft.integrations.transformers.targets import discover_targets
 from support.families import build
+from support.zoo import tiny_model
 
 Tensors = dict[str, torch.Tensor]
-VISION_EXPERTS = "model.language_model.layers.0.mlp.experts"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 STATIC_SCALE = 0.01
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -78,27 +77,22 @@ def write_checkpoint(name: str, folder: Path) -> QuantisedCheckpoint:
     return QuantisedCheckpoint(path=folder / "base", layout=layout, dense=dense)
 
 
-def write_vision_checkpoint(folder: Path) -> PreTrainedModel:
+def write_vision_checkpoint(folder: Path, model_type: str = "qwen3_vl_moe") -> PreTrainedModel:
     """A model with a vision tower in ``folder``: int8 experts, one by one, the rest plain; and what it stands for."""
-    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_experts": 4}
-    text |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    text |= {"num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 24, "num_heads": 4, "out_hidden_size": 32}
-    config = Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
-    dense: PreTrainedModel = Qwen3VLMoeForConditionalGeneration(config).eval().requires_grad_(False)
+    dense = tiny_model(model_type).requires_grad_(False)
     dense.save_pretrained(folder)
     layout = LAYOUTS["compressed-tensors int8"]
-    experts, matrix = dense.get_submodule(VISION_EXPERTS), layout.matrix
-    assert matrix is not None
+    assert layout.matrix is not None
     tensors = load_file(folder / "model.safetensors")
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(VISION_EXPERTS)}
-    for e in range(4):
-        gate, up = experts.gate_up_proj[e].chunk(2)
-        for projection, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", experts.down_proj[e])):
-            parts, meant = matrix(weight)
-            weight.copy_(meant)
-            name = f"{VISION_EXPERTS}.{e}.{projection}"
-            tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    for module in (name for name in discover_targets(dense).experts):
+        experts = dense.get_submodule(module)
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(module)}
+        for e in range(experts.num_experts):
+            gate, up = experts.gate_up_proj[e].chunk(2)
+            for projection, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", experts.down_proj[e])):
+                parts, meant = layout.matrix(weight)
+                weight.copy_(meant)
+                tensors |= {f"{module}.{e}.{projection}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     save_file(tensors, folder / "model.safetensors")
     edit_config(folder, quantization_config=dict(layout.config))
     return dense

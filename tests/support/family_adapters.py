@@ -52,6 +52,11 @@ def save_all_of(model: PreTrainedModel, path: Path, *, left_out: Collection[str]
     return _save_with_peft(get_peft_model(model, config), path, seed=seed)
 
 
+def save_with_config(model: PreTrainedModel, config: LoraConfig, path: Path) -> FamilyAdapter:
+    """What a config of PEFT says, of any model, saved by PEFT."""
+    return _save_with_peft(get_peft_model(model, config), path, seed=16)
+
+
 def save_vocabulary(family: str, path: Path, *, rank: int = 4, use_dora: bool = False) -> FamilyAdapter:
     """The head and the embedding, saved by PEFT; with DoRA the head alone."""
     model = build(family)

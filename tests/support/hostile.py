@@ -263,20 +263,25 @@ def _bad_names(made: _Maker) -> Iterator[HostileCase]:
     """Well-formed files with tensors that belong nowhere, or twice to one place."""
     tensors = good_tensors()
     q = f"{PREFIX}{Q_PROJ}.lora_A.weight"
-    twins = (q.removeprefix(PREFIX), q.replace(".lora_A", ".base_layer.lora_A"))
+    twins = (
+        q.removeprefix(PREFIX),
+        q.replace("lora_A", "lora_A.default"),
+        q.replace("model.layers", "_orig_mod.model.layers"),
+        q.replace(".lora_A", ".base_layer.lora_A"),
+    )
     for twin in twins:
         yield _case(
             f"twin {twin}", made.with_tensors(tensors | {twin: tensors[q]}), AdapterTensorError, twin, "same factor"
         )
     saved = f"{PREFIX}model.norm.weight"
     twin = f"{PREFIX}model.norm.modules_to_save.weight"
-    path = made.with_tensors(tensors | {twin: tensors[saved]})
-    yield _case("saved twice", path, AdapterTensorError, saved, twin)
+    path = made.with_tensors(tensors | {twin: tensors[saved] + 1})
+    yield _case("saved twice, in two versions", path, AdapterTensorError, saved, twin)
     aliens = [
         "../../../etc/passwd",
         "/etc/passwd",
         f"{PREFIX}../../x.lora_A.weight",
-        f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.math.weight",
         f"{PREFIX}model.layers.0.self_attn.q_proj.lora_C.weight",
         f"{PREFIX}model.layers.0.self_attn.q_proj.weight",
         f"{PREFIX}model.layers.0.self_attn.q_proj.bias",
@@ -295,7 +300,6 @@ def _bad_names(made: _Maker) -> Iterator[HostileCase]:
         f"{PREFIX}model.layers.0.mlp.experts.0.side_proj.lora_A.weight",
         f"{PREFIX}model.layers.0.mlp.experts.gate_up_proj",
         f"{PREFIX}model.layers.0.mlp.experts.gate_up_proj_bias",
-        f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
         f"{PREFIX}score.weight",
         f"{PREFIX}.lora_A.weight",
         ".lora_A.weight",
@@ -309,6 +313,8 @@ def _bad_names(made: _Maker) -> Iterator[HostileCase]:
         path = made.with_tensors(tensors | {alien: torch.ones(2, HIDDEN_SIZE)})
         yield _case(f"alien {alien[:80]}", path, AdapterMismatchError, WEIGHTS, "tensor", repr(alien)[1:100])
     misplaced = {
+        f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, HIDDEN_SIZE),
+        f"{PREFIX}{Q_PROJ}.token_adapter.trainable_tokens_delta": torch.ones(2, HIDDEN_SIZE),
         f"{PREFIX}{Q_PROJ}.lora_B.bias": torch.ones(HIDDEN_SIZE),
         f"{PREFIX}{Q_PROJ}.lora_A.bias": torch.ones(2),
         f"{PREFIX}{Q_PROJ}.lora_embedding_A": torch.ones(2, HIDDEN_SIZE),
@@ -323,10 +329,6 @@ def _bad_names(made: _Maker) -> Iterator[HostileCase]:
     for name in (f"{EXPERTS[0]}.0.gate_proj", "model.embed_tokens"):
         path = made.with_tensors(tensors | {f"{PREFIX}{name}.lora_magnitude_vector": torch.ones(EXPERT_SIZE)})
         yield _case(f"DoRA on {name}", path, AdapterConfigError, "use_dora", name)
-    path = made.with_tensors(
-        tensors | {f"{PREFIX}model.embed_tokens.base_layer.weight": torch.ones(VOCAB_SIZE, HIDDEN_SIZE)}
-    )
-    yield _case("LoRA on another embedding", path, AdapterTensorError, "model.embed_tokens", "has LoRA besides")
     pairs = {
         f"{EXPERTS[0]}.0.w1": (torch.ones(2, HIDDEN_SIZE), torch.ones(EXPERT_SIZE, 2)),
         f"{EXPERTS[1]}.w2": (torch.ones(1, 2, EXPERT_SIZE), torch.ones(NUM_EXPERTS, HIDDEN_SIZE, 2)),
@@ -368,7 +370,15 @@ def _bad_configs(made: _Maker) -> Iterator[HostileCase]:
         "rank_pattern": (["q_proj"], {"q_proj": 0}, {"q_proj": "2"}, {"(": 2}, {"(?=a)a": 2}, {"x" * 2000 + "*": 2}),
         "alpha_pattern": ("q_proj", {"q_proj": None}, {"q_proj": "a"}, {"[": 2}, {r"(a)\1": 2}, {"a{2}{3}": 2}),
         "alora_invocation_tokens": ([1, 2],),
-        "trainable_token_indices": ([1, 2], {"embed_tokens": [1]}),
+        "trainable_token_indices": (
+            "x",
+            [1, -1],
+            [1, 1],
+            [True],
+            {"embed_tokens": "a"},
+            {"": [2**40]},
+            list(range(2000)),
+        ),
         "layer_replication": ([[0, 1]],),
         "lora_bias": (True,),
         "use_qalora": (True,),

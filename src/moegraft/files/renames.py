@@ -30,6 +30,7 @@ _MIXTRAL_LIKE = _for("mixtral", "minimax", "minimax_m2", "phimoe", "kimi_linear"
 _GRANITE_LIKE = _for("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa")
 _LINEAR_ATTENTION = _for("kimi_linear", "glm5_next", "bailing_hybrid")
 _INDEXED = _for("minimax_m3_vl", "minimax_m3_vl_text")
+_OMNI = _for("qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text")
 _SCORE_CORRECTION = _for("exaone_moe", "minimax_m3_vl", "minimax_m3_vl_text", "hy_v3", "laguna")
 
 RENAMES = (
@@ -42,6 +43,14 @@ RENAMES = (
     Rename(r"^model\.", ""),
     Rename(r"^(?!model\.|language_model\.)", "model."),
     Rename(r"^backbone\.", "model.", _for("nemotron_h")),
+    # The thinker of Qwen3-Omni by itself, or inside the whole model.
+    Rename(r"^thinker\.", "", _OMNI),
+    Rename(r"^(?!thinker\.)", "thinker.", _OMNI),
+    # What torch's parallel wrappers leave.
+    Rename(r"^module\.", ""),
+    # Tinker's names.
+    Rename(r"^(model\.)?unembed_tokens\Z", "lm_head"),
+    Rename(r"\.attn(?=\.|$)", ".self_attn", _for("gpt_oss")),
     # The block around router and experts.
     Rename(r"\.block_sparse_moe(?=\.|$)", ".mlp", _MIXTRAL_LIKE),
     # Routers.

@@ -26,8 +26,10 @@ def load_model(folder: str | os.PathLike[str], *, dtype: str = "auto", device: s
     if (path / "config.json").is_file() and is_quantised(path):
         return load_quantised(path, dtype=wanted, device=target)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model: PreTrainedModel = auto_class(config).from_pretrained(path, dtype=wanted or "auto", local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model: PreTrainedModel = auto_class(config).from_pretrained(
+            path, dtype=wanted or "auto", local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"{path} holds no model that transformers can load: {_first_line(error)}") from error
     return model.to(target).eval()
@@ -36,7 +38,9 @@ def load_model(folder: str | os.PathLike[str], *, dtype: str = "auto", device: s
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint, None where it has none."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError):
         return None
     return tokenizer

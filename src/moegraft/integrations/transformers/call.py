@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moegraft.core.errors import BatchError
+from moegraft.core.errors import BatchError, UnsupportedModelError
 from moegraft.integrations.transformers import compiled
 from moegraft.integrations.transformers.scope import HEADS
 from moegraft.lora.call import AdapterCall
@@ -66,6 +66,13 @@ class CallState:
     def hooks_changed(self) -> None:
         """Graphs that were traced before are traced again."""
         self.version = str(int(self.version) + 1)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Sites, seams and hooks all hold this record: a copy of any of them would run without its adapters."""
+        raise UnsupportedModelError(
+            "a grafted model can be neither copied nor pickled: call detach() on its GraftedModel, copy the model, and "
+            "attach the copy"
+        )
 
     def current(self) -> AdapterCall | None:
         """Raises BatchError for a call whose block was left meanwhile."""

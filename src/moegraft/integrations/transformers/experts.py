@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, SupportsIndex, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,12 +51,6 @@ class ExpertsSite:
         """As ``forward``, under the call that runs now."""
         with torch.no_grad():
             return self.forward(self.state.current(), x_TD, topk_weights_TK, topk_ids_TK).contiguous()
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise UnsupportedModelError(
-            "a grafted model can be neither copied nor pickled: call detach() on its GraftedModel, copy the model, and "
-            "attach the copy"
-        )
 
     def forward(
         self,

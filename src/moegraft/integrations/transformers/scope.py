@@ -17,10 +17,10 @@ from moegraft.integrations.transformers.storage import HostExperts
 # Modules of a text stack that see other rows than the tokens', by the end of their names: why adapters may not touch
 # them. tests/test_families.py looks for them in every family that transformers has.
 _OTHER_ROWS: Mapping[str, str] = {
-    ".compressor.kv_norm": "it runs on states pooled over blocks of tokens",  # DeepSeek-V4
-    ".compressor.indexer.kv_norm": "it runs on keys pooled over blocks of tokens",  # DeepSeek-V4
-    ".indexer.k_layernorm": "it runs on keys pooled over blocks of tokens",  # Qwen4-Exp
-    ".qkv_proj.v_proj_delayed": "it runs once more on the state before the first token",  # Zaya
+    ".compressor.kv_norm": "runs on states pooled over blocks of tokens",  # DeepSeek-V4
+    ".compressor.indexer.kv_norm": "runs on keys pooled over blocks of tokens",  # DeepSeek-V4
+    ".indexer.k_layernorm": "runs on keys pooled over blocks of tokens",  # Qwen4-Exp
+    ".qkv_proj.v_proj_delayed": "runs once more on the state before the first token",  # Zaya
 }
 # What stands on a model beside its stack of layers and sees the rows that leave it.
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")

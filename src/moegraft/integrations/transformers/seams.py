@@ -276,7 +276,8 @@ class RouterSeam(Seam):
 
     def remove(self) -> None:
         current = self.module._parameters[self.param]
-        if self._original is not None and current is not None:
+        # What somebody else has put there since stays.
+        if self._original is not None and isinstance(current, RouterWeight):
             # The model may have been moved to another device or dtype meanwhile.
             self._original.data = current.data
             self.module._parameters[self.param] = self._original

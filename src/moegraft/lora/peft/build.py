@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 
 from moegraft.core.cuts import Cuts, cut_axis, cut_tensor
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
-from moegraft.files import TensorInfo
+from moegraft.files import TensorInfo, shorten
 from moegraft.files.safetensors import all_finite
 from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair
-from moegraft.lora.targets import EmbeddingLoRA, LinearLoRA
+from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair, TokensPlan
+from moegraft.lora.targets import EmbeddingLoRA, EmbeddingTarget, LinearLoRA
 from moegraft.parallel.slices import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
 
 # Rows of a base weight that are widened to float32 at a time (DoRA): bounds the memory for a large vocabulary.
@@ -102,6 +103,37 @@ def build_embedding(
     return EmbeddingLoRA(a=cast(a, dtype, plan.pair.a), b=cast(b * plan.target.scale, dtype, plan.pair.b))
 
 
+def check_twins(twins: Iterable[tuple[TensorInfo, TensorInfo]], read: Read) -> None:
+    """Tensors that are one parameter under two names. Raises AdapterTensorError where they differ."""
+    for one, other in twins:
+        if not torch.equal(read(one.name), read(other.name)):
+            raise AdapterTensorError(f"{one.where}: differs from {shorten(other.name)}, the same parameter")
+
+
+def build_tokens(
+    plan: TokensPlan, base: torch.Tensor, read: Read, dtype: torch.dtype, mine: LinearSlice = WHOLE_LINEAR
+) -> EmbeddingLoRA | LinearLoRA:
+    """Rows of an embedding or head as LoRA: one lane a row, which adds what the row differs from the base's.
+
+    So a few rows cost no copy of the vocabulary. ``base``: the whole weight. Raises AdapterConfigError or
+    AdapterTensorError.
+    """
+    target, tokens = plan.target, torch.tensor(plan.tokens)
+    rows = target.num_embeddings if isinstance(target, EmbeddingTarget) else target.out_features
+    if base.is_meta or base.shape[0] != rows or hasattr(base, "to_local"):
+        raise AdapterConfigError(f"trainable_token_indices: {plan.info.where} needs the base weight of {target.name}")
+    stored = read(plan.info.name)
+    difference = widen(stored) - widen(base.detach()[tokens.to(base.device)].cpu())
+    lanes = torch.zeros(len(tokens), rows, dtype=dtype)
+    lanes[torch.arange(len(tokens)), tokens] = 1
+    if isinstance(target, EmbeddingTarget):
+        a, b = lanes, cast(difference * target.scale, dtype, plan.info)
+    else:
+        a, b = cast(difference, dtype, plan.info), lanes
+    a, b = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs)), cut_tensor(b, _cut(1, mine.outputs))
+    return EmbeddingLoRA(a=a, b=b) if isinstance(target, EmbeddingTarget) else LinearLoRA(a=a, b=b)
+
+
 def build_saved(
     plan: AdapterPlan,
     module: str,
@@ -112,15 +144,39 @@ def build_saved(
 ) -> torch.Tensor | None:
     """A saved parameter in the base's dtype; None where it equals the base's own, which PEFT saves along with LoRA.
 
-    Raises AdapterTensorError; also where the module has LoRA and another base weight at once.
+    A module with LoRA whose base weight is another one than the model's (a vocabulary that was resized, whose new rows
+    are drawn anew each time): as PEFT, the file's weight, and the LoRA merged into it in float32. Raises
+    AdapterTensorError.
     """
     cuts = {} if mine is None else {mine.axis: mine.pieces}
-    tensor = cast(read(info.name, cuts), base.dtype, info)
-    if not base.is_meta and torch.equal(tensor, cut_tensor(base.detach(), cuts).cpu()):
-        return None
-    if module in plan.linears or module in plan.embeddings:
+    stored = read(info.name, cuts)
+    has_lora = module in plan.linears or module in plan.embeddings
+    if not base.is_meta:
+        own = cut_tensor(base.detach(), cuts).cpu()
+        # Beside LoRA the copy may have been rounded to another dtype: it is the base's own in the narrower one.
+        if torch.equal(stored.to(own.dtype), own) or (has_lora and torch.equal(stored, own.to(stored.dtype))):
+            return None
+    if not has_lora:
+        return cast(stored, base.dtype, info)
+    if mine is not None or not _is_merged(plan, module, info):
         raise AdapterTensorError(f"{info.where}: differs from the base model's, and {module} has LoRA besides")
-    return tensor
+    return cast(widen(stored) + _whole_delta(plan, module, read), base.dtype, info)
+
+
+def _is_merged(plan: AdapterPlan, module: str, info: TensorInfo) -> bool:
+    """Whether this parameter is the weight that the LoRA of its module is on, and can take it."""
+    linear = plan.linears.get(module)
+    param = "weight" if linear is None else linear.target.param
+    return len(info.shape) == 2 and info.name.endswith(f".{param}") and (linear is None or linear.magnitude is None)
+
+
+def _whole_delta(plan: AdapterPlan, module: str, read: Read) -> torch.Tensor:
+    """scale * B A, as the weight of the module is stored: [out, in], or [V, D] of an embedding."""
+    if module in plan.linears:
+        a, b = _read_pair(plan.linears[module].pair, read, WHOLE_LINEAR)
+        return b.T @ a
+    a, b = _read_pair(plan.embeddings[module].pair, read, WHOLE_LINEAR)
+    return a.T @ b
 
 
 def _read_pair(pair: Pair, read: Read, mine: LinearSlice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moegraft.core.errors import AdapterConfigError
@@ -23,7 +23,6 @@ _REFUSED = {
     "layer_replication": "a base model with replicated layers",
     "lora_bias": "a bias on lora_B",
     "monteclora_config": "MonteCLoRA, which samples around the adapter",
-    "trainable_token_indices": "trained rows of the embedding; save the whole embedding with modules_to_save instead",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA, whose A reads pooled inputs",
 }
@@ -39,13 +38,16 @@ _IGNORED = frozenset(
 )
 _READ = frozenset(
     "alpha_pattern bias init_lora_weights lora_alpha peft_type peft_version r rank_pattern target_parameters "
-    "use_dora use_rslora".split()
+    "trainable_token_indices use_dora use_rslora".split()
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What the loader needs of the config. ``target_parameters``: names or dotted ends of names of parameters."""
+    """What the loader needs of the config. ``target_parameters``: names or dotted ends of names of parameters.
+
+    ``token_indices``: name or dotted end of the name of an embedding or head -> its trained rows; "" is the embedding.
+    """
 
     r: int
     lora_alpha: float
@@ -53,6 +55,7 @@ class PeftConfig:
     use_dora: bool = False
     bias: str = "none"
     target_parameters: frozenset[str] = frozenset()
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     peft_version: str | None = None
     rank_pattern: ModulePatterns | None = None
     alpha_pattern: ModulePatterns | None = None
@@ -70,6 +73,13 @@ class PeftConfig:
         found = None if self.alpha_pattern is None else self.alpha_pattern.find(module)
         alpha = self.lora_alpha if found is None else found[1]
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def tokens(self, module: str, *, is_embedding: bool) -> tuple[int, ...]:
+        """The trained rows of an embedding or head, in the order of the tensor; none where the config names none."""
+        for name, rows in self.token_indices.items():
+            if (is_embedding and not name) or module == name or module.endswith(f".{name}"):
+                return rows
+        return ()
 
     def names_parameter(self, parameter: str) -> bool:
         """Whether ``target_parameters`` names a parameter: its full name or a dotted end of it (PEFT's rule)."""
@@ -110,6 +120,7 @@ def parse_config(raw: Mapping[str, Any]) -> PeftConfig:
         use_dora=_flag("use_dora", raw.get("use_dora")),
         bias=bias,
         target_parameters=_names("target_parameters", raw.get("target_parameters")),
+        token_indices=_token_indices("trainable_token_indices", raw.get("trainable_token_indices")),
         peft_version=_version(raw.get("peft_version")),
         rank_pattern=_patterns("rank_pattern", raw.get("rank_pattern"), _rank, budget),
         alpha_pattern=_patterns("alpha_pattern", raw.get("alpha_pattern"), _number, budget),
@@ -162,6 +173,21 @@ def _names(name: str, value: Any) -> frozenset[str]:
     if len(value) > limits.MAX_TARGET_PARAMETERS:
         raise AdapterConfigError(f"{name}: {len(value)} names, expected at most {limits.MAX_TARGET_PARAMETERS}")
     return frozenset(value)
+
+
+def _token_indices(name: str, value: Any) -> dict[str, tuple[int, ...]]:
+    found = {"": value} if isinstance(value, list) else value or {}
+    if not isinstance(found, dict):
+        raise AdapterConfigError(f"{name} {shorten(value)}, expected a list of token ids, or an object of such lists")
+    for rows in found.values():
+        ids = rows if isinstance(rows, list) else [None]
+        if any(type(token) is not int or not 0 <= token < limits.MAX_VOCABULARY for token in ids):
+            raise AdapterConfigError(f"{name} {shorten(rows)}, expected a list of token ids")
+        if len(set(ids)) < len(ids) or len(ids) > limits.MAX_TOKEN_ROWS:
+            raise AdapterConfigError(
+                f"{name}: {len(ids)} token ids, expected different ones, at most {limits.MAX_TOKEN_ROWS}"
+            )
+    return {key: tuple(rows) for key, rows in found.items()}
 
 
 def _version(value: Any) -> str | None:

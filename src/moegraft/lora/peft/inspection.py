@@ -12,7 +12,7 @@ import torch
 
 from moegraft.core.errors import AdapterError
 from moegraft.files import TensorInfo, WeightFolder, limits
-from moegraft.lora.peft.build import build_embedding, build_linear, build_saved
+from moegraft.lora.peft.build import build_embedding, build_linear, build_saved, build_tokens, check_twins
 from moegraft.lora.peft.build_experts import build_experts
 from moegraft.lora.peft.config import PeftConfig, read_config
 from moegraft.lora.peft.loader import as_adapter_error, open_folder, open_weights, read_config_bytes
@@ -25,7 +25,8 @@ from moegraft.lora.targets import ModelTargets
 class ModuleSummary:
     """One module of an adapter. ``name``: in the file; of several modules (the experts of a layer), the first one.
 
-    ``kind``: ``experts``, ``linear``, ``embedding`` or ``saved``; without a base model ``lora`` or ``saved``.
+    ``kind``: ``experts``, ``linear``, ``embedding``, ``tokens`` (rows of an embedding or head) or ``saved``; without a
+    base model ``lora`` or ``saved``.
     ``ranks``: projection -> rank for experts, ``{"lora": rank}`` else, empty for saved parameters. ``target``: the
     module of the base model that it is applied to, None where that is unknown. ``nbytes``: as stored.
     """
@@ -145,12 +146,16 @@ def _builds(plan: AdapterPlan, targets: ModelTargets, tensors: WeightFolder) -> 
     Of modules that would take much memory the values are looked at, in pieces.
     """
     dtype, read = torch.float32, tensors.read
+    yield partial(check_twins, plan.twins, read)
     for experts in plan.experts.values():
         yield from _one_build(tensors, experts.infos(), partial(build_experts, experts, read, dtype))
     for linear in plan.linears.values():
         yield from _one_build(tensors, linear.pair.infos, partial(build_linear, linear, read, dtype))
     for embedding in plan.embeddings.values():
         yield from _one_build(tensors, embedding.pair.infos, partial(build_embedding, embedding, read, dtype))
+    for module, tokens in plan.tokens.items():
+        base = targets.saveable[module][tokens.param]
+        yield from _one_build(tensors, [tokens.info], partial(build_tokens, tokens, base, read, dtype))
     for module, params in plan.saved.items():
         for param, info in params.items():
             base = targets.saveable[module][param]
@@ -175,6 +180,8 @@ def _planned_modules(plan: AdapterPlan) -> Iterator[ModuleSummary]:
         yield _summary(name, "linear", [*linear.pair.infos, *magnitude], ranks={"lora": linear.pair.rank})
     for name, embedding in plan.embeddings.items():
         yield _summary(name, "embedding", embedding.pair.infos, ranks={"lora": embedding.pair.rank})
+    for name, tokens in plan.tokens.items():
+        yield _summary(name, "tokens", [tokens.info], ranks={"rows": len(tokens.tokens)})
     for name, params in plan.saved.items():
         yield _summary(name, "saved", params.values(), ranks={})
 

@@ -24,12 +24,12 @@ from moegraft.core.errors import (
 )
 from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
 from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved
+from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved, build_tokens, check_twins
 from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
 from moegraft.lora.peft.config import CONFIG_FILE, read_config
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
-from moegraft.lora.targets import AdapterWeights, LinearLoRA, ModelTargets
+from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModelTargets
 from moegraft.parallel.slices import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
 
 ADAPTER_FILES = WeightFiles(
@@ -116,8 +116,9 @@ class PeftAdapter:
         """
         self._check_size(dtype, rank_slice, max_bytes)
         infos = self._tensors.infos
-        self._tensors.unread = set(infos)
+        self._tensors.unread = set(infos) - set(self.plan.unused)
         with as_adapter_error():
+            check_twins(self.plan.twins, self._tensors.read)
             weights, notes = _build(self.plan, self._targets, self._tensors.read, dtype, rank_slice)
         unread = self._tensors.unread
         elsewhere = _tensors_elsewhere(self.plan, rank_slice) & unread
@@ -135,8 +136,9 @@ class PeftAdapter:
             bytes_read=self._tensors.bytes_read,
             bytes_held=weights.num_bytes,
             experts={module: experts.ranks() for module, experts in self.plan.experts.items()},
-            linears={module: linear.pair.rank for module, linear in self.plan.linears.items()},
-            embeddings={module: embedding.pair.rank for module, embedding in self.plan.embeddings.items()},
+            linears={module: plan.pair.rank for module, plan in self.plan.linears.items()},
+            embeddings={module: plan.pair.rank for module, plan in self.plan.embeddings.items()},
+            tokens={module: plan.tokens for module, plan in self.plan.tokens.items()},
             saved={module: tuple(params) for module, params in weights.saved.items()},
             notes=(*self.config.notes, *self.plan.notes, *_cast_notes(infos.values(), dtype), *notes),
         )
@@ -249,6 +251,8 @@ def _build(
     plan: AdapterPlan, targets: ModelTargets, read: Read, dtype: torch.dtype, mine: RankSlice
 ) -> tuple[AdapterWeights, list[str]]:
     saved, notes = _build_saved(plan, targets, read, mine)
+    merged = saved.keys() & (plan.linears.keys() | plan.embeddings.keys())
+    notes += [f"{module} is another one than the base model's: LoRA was merged into it" for module in sorted(merged)]
     experts = {
         module: build_experts(item, read, dtype, mine.experts.get(module, WHOLE_EXPERTS))
         for module, item in plan.experts.items()
@@ -256,15 +260,24 @@ def _build(
     linears = {
         module: build_linear(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
         for module, item in plan.linears.items()
+        if module not in merged
+    }
+    tokens = {
+        module: build_tokens(
+            item, targets.saveable[module][item.param], read, dtype, mine.linears.get(module, WHOLE_LINEAR)
+        )
+        for module, item in plan.tokens.items()
     }
     weights = AdapterWeights(
         experts={module: lora for module, lora in experts.items() if lora is not None},
-        linears={module: lora for module, lora in linears.items() if isinstance(lora, LinearLoRA)},
+        linears={module: lora for module, lora in {**linears, **tokens}.items() if isinstance(lora, LinearLoRA)},
         unfinished={module: part for module, part in linears.items() if isinstance(part, UnfinishedDora)},
         embeddings={
             module: build_embedding(item, read, dtype, mine.linears.get(module, WHOLE_LINEAR))
             for module, item in plan.embeddings.items()
-        },
+            if module not in merged
+        }
+        | {module: lora for module, lora in tokens.items() if isinstance(lora, EmbeddingLoRA)},
         saved=saved,
     )
     return weights, notes

@@ -18,12 +18,18 @@ PREFIX = "base_model.model."
 MAX_SUGGESTIONS = 3
 MAX_SUGGESTED = 10  # tensors; comparing names is slow, and the first ones tell what is wrong
 _PROJECTIONS = GATE_NAMES | UP_NAMES | DOWN_NAMES
+# gpt-oss as unsloth unpacks it: lists of linear maps.
+_LISTED = re.compile(r"(?P<experts>.+)\.(?P<proj>gate_up_projs|down_projs)\.(?P<index>0|[1-9][0-9]{0,5})", re.ASCII)
 _EXPERT = re.compile(r"(?P<experts>.+)\.(?P<index>0|[1-9][0-9]{0,5})\.(?P<proj>\w+)", re.ASCII)
 _PROJECTION = re.compile(r"(?P<parent>.+)\.(?P<proj>\w+)", re.ASCII)
 
 
 class Factor(enum.StrEnum):
-    """What a tensor is to its module. SAVED: no LoRA factor but a whole parameter."""
+    """What a tensor is to its module.
+
+    TOKENS: rows of an embedding or head. SAVED: no LoRA factor but a whole parameter. ORIGINAL: PEFT's copy of the
+    base's.
+    """
 
     A = "lora_A"
     B = "lora_B"
@@ -32,7 +38,9 @@ class Factor(enum.StrEnum):
     EMBEDDING_A = "lora_embedding_A"
     EMBEDDING_B = "lora_embedding_B"
     MAGNITUDE = "lora_magnitude_vector"
+    TOKENS = "trainable_tokens_delta"
     SAVED = "saved"
+    ORIGINAL = "original_module"
 
 
 _SUFFIXES = {
@@ -44,7 +52,13 @@ _SUFFIXES = {
     ".lora_embedding_B": Factor.EMBEDDING_B,
     ".lora_magnitude_vector": Factor.MAGNITUDE,
     ".lora_magnitude_vector.weight": Factor.MAGNITUDE,  # PEFT before 0.12
+    ".token_adapter.trainable_tokens_delta": Factor.TOKENS,
 }
+# What torch.compile, FSDP and checkpointing put between the names of modules.
+_WRAPPERS = re.compile(r"(?:\A|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_ADAPTER_NAME = re.compile(
+    r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight\Z|bias\Z)(\w+)(?=\.|\Z)"
+)
 # ``modules_to_save`` and the adapter's name stand between module and parameter where a state dict was saved raw.
 _SAVED_INFIX = re.compile(r"\.modules_to_save(?:\.default)?\Z")
 
@@ -66,15 +80,22 @@ class TensorKey:
 
 
 def parse_key(name: str) -> TensorKey:
-    """Takes a tensor's name apart. Whatever is no LoRA factor is a saved parameter, to be looked up by its name."""
-    path = name.removeprefix(PREFIX)
+    """Takes a tensor's name apart. Whatever is no LoRA factor is a saved parameter, to be looked up by its name.
+
+    What wrappers leave in names, and PEFT's default name of an adapter, are no part of them.
+    """
+    path = _WRAPPERS.sub("", name) if "_orig_mod." in name or "_wrapped_module." in name else name
+    path = path.removeprefix("module.").removeprefix(PREFIX)
+    if ".default" in path:
+        path = _ADAPTER_NAME.sub(lambda found: found[1] if found[2] == "default" else found[0], path)
     for suffix, factor in _SUFFIXES.items():
         if path.endswith(suffix):
             module, depth = _unwrap(path.removesuffix(suffix))
             return TensorKey(name=name, module=module, factor=factor, depth=depth)
     module, _, param = path.rpartition(".")
-    module, depth = _unwrap(_SAVED_INFIX.sub("", module))
-    return TensorKey(name=name, module=module, factor=Factor.SAVED, depth=depth, param=param)
+    factor = Factor.ORIGINAL if module.endswith(".original_module") else Factor.SAVED
+    module, depth = _unwrap(_SAVED_INFIX.sub("", module.removesuffix(".original_module")))
+    return TensorKey(name=name, module=module, factor=factor, depth=depth, param=param)
 
 
 def _unwrap(module: str) -> tuple[str, int]:
@@ -145,7 +166,7 @@ class SiteFinder:
                 f"tensor {shorten(key.name)}: the base model ({self._targets.model_type}) has no name that long; the "
                 f"longest may have {self._longest} characters"
             )
-        if key.factor is Factor.SAVED:
+        if key.factor in (Factor.SAVED, Factor.ORIGINAL):
             return self._find_saved(key)
         site = self._exact(key.module) or self._find_projection(key)
         if site is not None:
@@ -165,7 +186,9 @@ class SiteFinder:
     def _find_projection(self, key: TensorKey) -> Site | None:
         """``experts.3.w1`` (one expert), ``experts.w1`` (all of them), ``input_linear`` (a fused parameter)."""
         match = _EXPERT.fullmatch(key.module)
-        if match and match["proj"] in _PROJECTIONS:
+        if match is None or match["proj"] not in _PROJECTIONS:
+            match = _LISTED.fullmatch(key.module)
+        if match:
             experts = self._experts(key, match["experts"])
             if experts is not None:
                 expert = int(match["index"])
@@ -173,11 +196,11 @@ class SiteFinder:
                     raise AdapterMismatchError(
                         f"tensor {shorten(key.name)}: expert {expert}, but {experts.name} has {experts.num_experts}"
                     )
-                return self._projection_site(key, experts, match["proj"], expert)
+                return self._projection_site(key, experts, match["proj"].removesuffix("s"), expert)
         match = _PROJECTION.fullmatch(key.module)
         if match is None:
             return None
-        if match["proj"] in _PROJECTIONS:
+        if match["proj"] in _PROJECTIONS or match["proj"] == "gate_up_proj":
             experts = self._experts(key, match["parent"])
             return None if experts is None else self._projection_site(key, experts, match["proj"], None)
         if match["proj"] in FUSED_MODULES:
@@ -204,10 +227,10 @@ class SiteFinder:
     def _projection_site(self, key: TensorKey, experts: ExpertsTarget, proj: str, expert: int | None) -> Site:
         if proj in DOWN_NAMES:
             projection = Projection.DOWN
-        elif proj in UP_NAMES:
+        elif proj in UP_NAMES or (proj == "w1" and not experts.has_gate):
             projection = Projection.UP
         elif experts.has_gate:
-            projection = Projection.GATE
+            projection = Projection.GATE_UP if proj == "gate_up_proj" else Projection.GATE
         else:
             raise AdapterMismatchError(f"tensor {shorten(key.name)}: the experts of {experts.name} have no gate")
         return Site(kind=Kind.EXPERTS, module=experts.name, projection=projection, expert=expert)
@@ -230,6 +253,19 @@ class SiteFinder:
             return found[0]
         if found:
             raise AdapterMismatchError(f"tensor {shorten(key.name)}: might belong to {' or '.join(found)}")
+        other = _ADAPTER_NAME.search(key.name)
+        if other is not None and other[2] != "default":
+            raise AdapterMismatchError(
+                f"tensor {shorten(key.name)}: holds {shorten(other[2])}, the name of an adapter, as in the state of a "
+                "model in training; save the adapter with save_pretrained, which leaves it out"
+            )
+        for name in self._candidates(key.module):
+            left_out = next((part for part in _with_parents(name) if part in self._targets.left_out), None)
+            if left_out is not None:
+                reason = self._targets.left_out[left_out]
+                raise AdapterMismatchError(
+                    f"tensor {shorten(key.name)}: no adapter may touch {shorten(left_out)}: it {reason}"
+                )
         wanted = key.module if key.factor is not Factor.SAVED else f"{key.module}.{key.param}"
         what = "no parameter that may be replaced" if key.factor is Factor.SAVED else "no module"
         nearest = self._nearest(key, wanted)
@@ -254,3 +290,10 @@ class SiteFinder:
 
     def _all_names(self) -> Iterator[str]:
         return itertools.chain(self._module_names(), self._saved_names())
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    """A module's name, then those of the modules around it: of an expert, its experts module."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]

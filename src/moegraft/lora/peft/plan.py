@@ -83,13 +83,30 @@ class EmbeddingPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokensPlan:
+    """Rows of an embedding or of a head: ``info`` [rows, D] in place of the rows ``tokens`` of the base's ``param``."""
+
+    target: EmbeddingTarget | LinearTarget
+    param: str
+    info: TensorInfo
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterPlan:
-    """The whole adapter; ``saved``: module -> parameter -> tensor."""
+    """The whole adapter; ``saved``: module -> parameter -> tensor.
+
+    ``tokens``: modules of which rows are replaced. ``twins``: tensors that must be equal, since both are one parameter.
+    ``unused``: names of tensors that change nothing.
+    """
 
     experts: Mapping[str, ExpertsPlan]
     linears: Mapping[str, LinearPlan]
     embeddings: Mapping[str, EmbeddingPlan]
+    tokens: Mapping[str, TokensPlan]
     saved: Mapping[str, Mapping[str, TensorInfo]]
+    twins: tuple[tuple[TensorInfo, TensorInfo], ...]
+    unused: tuple[str, ...]
     problems: tuple[AdapterError, ...]
     notes: tuple[str, ...]
 
@@ -113,14 +130,18 @@ def plan_adapter(infos: Mapping[str, TensorInfo], config: PeftConfig, targets: M
             planner.add(kind, module, members)
         except AdapterError as error:
             problems.append(error)
+    planner.tie_tokens()
     experts, notes = _settle_orientation(planner.experts, config)
     return AdapterPlan(
         experts=experts,
         linears=planner.linears,
         embeddings=planner.embeddings,
-        saved=planner.saved,
+        tokens=planner.tokens,
+        saved={module: params for module, params in planner.saved.items() if params},
+        twins=tuple(planner.twins),
+        unused=tuple(planner.unused),
         problems=tuple(problems),
-        notes=tuple(notes),
+        notes=(*notes, *planner.notes()),
     )
 
 
@@ -149,11 +170,24 @@ class _Planner:
         self.experts: dict[str, ExpertsPlan] = {}
         self.linears: dict[str, LinearPlan] = {}
         self.embeddings: dict[str, EmbeddingPlan] = {}
+        self.tokens: dict[str, TokensPlan] = {}
         self.saved: dict[str, dict[str, TensorInfo]] = {}
+        self.twins: list[tuple[TensorInfo, TensorInfo]] = []
+        self.unused: list[str] = []
+
+    def notes(self) -> list[str]:
+        """What was left unused, in words."""
+        if not self.unused:
+            return []
+        return [
+            f"{len(self.unused)} tensors change nothing, such as {shorten(self.unused[0])}: copies of the base's, empty"
+        ]
 
     def add(self, kind: Kind, module: str, members: list[_Member]) -> None:
         """Plans one module. Raises AdapterError."""
-        if kind is Kind.EXPERTS:
+        if any(member.key.factor is Factor.TOKENS for member in members):
+            self._plan_tokens(module, members)
+        elif kind is Kind.EXPERTS:
             self.experts[module] = self._plan_experts(self._targets.experts[module], members)
         elif kind is Kind.LINEAR:
             self.linears[module] = self._plan_linear(self._targets.linears[module], members)
@@ -197,17 +231,47 @@ class _Planner:
         sizes = {"size_in": target.num_embeddings, "size_out": target.embedding_dim}
         return EmbeddingPlan(target=target, pair=self._pair(a.info, b.info, name=a.key.module, **sizes))
 
+    def _plan_tokens(self, module: str, members: list[_Member]) -> None:
+        member, *others = members
+        target = self._targets.embeddings.get(module) or self._targets.linears.get(module)
+        if others or target is None:
+            raise AdapterTensorError(f"{members[-1].info.where}: trained rows beside other tensors of {module}")
+        if isinstance(target, EmbeddingTarget):
+            param, rows, columns = "weight", target.num_embeddings, target.embedding_dim
+        else:
+            param, rows, columns = target.param, target.out_features, target.in_features
+        info = member.info
+        tokens = self._config.tokens(member.key.module, is_embedding=isinstance(target, EmbeddingTarget))
+        if not tokens or info.shape != (len(tokens), columns) or max(tokens) >= rows:
+            raise AdapterTensorError(
+                f"{info.where}: shape {list(info.shape)}, expected [{len(tokens)}, {columns}], a row for each token id "
+                f"below {rows} that trainable_token_indices names for {module}"
+            )
+        self.tokens[module] = TokensPlan(target=target, param=param, info=info, tokens=tokens)
+
+    def tie_tokens(self) -> None:
+        """Rows of an embedding that is the head's weight too are the head's, where the file has none of its own."""
+        for plan in [plan for plan in self.tokens.values() if isinstance(plan.target, EmbeddingTarget)]:
+            weight = self._targets.saveable.get(plan.target.name, {}).get(plan.param)
+            for name, linear in self._targets.linears.items():
+                is_tied = weight is not None and self._targets.saveable.get(name, {}).get(linear.param) is weight
+                if is_tied and name not in self.tokens and name not in self.linears:
+                    self.tokens[name] = dataclasses.replace(plan, target=linear, param=linear.param)
+
     def _plan_saved(self, module: str, members: list[_Member]) -> dict[str, TensorInfo]:
         params: dict[str, TensorInfo] = {}
         for member in members:
             param, info = member.site.param, member.info
+            if member.key.factor is Factor.ORIGINAL:  # PEFT reads it into a module that no one calls
+                self.unused.append(info.name)
+                continue
             if param in params:
-                raise AdapterTensorError(f"{info.where}: is {module}.{param}, as is {shorten(params[param].name)}")
+                self.twins.append((params[param], info))
             base = self._targets.saveable[module][param]
             if info.shape != tuple(base.shape):
                 raise AdapterTensorError(
                     f"{info.where}: shape {list(info.shape)}, expected {list(base.shape)} as {module}.{param} of the "
-                    "base model (a resized vocabulary is not supported)"
+                    "base model; where the vocabulary was resized for training, resize the base model in the same way"
                 )
             if not base.dtype.is_floating_point:
                 raise AdapterTensorError(f"{info.where}: would replace {module}.{param}, which is {base.dtype}")
@@ -219,6 +283,9 @@ class _Planner:
         slots: dict[tuple[Projection | None, int | None, bool, int], list[_Member]] = {}
         for member in members:
             site = member.site
+            if not target.has_gate and member.info.nbytes == 0 and member.key.module.endswith(".w3"):
+                self.unused.append(member.info.name)  # Tinker's place for an up projection beside a gate
+                continue
             depth = member.key.depth if site.is_fused else 0
             slots.setdefault((site.projection, site.expert, site.is_fused, depth), []).append(member)
         single: dict[Projection, dict[int, Pair]] = {}

@@ -14,8 +14,8 @@ class LoadReport:
     tensor that cannot be applied is an error. ``bytes_in_file``: of the weight files. ``bytes_read``: of tensors, by
     this rank. ``bytes_held``: of what it keeps. ``experts``: module -> projection (``gate``, ``up``, ``gate_up``,
     ``down``) -> rank of one expert, the largest where they differ. ``linears``, ``embeddings``: module -> rank.
-    ``saved``: module -> parameters that are replaced. Modules by their names in the base model. ``notes``: decisions
-    worth knowing.
+    ``tokens``: module -> rows that are replaced. ``saved``: module -> parameters that are replaced. Modules by their
+    names in the base model. ``notes``: decisions worth knowing.
     """
 
     name: str
@@ -30,5 +30,6 @@ class LoadReport:
     experts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     linears: Mapping[str, int] = field(default_factory=dict)
     embeddings: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     saved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

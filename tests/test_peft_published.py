@@ -1,0 +1,265 @@
+"""Adapters in the forms that tools write them in, against PEFT's own logits or weights merged by hand in float32."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import hostile
+from support.adapters import (
+    PREFIX,
+    TensorFactory,
+    expert_delta,
+    linear_delta,
+    random_ids,
+    save_with_peft,
+    write_adapter,
+)
+from support.families import VOCAB_SIZE, build
+from transformers import PreTrainedModel
+
+import moegraft
+from moegraft.core.errors import AdapterMismatchError, AdapterTensorError
+from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.lora.peft import inspect_peft_adapter, load_peft_adapter
+from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
+
+ATOL = 1e-4
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+def served_logits(model: PreTrainedModel, folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
+    """Of the first row, through attach; the second has no adapter and stays as it was."""
+    with moegraft.attach(copy.deepcopy(model), adapter_memory="8MiB") as graft:
+        base = graft(input_ids=input_ids).logits
+        report = graft.load_adapter(folder, "a")
+        assert report.tensors_applied == report.tensors_in_file
+        found = graft(input_ids=input_ids, adapters=["a", None]).logits
+    assert torch.equal(found[1], base[1])
+    assert (found[0] - base[0]).abs().max() > 100 * ATOL
+    return found[0]
+
+
+class TestTrainedTokens:
+    @pytest.mark.parametrize("is_tied", [False, True])
+    @pytest.mark.parametrize("rows", [[1, 5, 90], {"embed_tokens": [2, 7], "lm_head": [3]}], ids=["list", "both"])
+    def test_against_peft(self, is_tied: bool, rows: Any, tmp_path: Path) -> None:
+        model = build("qwen3_moe", tie_word_embeddings=is_tied)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], trainable_token_indices=rows)
+        input_ids = torch.tensor([[1, 5, 90, 2, 7, 3, 11]] * 2)
+        expected = save_with_peft(model, config, tmp_path, input_ids)
+        torch.testing.assert_close(served_logits(model, tmp_path, input_ids), expected[0], atol=ATOL, rtol=0)
+        inspection = inspect_peft_adapter(tmp_path, discover_targets(model))
+        assert inspection.ok, inspection.problems
+        assert "tokens" in {module.kind for module in inspection.modules}
+
+    def test_no_copy_of_the_vocabulary_is_held(self, tmp_path: Path) -> None:
+        targets = discover_targets(build("qwen3_moe"))
+        tensors = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}
+        folder = write_adapter(tmp_path, tensors, trainable_token_indices={"embed_tokens": [4]})
+        weights, report = load_peft_adapter(folder, targets, dtype=torch.float32)
+        assert report.tokens == {"model.embed_tokens": (4,)}
+        assert weights.num_bytes == 4 * (VOCAB_SIZE + 32)
+
+    @pytest.mark.parametrize("rows", [[4, 5], [VOCAB_SIZE], {"lm_head": [4]}])
+    def test_rows_that_do_not_fit(self, rows: Any, tmp_path: Path) -> None:
+        targets = discover_targets(build("qwen3_moe"))
+        tensors = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}
+        folder = write_adapter(tmp_path, tensors, trainable_token_indices=rows)
+        with pytest.raises(AdapterTensorError, match=r"trainable_tokens_delta.*trainable_token_indices"):
+            load_peft_adapter(folder, targets, dtype=torch.float32)
+
+
+class TestFusedNamesInThreeDimensions:
+    @pytest.mark.parametrize(("a_experts", "b_experts"), [(7, 7), (1, 7), (7, 1), (1, 1)])
+    def test_gate_and_up_in_one(self, a_experts: int, b_experts: int, tmp_path: Path) -> None:
+        model = build("qwen3_moe")
+        merged, factory = copy.deepcopy(model), TensorFactory()
+        experts = merged.get_submodule(EXPERTS)
+        for param in ("gate_up_proj", "down_proj"):
+            weight = experts.get_parameter(param)
+            size_out, size_in = weight.shape[1:]
+            a, b = factory.draw(a_experts, 2, size_in), factory.draw(b_experts, size_out, 2)
+            factory.tensors |= {
+                f"{PREFIX}{EXPERTS}.{param}.lora_A.weight": a,
+                f"{PREFIX}{EXPERTS}.{param}.lora_B.weight": b,
+            }
+            weight.data += 2 * b @ a
+        ids = random_ids()
+        truth = merged(input_ids=ids).logits[0]
+        served = served_logits(model, write_adapter(tmp_path, factory.tensors), ids)
+        torch.testing.assert_close(served, truth, atol=ATOL, rtol=0)
+
+    def test_beside_a_gate_of_its_own_is_refused(self, tmp_path: Path) -> None:
+        target = discover_targets(build("qwen3_moe")).experts[EXPERTS]
+        factory = TensorFactory()
+        for name, size_out in (("gate_up_proj", 2 * target.intermediate_size), ("gate_proj", target.intermediate_size)):
+            factory.tensors[f"{PREFIX}{EXPERTS}.{name}.lora_A.weight"] = factory.draw(1, 2, target.hidden_size)
+            factory.tensors[f"{PREFIX}{EXPERTS}.{name}.lora_B.weight"] = factory.draw(1, size_out, 2)
+        with pytest.raises(AdapterTensorError, match="as is"):
+            load_peft_adapter(
+                write_adapter(tmp_path, factory.tensors), discover_targets(build("qwen3_moe")), dtype=torch.float32
+            )
+
+
+def test_experts_of_gpt_oss_as_lists_of_linear_maps(tmp_path: Path) -> None:
+    """Some experts only, gate and up alternating as the model stores them."""
+    model = build("gpt_oss")
+    merged, factory = copy.deepcopy(model), TensorFactory()
+    for param in ("gate_up_proj", "down_proj"):
+        weight = merged.get_submodule(EXPERTS).get_parameter(param)  # [E, in, out]
+        for expert in (0, 2):
+            factory.linear(f"{EXPERTS}.{param}s.{expert}", *weight.shape[1:])
+            weight.data[expert] += 2 * factory.deltas[f"{EXPERTS}.{param}s.{expert}"].T
+    ids = random_ids()
+    truth = merged(input_ids=ids).logits[0]
+    served = served_logits(model, write_adapter(tmp_path, factory.tensors), ids)
+    torch.testing.assert_close(served, truth, atol=ATOL, rtol=0)
+
+
+class TestVocabularyThatWasResized:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"target_modules": ["q_proj"]},
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+            {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        ],
+        ids=["saved because it was resized", "modules_to_save", "LoRA on both"],
+    )
+    def test_new_rows_come_from_the_file(self, fields: dict[str, Any], tmp_path: Path) -> None:
+        """They are drawn anew by each resize, so that those of the served base are others."""
+        build("qwen3_moe").save_pretrained(tmp_path / "base")
+
+        def resized(seed: int) -> PreTrainedModel:
+            model = build("qwen3_moe")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model.resize_token_embeddings(VOCAB_SIZE + 5, mean_resizing=False)
+            model.name_or_path = str(tmp_path / "base")  # PEFT compares vocabularies
+            return model.eval().requires_grad_(False)
+
+        input_ids = random_ids(vocab_size=VOCAB_SIZE + 5)
+        input_ids[:, 3] = VOCAB_SIZE + 4
+        folder = tmp_path / "adapter"
+        expected = save_with_peft(resized(1), peft.LoraConfig(r=2, lora_alpha=4, **fields), folder, input_ids)
+        served = served_logits(resized(2), folder, input_ids)
+        torch.testing.assert_close(served, expected[0], atol=ATOL, rtol=0)
+        with pytest.raises(AdapterTensorError, match="resize the base model"):
+            load_peft_adapter(folder, discover_targets(build("qwen3_moe")), dtype=torch.float32)
+
+    def test_a_copy_of_the_base_that_was_rounded(self, tmp_path: Path) -> None:
+        """Saved in bfloat16, served in float32: no other base, and no copy of the vocabulary."""
+        model = build("qwen3_moe")
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["embed_tokens", "lm_head"])
+        expected = save_with_peft(model, config, tmp_path, ids := random_ids())
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        rounded = {name: t.bfloat16() if "base_layer" in name else t for name, t in tensors.items()}
+        save_file(rounded, tmp_path / "adapter_model.safetensors")
+        weights, _ = load_peft_adapter(tmp_path, discover_targets(model), dtype=torch.float32)
+        assert not weights.saved
+        torch.testing.assert_close(served_logits(model, tmp_path, ids), expected[0], atol=ATOL, rtol=0)
+
+
+WRAPPED = {
+    "torch.compile": lambda name: name.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "torch.compile of the whole": lambda name: f"_orig_mod.{name}",
+    "torch.compile of layers": lambda name: name.replace(".self_attn.", "._orig_mod.self_attn."),
+    "data parallel": lambda name: f"module.{name}",
+    "data parallel inside": lambda name: name.replace(PREFIX, f"{PREFIX}module."),
+    "FSDP": lambda name: name.replace(".layers.0.", ".layers.0._fsdp_wrapped_module."),
+    "checkpointing": lambda name: name.replace(".layers.1.", ".layers.1._checkpoint_wrapped_module."),
+    "the adapter's name": lambda name: (
+        name.replace("lora_A.weight", "lora_A.default.weight")
+        .replace("lora_B.weight", "lora_B.default.weight")
+        .replace("lora_embedding_A", "lora_embedding_A.default")
+    ),
+    "no prefix": lambda name: name.removeprefix(PREFIX),
+}
+
+
+class TestNames:
+    @pytest.mark.parametrize("wrapper", WRAPPED)
+    def test_what_wrappers_leave(self, wrapper: str, tmp_path: Path) -> None:
+        targets = discover_targets(build(hostile.FAMILY))
+        plain, _ = load_peft_adapter(hostile.good_adapter(tmp_path / "plain"), targets, dtype=torch.float32)
+        tensors = {WRAPPED[wrapper](name): tensor for name, tensor in hostile.good_tensors().items()}
+        assert tensors.keys() != hostile.good_tensors().keys()
+        folder = write_adapter(tmp_path / "wrapped", tensors, **hostile.CONFIG_FIELDS)
+        found, report = load_peft_adapter(folder, targets, dtype=torch.float32)
+        assert report.tensors_applied == len(tensors)
+        assert found.linears[hostile.Q_PROJ].b.equal(plain.linears[hostile.Q_PROJ].b)
+        for name, lora in plain.experts.items():
+            for expert in lora.expert_ids:
+                for part, delta in expert_delta(lora, expert).items():
+                    assert expert_delta(found.experts[name], expert)[part].equal(delta)
+
+    def test_the_name_of_another_adapter_is_named(self, tmp_path: Path) -> None:
+        targets = discover_targets(build(hostile.FAMILY))
+        factory = TensorFactory()
+        factory.linear(hostile.Q_PROJ, 32, 32)
+        tensors = {name.replace(".weight", ".math.weight"): t for name, t in factory.tensors.items()}
+        with pytest.raises(AdapterMismatchError, match=r"'math', the name of an adapter.*save_pretrained"):
+            load_peft_adapter(write_adapter(tmp_path, tensors), targets, dtype=torch.float32)
+
+    @pytest.mark.parametrize(
+        ("model_type", "today", "then"),
+        [
+            ("qwen3_moe", "lm_head", "model.unembed_tokens"),
+            ("qwen3_moe", "lm_head", "unembed_tokens"),
+            ("gpt_oss", "model.layers.0.self_attn.q_proj", "model.layers.0.attn.q_proj"),
+            ("qwen3_omni_moe_thinker", "model.layers.0.self_attn.q_proj", "thinker.model.layers.0.self_attn.q_proj"),
+            ("qwen3_omni_moe", "thinker.model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
+        ],
+    )
+    def test_other_tools(self, model_type: str, today: str, then: str, tmp_path: Path) -> None:
+        targets = ModelTargets(
+            model_type=model_type, linears={today: LinearTarget(name=today, in_features=6, out_features=4)}
+        )
+        factory = TensorFactory()
+        factory.linear(then, 6, 4)
+        weights, _ = load_peft_adapter(write_adapter(tmp_path, factory.tensors), targets, dtype=torch.float32)
+        torch.testing.assert_close(linear_delta(weights, today), 2 * factory.deltas[then])
+
+    def test_tinker_calls_the_only_first_projection_w1(self, tmp_path: Path) -> None:
+        """Of experts without a gate; w3 is there, and empty."""
+        name = "model.layers.0.mixer.experts"
+        target = ExpertsTarget(
+            name=name, num_experts=3, hidden_size=6, intermediate_size=4, has_gate=False, w13_param="up_proj"
+        )
+        targets = ModelTargets(model_type="nemotron_h", experts={name: target})
+        factory = TensorFactory()
+        sizes = {"w1": (6, 4), "w2": (4, 6), "w3": (0, 0)}
+        for proj, (size_in, size_out) in sizes.items():
+            count = 0 if proj == "w3" else 3
+            factory.tensors[f"{PREFIX}{name}.{proj}.lora_A.weight"] = factory.draw(count, 2, size_in)
+            factory.tensors[f"{PREFIX}{name}.{proj}.lora_B.weight"] = factory.draw(count, size_out, 2)
+        weights, report = load_peft_adapter(write_adapter(tmp_path, factory.tensors), targets, dtype=torch.float32)
+        assert report.tensors_applied == 6
+        assert any("2 tensors change nothing" in note for note in report.notes)
+        a, b = (factory.tensors[f"{PREFIX}{name}.w1.lora_{side}.weight"] for side in "AB")
+        for expert in range(3):
+            found = expert_delta(weights.experts[name], expert)
+            assert found.keys() == {"up", "down"}
+            torch.testing.assert_close(found["up"], 2 * b[expert] @ a[expert])
+
+
+def test_an_embedding_is_scaled_with_its_trained_rows(tmp_path: Path) -> None:
+    """Models that multiply their embeddings multiply what replaces them, too."""
+    weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    target = EmbeddingTarget(name="model.embed_tokens", num_embeddings=9, embedding_dim=4, scale=3.0)
+    targets = ModelTargets(
+        model_type="gemma4_text",
+        embeddings={"model.embed_tokens": target},
+        saveable={"model.embed_tokens": {"weight": weight}},
+    )
+    tensors = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 4)}
+    folder = write_adapter(tmp_path, tensors, trainable_token_indices=[4])
+    lora = load_peft_adapter(folder, targets, dtype=torch.float32)[0].embeddings["model.embed_tokens"]
+    torch.testing.assert_close(3 * weight[4] + lora.b.T @ lora.a[:, 4], 3 * torch.ones(4))
+    assert not lora.a[:, [0, 1, 2, 3, 5, 6, 7, 8]].any()
