@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moegraft import GraftedModel
 from moegraft.core.errors import BatchError, UnknownAdapterError
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import load_peft_adapter
 
 NAMES = ("fused", None, "per_expert", "dora", "fused")

@@ -14,8 +14,20 @@ from transformers import PreTrainedModel
 
 from moegraft.core.errors import AdapterFileError, AdapterMismatchError, BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
-from moegraft.integrations.transformers.call import CallState, batch_rows, head_modules
-from moegraft.integrations.transformers.experts import (
+from moegraft.integrations.transformers.explain import Explanation, LayerChoice
+from moegraft.integrations.transformers.generation import sequences_per_row
+from moegraft.integrations.transformers.host.storage import HostExperts, check_uniform, packed_experts
+from moegraft.integrations.transformers.host.targets import discover_targets, experts_per_token
+from moegraft.integrations.transformers.parallel.calls import INPUTS, RankCalls
+from moegraft.integrations.transformers.parallel.layout import (
+    ModelFacts,
+    RankOptions,
+    agree_on_layout,
+    planned,
+    with_whole_parameters,
+)
+from moegraft.integrations.transformers.sites.call import CallState, batch_rows, head_modules
+from moegraft.integrations.transformers.sites.experts import (
     ExpertsSite,
     SiteOptions,
     build_site,
@@ -24,19 +36,7 @@ from moegraft.integrations.transformers.experts import (
     is_spent,
     moe_config,
 )
-from moegraft.integrations.transformers.explain import Explanation, LayerChoice
-from moegraft.integrations.transformers.fittings import Fittings
-from moegraft.integrations.transformers.generation import sequences_per_row
-from moegraft.integrations.transformers.parallel import INPUTS, RankCalls
-from moegraft.integrations.transformers.parallel_layout import (
-    ModelFacts,
-    RankOptions,
-    agree_on_layout,
-    planned,
-    with_whole_parameters,
-)
-from moegraft.integrations.transformers.storage import HostExperts, check_uniform, packed_experts
-from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
+from moegraft.integrations.transformers.sites.fittings import Fittings
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.call import AdapterCall, CallMemory
 from moegraft.lora.collective_bank import CollectiveBank

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from transformers import GenerationConfig
 
 from moegraft.core.errors import BatchError, MoegraftError, ParallelError
-from moegraft.integrations.transformers.call import batch_rows
 from moegraft.integrations.transformers.generation import check_generation
-from moegraft.integrations.transformers.parallel_layout import RankLayout
+from moegraft.integrations.transformers.parallel.layout import RankLayout
+from moegraft.integrations.transformers.sites.call import batch_rows
 from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.collective_bank import CollectiveBank, GroupBatch
 from moegraft.parallel import Agreement, ParallelConfig, backend_of
