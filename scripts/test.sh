@@ -12,6 +12,11 @@ if ! recipe | cmp --silent - .venv/recipe; then
     recipe > .venv/recipe
 fi
 
+# The status page is looked at in a real browser.
+if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+    apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null
+fi
+
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

@@ -14,7 +14,7 @@ from support.mixed import KINDS, ROWS, MixedBatch, random_ids, save_kinds
 from support.oracle import merged_logits
 
 import moegraft
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.testing import assert_close_delta, relative_error
 

@@ -23,7 +23,7 @@ from moegraft.cli.corpus import FACTS, STYLES
 from moegraft.cli.demo import run_demo
 from moegraft.cli.loading import encode_prompts, load_model, load_tokenizer
 from moegraft.cli.structure import hollow_model
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 
 QUESTION = "what does the owl say?"
 # Enough for the base to know its facts and for the adapters to leave it; the demo itself trains them to the end.

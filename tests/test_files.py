@@ -19,7 +19,7 @@ import moegraft
 from moegraft.core.errors import AdapterFileError, AdapterMemoryError, FileError
 from moegraft.files import Folder
 from moegraft.files.safetensors import SafetensorsFile
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import PeftAdapter, inspect_peft_adapter, load_peft_adapter
 from moegraft.lora.targets import ModelTargets
 

@@ -9,7 +9,7 @@ from support.families import build
 from support.hostile import FAMILY, HostileCase, good_adapter, hostile_cases
 
 from moegraft.core.errors import AdapterError
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import inspect_peft_adapter, load_peft_adapter
 from moegraft.lora.targets import ModelTargets
 

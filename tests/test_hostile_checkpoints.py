@@ -18,7 +18,7 @@ from support.mixed import random_ids
 
 import moegraft
 from moegraft.core.errors import CheckpointError, UnsupportedModelError
-from moegraft.integrations.transformers.storage import packed_experts
+from moegraft.integrations.transformers.host.storage import packed_experts
 from moegraft.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -29,8 +29,8 @@ from transformers import (
 import moegraft
 from moegraft.core.config import Activation, ActivationKind
 from moegraft.core.errors import AdapterMismatchError, UnsupportedModelError
-from moegraft.integrations.transformers.storage import HostExperts
-from moegraft.integrations.transformers.targets import discover_targets, find_unsupported
+from moegraft.integrations.transformers.host.storage import HostExperts
+from moegraft.integrations.transformers.host.targets import discover_targets, find_unsupported
 
 TINY = {
     "vocab_size": 96,

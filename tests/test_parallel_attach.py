@@ -33,7 +33,7 @@ from support.parallel_models import (
 
 import moegraft
 from moegraft.core.errors import AdapterFileError, AdapterTensorError, BatchError, ParallelError, UnsupportedModelError
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.parallel import ParallelConfig
 from moegraft.parallel.expert_map import ExpertMap
 

@@ -14,7 +14,7 @@ from support.formats import PACKS
 from support.parallel_models import ModelCase, assert_within, make_batch
 
 import moegraft
-from moegraft.integrations.transformers.storage import host_experts, pack_experts
+from moegraft.integrations.transformers.host.storage import host_experts, pack_experts
 from moegraft.parallel import ParallelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -41,7 +41,7 @@ from moegraft.core.errors import (
     FileError,
 )
 from moegraft.files.safetensors import SafetensorsFile
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import inspect_peft_adapter, load_peft_adapter
 from moegraft.lora.peft.patterns import Budget, Expression, ModulePatterns
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets

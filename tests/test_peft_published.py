@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import moegraft
 from moegraft.core.errors import AdapterMismatchError, AdapterTensorError
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import inspect_peft_adapter, load_peft_adapter
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
 

@@ -39,8 +39,8 @@ from transformers import (
 import moegraft
 from moegraft.core.errors import NoBackendError, UnsupportedModelError
 from moegraft.integrations.transformers.checkpoint import auto_class
-from moegraft.integrations.transformers.storage import packed_experts
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.storage import packed_experts
+from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.lora.targets import ModelTargets
 from moegraft.testing import assert_close_delta, relative_error

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.router_weight import RouterWeight
+from moegraft.integrations.transformers.sites.router_weight import RouterWeight
 
 T, D, E, B = 6, 8, 5, 2
 Op = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -26,8 +26,8 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 import moegraft
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.storage import HostExperts
-from moegraft.integrations.transformers.targets import discover_targets, experts_targets
+from moegraft.integrations.transformers.host.storage import HostExperts
+from moegraft.integrations.transformers.host.targets import discover_targets, experts_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.testing import assert_close_delta, relative_error
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import moegraft
 from moegraft import GraftedModel
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 
 pytestmark = pytest.mark.gpu
 

@@ -24,8 +24,9 @@ def _one_thread(one_thread: None) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     """The tests of a module close their engines: all threads end."""
+    before = set(threading.enumerate())
     yield
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("moegraft")]
+    left = [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("moegraft")]
     assert not left
 
 

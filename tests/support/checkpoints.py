@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 from support.families import build
 from support.zoo import tiny_model
 

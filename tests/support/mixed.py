@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 import moegraft
-from moegraft.integrations.transformers.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.testing import assert_close_delta
 from support.adapters import TensorFactory, save_with_peft, write_adapter
 from support.families import FAMILIES, VOCAB_SIZE, build

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import moegraft
-from moegraft.integrations.transformers.targets import discover_targets, find_unsupported
+from moegraft.integrations.transformers.host.targets import discover_targets, find_unsupported
 from moegraft.lora.targets import ModelTargets
 from support.family_adapters import NOT_FOR_PEFT, PEFT_MISTAKES, output_of, save_all_of
 from support.zoo import IMAGE_TOKEN, NO_IMAGES, image_inputs, moe_model_types, text_inputs, tiny_model

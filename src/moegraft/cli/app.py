@@ -35,6 +35,12 @@ class Dispatch(enum.StrEnum):
     ALL_GATHER = "all_gather"
 
 
+class ToolParser(enum.StrEnum):
+    """Ways in which models write tool calls."""
+
+    HERMES = "hermes"
+
+
 def _check_memory(value: str) -> str:
     try:
         parse_bytes(value)
@@ -111,6 +117,96 @@ def generate(  # noqa: PLR0913  # one parameter an option
     )
     answers = generate_answers(request)
     print_json(answers) if as_json else show_answers(answers)
+
+
+@app.command()
+def serve(  # noqa: PLR0913  # one parameter an option
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", exists=True, file_okay=False, help="Folder of a transformers checkpoint."),
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Train the demo's model and adapters first, and serve them.")] = (
+        False
+    ),
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter folder; may be given several times.")
+    ] = None,
+    adapters_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", exists=True, file_okay=False, help="A folder of adapters, each loaded when first named."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A name of the base model, beside its folder's; several.")
+    ] = None,
+    kv_memory: Annotated[str, typer.Option(callback=_check_memory, help="For keys and values.")] = "1GiB",
+    adapter_memory: Annotated[str, typer.Option(callback=_check_memory, help="For adapters on the device.")] = "2GiB",
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Sequences in one step.")] = 128,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.")] = 2048,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="The same answer, whatever else runs.")
+    ] = False,
+    adapter_root: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Adapters may be loaded over HTTP from below this only; several."),
+    ] = None,
+    tool_parser: Annotated[
+        ToolParser | None, typer.Option(help="How tool calls are written, where the tokenizer does not say.")
+    ] = None,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="For running requests after a signal to stop.")] = 60.0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """An OpenAI-compatible server in which every request names its adapter. Keys: MOEGRAFT_API_KEY,
+    MOEGRAFT_ADMIN_KEY."""
+    from moegraft.cli.generate import parse_adapters
+    from moegraft.cli.serve import ServeRequest, run_serve, server_options
+
+    options = server_options(
+        host=host,
+        port=port,
+        served_names=tuple(name or ()),
+        adapter_roots=tuple(adapter_root or ()),
+        tool_parser=None if tool_parser is None else tool_parser.value,
+        drain_seconds=drain_seconds,
+    )
+    engine = {
+        "kv_memory": kv_memory,
+        "adapter_memory": adapter_memory,
+        "max_model_len": max_model_len,
+        "max_rows": max_rows,
+        "chunk_tokens": chunk_tokens,
+        "batch_invariant": batch_invariant,
+    }
+    run_serve(
+        ServeRequest(
+            model=model,
+            is_demo=demo,
+            adapters=dict(parse_adapters(adapter or [])),
+            adapters_from=adapters_from,
+            options=options,
+            dtype=dtype,
+            device=device,
+            engine=engine,
+        )
+    )
+
+
+@app.command()
+def chat(
+    model: Annotated[str | None, typer.Option(help="An adapter, or the base model; default: the first listed.")] = None,
+    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer.")] = None,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+) -> None:
+    """Talk to a running server. Key: MOEGRAFT_API_KEY."""
+    from moegraft.cli.chat import run_chat
+
+    run_chat(url, model, max_tokens=max_tokens, temperature=temperature)
 
 
 @app.command("inspect")

@@ -100,6 +100,12 @@ def run_demo(keep: Path | None, *, max_steps: int) -> DemoResult:
     )
 
 
+def make_demo(folder: Path, *, max_steps: int) -> None:
+    """Trains and saves the demo's checkpoint (``base``) and adapters into a folder."""
+    with progress_bars() as bars, _one_thread(), _saving(folder):
+        _train_all(folder, max_steps, bars)
+
+
 def _make_empty(folder: Path) -> None:
     """Raises CommandError before a minute goes into what could not be kept."""
     try:

@@ -19,8 +19,8 @@ from moegraft.integrations.transformers.checkpoint import (
     read_structure,
 )
 from moegraft.integrations.transformers.explain import explain_structure
-from moegraft.integrations.transformers.parallel_layout import RankShare, rank_shares
-from moegraft.integrations.transformers.targets import discover_targets, experts_targets
+from moegraft.integrations.transformers.host.targets import discover_targets, experts_targets
+from moegraft.integrations.transformers.parallel.layout import RankShare, rank_shares
 from moegraft.lora.targets import ModelTargets
 from moegraft.parallel import ParallelConfig
 

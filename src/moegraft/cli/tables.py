@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moegraft.cli.generate import Answers
     from moegraft.cli.structure import ModelExplanation
     from moegraft.cli.tune import TuneResult
-    from moegraft.integrations.transformers.parallel_layout import RankShare
+    from moegraft.integrations.transformers.parallel.layout import RankShare
     from moegraft.lora.peft import AdapterInspection, ModuleSummary
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")

@@ -114,8 +114,8 @@ def model_layers(folder: Path, *, rank: int, num_adapters: int) -> tuple[TunedLa
     """The distinct experts layers of a checkpoint, which is not loaded. Raises CommandError, UnsupportedModelError."""
     from moegraft.cli.structure import hollow_model
     from moegraft.integrations.transformers import is_quantised
-    from moegraft.integrations.transformers.storage import HostExperts
-    from moegraft.integrations.transformers.targets import discover_targets, experts_per_token
+    from moegraft.integrations.transformers.host.storage import HostExperts
+    from moegraft.integrations.transformers.host.targets import discover_targets, experts_per_token
 
     if is_quantised(folder):
         raise CommandError(f"{folder} is quantised: tables are for unquantised layers, tiles of others follow rules")

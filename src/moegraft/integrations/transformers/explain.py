@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from moegraft.core.config import BackendRequest, DeviceTarget
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.storage import host_experts
-from moegraft.integrations.transformers.targets import experts_per_token, find_unsupported
+from moegraft.integrations.transformers.host.storage import host_experts
+from moegraft.integrations.transformers.host.targets import experts_per_token, find_unsupported
 from moegraft.oracle import Decision, Rejection, select_experts
 
 

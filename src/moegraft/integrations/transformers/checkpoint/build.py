@@ -18,7 +18,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moegraft.core.errors import CheckpointError
-from moegraft.integrations.transformers.storage import empty_experts
+from moegraft.integrations.transformers.host.storage import empty_experts
 
 METHOD = "moegraft"
 # Models of more kinds of input first.

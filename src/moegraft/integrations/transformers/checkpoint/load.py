@@ -35,9 +35,9 @@ from moegraft.integrations.transformers.checkpoint.scheme import (
 )
 from moegraft.integrations.transformers.checkpoint.unpack import dequantise_linear, unfit
 from moegraft.integrations.transformers.checkpoint.weights import read_layer
-from moegraft.integrations.transformers.experts import IMPLEMENTATION, guard_implementation
-from moegraft.integrations.transformers.storage import WEIGHT_DTYPES, pack_experts
-from moegraft.integrations.transformers.targets import experts_targets
+from moegraft.integrations.transformers.host.storage import WEIGHT_DTYPES, pack_experts
+from moegraft.integrations.transformers.host.targets import experts_targets
+from moegraft.integrations.transformers.sites.experts import IMPLEMENTATION, guard_implementation
 from moegraft.lora.targets import ExpertsTarget
 
 _LOG = logging.getLogger("moegraft")

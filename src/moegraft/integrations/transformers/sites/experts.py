@@ -16,10 +16,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora, build_parallel_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers import compiled
-from moegraft.integrations.transformers.call import CallState
-from moegraft.integrations.transformers.parallel_layout import RankLayout
-from moegraft.integrations.transformers.storage import HostExperts, PackedExperts, packed_experts
+from moegraft.integrations.transformers.host.storage import HostExperts, PackedExperts, packed_experts
+from moegraft.integrations.transformers.parallel.layout import RankLayout
+from moegraft.integrations.transformers.sites import compiled
+from moegraft.integrations.transformers.sites.call import CallState
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.targets import ExpertsTarget

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from moegraft.core.errors import BatchError, MoegraftError, ParallelError
 from moegraft.integrations.transformers.generation import batch_rows, check_generation
-from moegraft.integrations.transformers.parallel_layout import RankLayout
+from moegraft.integrations.transformers.parallel.layout import RankLayout
 from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.collective_bank import CollectiveBank, GroupBatch
 from moegraft.parallel import Agreement, ParallelConfig, backend_of

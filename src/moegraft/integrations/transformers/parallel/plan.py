@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.dtensors import is_sharded, local
+from moegraft.integrations.transformers.host.dtensors import is_sharded, local
 from moegraft.lora.targets import ExpertsTarget, LinearTarget, ModelTargets
 from moegraft.parallel import (
     ExpertsSlice,

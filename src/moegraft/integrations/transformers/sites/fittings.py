@@ -17,17 +17,17 @@ from transformers import PreTrainedModel
 
 from moegraft.build import linear_punica_for
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.call import CallState, ForwardHooks, token_modules
-from moegraft.integrations.transformers.experts import (
+from moegraft.integrations.transformers.parallel.layout import RankLayout
+from moegraft.integrations.transformers.sites.call import CallState, ForwardHooks, token_modules
+from moegraft.integrations.transformers.sites.experts import (
     IMPLEMENTATION,
     ExpertsSite,
     experts_configs,
     install_sites,
     remove_sites,
 )
-from moegraft.integrations.transformers.parallel_layout import RankLayout
-from moegraft.integrations.transformers.saved import SavedSeam
-from moegraft.integrations.transformers.seams import EmbeddingSeam, LinearSeam, RouterSeam, Seam
+from moegraft.integrations.transformers.sites.saved import SavedSeam
+from moegraft.integrations.transformers.sites.seams import EmbeddingSeam, LinearSeam, RouterSeam, Seam
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.targets import ModelTargets
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from moegraft.core.errors import BatchError, UnsupportedModelError
-from moegraft.integrations.transformers import compiled
-from moegraft.integrations.transformers.call import CallState
-from moegraft.integrations.transformers.dtensors import whole
-from moegraft.integrations.transformers.seams import HookSeam
+from moegraft.integrations.transformers.host.dtensors import whole
+from moegraft.integrations.transformers.sites import compiled
+from moegraft.integrations.transformers.sites.call import CallState
+from moegraft.integrations.transformers.sites.seams import HookSeam
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.bank.handle import AdapterHandle, Residency
 from moegraft.lora.call import AdapterCall

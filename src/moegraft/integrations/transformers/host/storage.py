@@ -23,7 +23,7 @@ from moegraft.core.errors import UnsupportedModelError
 from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.dense import DenseExperts
 from moegraft.formats.fp8 import Fp8Experts
-from moegraft.integrations.transformers.dtensors import local
+from moegraft.integrations.transformers.host.dtensors import local
 from moegraft.lora.targets import ExpertsTarget
 from moegraft.moe.layer import FusedMoE
 from moegraft.parallel import ExpertsSlice

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.formats.scaled import spread_blocks
-from moegraft.integrations.transformers.dtensors import is_sharded, local
-from moegraft.integrations.transformers.scope import HEADS, TextScope, innermost
-from moegraft.integrations.transformers.storage import WEIGHT_DTYPES, HostExperts, host_experts
+from moegraft.integrations.transformers.host.dtensors import is_sharded, local
+from moegraft.integrations.transformers.host.scope import HEADS, TextScope, innermost
+from moegraft.integrations.transformers.host.storage import WEIGHT_DTYPES, HostExperts, host_experts
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
 
 # Linear maps whose weight is read without calling the module (Jamba's mixer): the weight itself gets the delta.

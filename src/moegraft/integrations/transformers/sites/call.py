@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import BatchError, UnsupportedModelError
-from moegraft.integrations.transformers import compiled
-from moegraft.integrations.transformers.scope import HEADS
+from moegraft.integrations.transformers.host.scope import HEADS
+from moegraft.integrations.transformers.sites import compiled
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.targets import ModelTargets
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import AdapterMismatchError, ParallelError, UnsupportedModelError
-from moegraft.integrations.transformers.dtensors import is_sharded, whole
-from moegraft.integrations.transformers.parallel_plan import ModelPlan, has_plan, read_plan
-from moegraft.integrations.transformers.storage import HostExperts
+from moegraft.integrations.transformers.host.dtensors import is_sharded, whole
+from moegraft.integrations.transformers.host.storage import HostExperts
+from moegraft.integrations.transformers.parallel.plan import ModelPlan, has_plan, read_plan
 from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets, local_targets
 from moegraft.parallel import Agreement, ExpertsSlice, ParallelConfig, ParallelGroups, RankSlice, Share, experts_slice
 from moegraft.parallel.expert_map import ExpertMap

@@ -16,10 +16,10 @@ from torch import nn
 from moegraft.build import punica_for
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.core.tables import LinearFactor, LinearTables
-from moegraft.integrations.transformers import compiled
-from moegraft.integrations.transformers.call import CallState, remove_hooks
-from moegraft.integrations.transformers.dtensors import local
-from moegraft.integrations.transformers.router_weight import RouterWeight
+from moegraft.integrations.transformers.host.dtensors import local
+from moegraft.integrations.transformers.sites import compiled
+from moegraft.integrations.transformers.sites.call import CallState, remove_hooks
+from moegraft.integrations.transformers.sites.router_weight import RouterWeight
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.punica import PunicaWrapperBase

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from moegraft.integrations.transformers.storage import HostExperts
+from moegraft.integrations.transformers.host.storage import HostExperts
 
 # Modules of a text stack that see other rows than the tokens', by the end of their names: why adapters may not touch
 # them. tests/test_families.py looks for them in every family that transformers has.

@@ -1,0 +1,1 @@
+"""The host model looked at: its experts modules however stored, and what adapters may touch."""

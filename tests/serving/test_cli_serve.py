@@ -1,0 +1,87 @@
+"""``moegraft serve`` and ``moegraft chat`` as processes of their own."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from support.http_server import Served, make_served
+
+COMMAND = [sys.executable, "-c", "from moegraft.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return make_served(tmp_path_factory.mktemp("served"))
+
+
+@contextmanager
+def serving(*options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its address; ended by force where the test has not ended it."""
+    command = [*COMMAND, "serve", *map(str, options), "--port", "0", "--kv-memory", "4MiB", "--adapter-memory", "16MiB"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line):
+                yield process, found[1]
+                return
+        raise AssertionError("the server did not start: " + "".join(lines))
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_requests_end(served: Served, number: signal.Signals) -> None:
+    with serving(served.model, "--adapter", f"a={served.adapters['experts']}", "--device", "cpu") as (process, url):
+        names = [card["id"] for card in httpx.get(f"{url}/v1/models", timeout=30).json()["data"]]
+        assert names == ["model", "a"]
+        body = {"model": "a", "prompt": "x", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(number)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"length"' in rest[-2]
+        assert process.wait(60) in (0, -number, 128 + number)
+
+
+def test_adapters_of_a_folder_are_loaded_when_first_named(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "later").symlink_to(served.adapters["head"], target_is_directory=True)
+    with serving(served.model, "--adapters-from", served.model.parent, "--device", "cpu", "--name", "base") as (_, url):
+        names = {card["id"] for card in httpx.get(f"{url}/v1/models", timeout=30).json()["data"]}
+        assert names >= {"base", "head", "experts", "attention"}
+        chat = subprocess.run(
+            [*COMMAND, "chat", "--url", url, "--model", "head", "--max-tokens", "4"],
+            input="what?\n/model base\nwhat?\n/models\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        assert len(chat.stdout.splitlines()) >= 5 and "experts" in chat.stdout
+        body = {"model": "head", "prompt": "x", "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def test_bad_options_are_one_line(served: Served) -> None:
+    for options, word in (
+        ([], "MODEL"),
+        ([served.model, "--demo"], "MODEL"),
+        ([served.model, "--adapter", "a=/nowhere"], "nowhere"),
+        ([served.model, "--kv-memory", "1KiB"], "kv_memory"),
+    ):
+        command = [*COMMAND, "serve", *map(str, options)]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert found.returncode == 2 and word in found.stderr and "Traceback" not in found.stderr, found.stderr
