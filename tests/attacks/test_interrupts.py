@@ -66,8 +66,10 @@ class Interrupter:
 
 
 def _leaves_a_block(frame: FrameType) -> bool:
-    """Whether a ``with`` statement is reached once more, to leave its block: a signal is never handled just there, where
-    Python 3.11 would not run ``__exit__``."""
+    """Whether a ``with`` statement is reached once more, to leave its block.
+
+    A signal is never handled just there, where Python 3.11 would not run ``__exit__``.
+    """
     seen = _entered.setdefault(frame, set())
     is_again = frame.f_lineno in seen
     seen.add(frame.f_lineno)
