@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from moegraft.core.config import DeviceTarget
 from moegraft.tuning.heuristic import H200, fit_device, tuning_device
 from moegraft.tuning.tiles import GemmTile
 
+KERNELS = Path(__file__).parents[1] / "src" / "moegraft" / "kernels"
 SCRIPT = Path(__file__).parent / "support" / "ahead_of_time.py"
 KIB = 1024
 AMPERE = {"capability": 80, "shared_memory": 163 * KIB}
@@ -92,6 +94,17 @@ def test_gate_and_up_in_turns_are_copied_as_fast_as_one_after_the_other(tmp_path
     ]  # fmt: skip
     assert copies[0] == copies[1]
     assert min(copies[0]) > 0
+
+
+def test_device_functions_take_their_arguments_in_groups() -> None:
+    sizes = {
+        f"{path.relative_to(KERNELS)}: {node.name}": len(node.args.args)
+        for path in KERNELS.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list)
+    }
+    assert len(sizes) > 50
+    assert {name: size for name, size in sizes.items() if size > 20} == {}
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])

@@ -5,6 +5,7 @@ In Triton's interpreter, or on the GPU: there the call is a CUDA graph.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -53,6 +54,34 @@ def test_a_layer_is_traced_without_a_graph_break(with_lora: bool) -> None:
 
     traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(traced(inputs.x_TD), layer(inputs.x_TD), rtol=0, atol=0)
+
+
+def test_the_result_goes_where_the_caller_says() -> None:
+    inputs = make_inputs(CASE, device=DEVICE)
+    weights, lora, x_TD = make_weights(CASE, inputs), make_lora_batch(CASE, inputs), inputs.x_TD.clone()
+    arguments = (weights, inputs.topk_ids_TK, inputs.topk_weights_TK)
+    expected = fused_moe_lora(x_TD, *arguments, lora=lora)
+    wide = torch.full((T, 2 * CONFIG.hidden_size), torch.nan, device=DEVICE)
+    half = wide[:, : CONFIG.hidden_size]
+    assert fused_moe_lora(x_TD, *arguments, lora=lora, out_TD=half) is half
+    assert torch.equal(half, expected) and wide[:, CONFIG.hidden_size :].isnan().all()
+    assert fused_moe_lora(x_TD, *arguments, lora=lora, out_TD=x_TD) is x_TD  # nothing reads x once the sum is written
+    assert torch.equal(x_TD, expected)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (torch.empty(T, 23), "expected [9, 24] torch.float32"),
+        (torch.empty(T, 24, dtype=torch.float16), "out is [9, 24] torch.float16"),
+        (torch.empty(24, T).T, "expected contiguous rows"),
+    ],
+)
+def test_another_place_is_refused(out: torch.Tensor, words: str) -> None:
+    inputs, out = make_inputs(CASE, device=DEVICE), out.to(DEVICE)
+    weights = make_weights(CASE, inputs)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        fused_moe_lora(inputs.x_TD, weights, inputs.topk_ids_TK, inputs.topk_weights_TK, out_TD=out)
 
 
 def captured(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:

@@ -21,7 +21,7 @@ from moegraft.formats.dense import DenseExperts
 from moegraft.kernels.moe_forward.host import fused_moe_lora, op_args
 from moegraft.kernels.moe_quantise.host import moe_quantise
 from moegraft.kernels.moe_quantise.reference import moe_quantise_reference
-from moegraft.moe.experts.triton_experts import kernel_weights
+from moegraft.kernels.weights import kernel_weights
 from moegraft.testing import (
     LoRASpec,
     MoECase,
@@ -78,7 +78,7 @@ def tiles(*, block_m: int = 16, block_n: int = 64, swapped: bool = False) -> MoE
 def check(case: MoECase, name: str, call_tiles: MoETiles | None = None) -> None:
     inputs = make_inputs(case, device=DEVICE)
     weights = pack(name, dense_weights(case, inputs))
-    records = kernel_weights(weights, case.config.activation)
+    records = kernel_weights(weights, case.config.activation, case.config.dtype)
     lora = make_lora_batch(case, inputs)
     inputs = replace(inputs, weights=dequantised(weights))
     base, out = (run_poisoned(inputs, records, which, call_tiles) for which in (None, lora))
@@ -132,7 +132,7 @@ def test_lora_reads_its_own_rows() -> None:
     """Rows that were quantised on their way here: the base reads them, A13 the rows as they were."""
     inputs = make_inputs(CASE, device=DEVICE)
     weights = pack("fp8 static", dense_weights(CASE, inputs))
-    records, lora = kernel_weights(weights, CASE.config.activation), make_lora_batch(CASE, inputs)
+    records, lora = kernel_weights(weights, CASE.config.activation, CASE.config.dtype), make_lora_batch(CASE, inputs)
     args = (records, inputs.topk_ids_TK, inputs.topk_weights_TK)
     expected = fused_moe_lora(inputs.x_TD, *args, lora=lora)
     sent_TD = weights.quantise_input(inputs.x_TD)
@@ -146,7 +146,7 @@ def test_the_custom_op_takes_all_of_it() -> None:
     """What torch.compile sees: quantised weights, static scales and rows of LoRA's own, as plain tensors."""
     inputs = make_inputs(CASE, device=DEVICE)
     weights = pack("fp8 static", dense_weights(CASE, inputs))
-    records = kernel_weights(weights, CASE.config.activation)
+    records = kernel_weights(weights, CASE.config.activation, CASE.config.dtype)
     lora = replace(make_lora_batch(CASE, inputs), x_TD=inputs.x_TD * 2)
     args = (inputs.x_TD, records, inputs.topk_ids_TK, inputs.topk_weights_TK)
     through_op = torch.ops.moegraft.fused_moe_lora(*op_args(*args, lora, weight_on_input=False))

@@ -13,7 +13,7 @@ from support.layers import dense_weights, dequantised
 from moegraft.core.config import MoEConfig
 from moegraft.kernels.moe_forward.host import fused_moe_lora, op_args
 from moegraft.kernels.records import LoRABatch, MoEWeights, WeightFormat
-from moegraft.moe.experts.triton_experts import kernel_weights
+from moegraft.kernels.weights import kernel_weights
 from moegraft.testing.cases import LoRASpec, MoECase, MoEInputs, Routing, make_inputs
 from moegraft.testing.errors import assert_close, assert_close_delta
 from moegraft.tuning.heuristic import batch_invariant_tiles
@@ -45,7 +45,7 @@ def make(name: str, num_tokens: int) -> tuple[MoECase, MoEInputs, MoEWeights, Lo
     assert pack is not None
     weights = pack(dense_weights(case, inputs))
     lora = make_lora_batch(case, inputs, pages=800, page_bytes=65536)
-    records = kernel_weights(weights, case.config.activation)
+    records = kernel_weights(weights, case.config.activation, case.config.dtype)
     return case, replace(inputs, weights=dequantised(weights)), records, lora
 
 

@@ -1,14 +1,59 @@
-"""4-bit experts as the kernels take them."""
+"""Experts of every format as the kernels take them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from moegraft.core.config import Activation
+from moegraft.formats.base import ExpertsWeights
+from moegraft.formats.dense import DenseExperts
 from moegraft.formats.four_bit import FourBitExperts, FourBitMatrix
+from moegraft.formats.fp8 import Fp8Experts
+from moegraft.formats.scaled import BLOCK, ScaledExperts
 from moegraft.kernels.records import MoEWeights, Quantisation, WeightFormat
 
 _WORDS = {4: torch.int32, 8: torch.int64}
+
+
+def kernel_weights(weights: ExpertsWeights, activation: Activation, dtype: torch.dtype) -> MoEWeights:
+    """The weights for rows of ``dtype``; nothing is copied but some scales of int4, see ``four_bit_weights``.
+
+    Raises TypeError for a format that the kernels do not read.
+    """
+    if isinstance(weights, FourBitExperts):
+        return four_bit_weights(weights, activation, dtype)
+    if isinstance(weights, DenseExperts):
+        return MoEWeights(
+            w13=weights.w13,
+            w2=weights.w2,
+            b13=weights.b13,
+            b2=weights.b2,
+            activation=activation,
+            is_transposed=weights.is_transposed,
+            is_interleaved=weights.is_interleaved,
+        )
+    if not isinstance(weights, ScaledExperts):
+        raise TypeError(f"found {weights.format_name} weights, expected {', '.join(WeightFormat)}")
+    quantisation = Quantisation(
+        format=WeightFormat(weights.format_name),
+        scales13=weights.w13_scale,
+        scales2=weights.w2_scale,
+        hidden_size=weights.hidden_size,
+        intermediate_size=weights.intermediate_size,
+        scale_group=BLOCK if weights.is_block_scaled else 0,
+    )
+    if isinstance(weights, Fp8Experts):
+        quantisation = replace(quantisation, input_scale13=weights.x_scale, input_scale2=weights.h_scale)
+    return MoEWeights(
+        w13=weights.w13,
+        w2=weights.w2,
+        b13=weights.b13,
+        b2=weights.b2,
+        activation=activation,
+        quantisation=quantisation,
+    )
 
 
 def four_bit_weights(experts: FourBitExperts, activation: Activation, dtype: torch.dtype) -> MoEWeights:

@@ -8,7 +8,7 @@ import torch
 
 from moegraft.serving.attention import AttentionOptions
 from moegraft.serving.attention.gathered import attend_gathered
-from moegraft.serving.kv_pool import KVPool
+from moegraft.serving.kv_pool import KVPool, LayerKV
 from moegraft.serving.pages import SCRATCH_PAGE
 from moegraft.serving.scheduler import BASE, StepPlan
 
@@ -24,12 +24,20 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeRows:
+    """The first B rows of a step, each the last token of its context: pages int32 [B, N], tokens int32 [B]."""
+
+    page_table_BN: torch.Tensor
+    lengths_B: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepBatch:
     """T rows, padding included, of which W give logits.
 
     ids_T, positions_T, slots_T (page * S + offset) int64 · lanes, lengths: the adapter of each chunk and its rows, BASE
     for padding · rows_W: those whose logits are wanted, ``lanes_W`` their adapters; None for all rows ·
-    segments: rows by sequence.
+    decode: rows that the paged kernel takes, where there is one · segments: the other rows, by sequence.
     """
 
     ids_T: torch.Tensor
@@ -40,6 +48,7 @@ class StepBatch:
     rows_W: torch.Tensor | None
     lanes_W: tuple[int, ...]
     segments: tuple[Segment, ...]
+    decode: DecodeRows | None
     pool: KVPool
 
     def attend(
@@ -49,7 +58,12 @@ class StepBatch:
         kv = self.pool.layers[layer]
         q_THC = query.squeeze(2)
         kv.write(self.slots_T, key.squeeze(2), value.squeeze(2))
+        decoded_BHC = None if self.decode is None else _decode(q_THC, kv, self.decode, options)
+        if decoded_BHC is not None and decoded_BHC.shape[0] == q_THC.shape[0]:
+            return decoded_BHC
         out_THC = value.new_zeros(q_THC.shape[0], q_THC.shape[1], value.shape[-1])
+        if decoded_BHC is not None:
+            out_THC[: decoded_BHC.shape[0]] = decoded_BHC
         for segment in self.segments:
             rows = slice(segment.row, segment.row + segment.count)
             k_LHC = kv.keys[segment.pages].flatten(0, 1)[: segment.context]
@@ -58,13 +72,36 @@ class StepBatch:
         return out_THC
 
 
-def pack(
-    plan: StepPlan, pool: KVPool, *, padded_to: tuple[int, int], device: torch.device, row_by_row: bool = False
-) -> StepBatch:
-    """The rows of a plan, chunk after chunk, and padding up to ``padded_to`` rows and rows for the head.
+def _decode(q_THC: torch.Tensor, kv: LayerKV, rows: DecodeRows, options: AttentionOptions) -> torch.Tensor:
+    from moegraft.kernels.paged_decode.host import paged_decode  # needs Triton
 
-    row_by_row: every row is a segment of its own, so that a prompt's attention has the bits of decode steps.
-    """
+    return paged_decode(
+        q_THC[: rows.lengths_B.shape[0]].contiguous(),
+        kv.keys,
+        kv.values,
+        rows.page_table_BN,
+        rows.lengths_B,
+        scale=options.scale,
+        window=options.window,
+        softcap=options.softcap,
+        sinks_H=options.sinks_H,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How plans become rows. row_by_row: every row is a segment, or decode row, of its own, so that a prompt's
+    attention has the bits of decode steps · has_kernel: rows that stand alone go to the paged kernel."""
+
+    pool: KVPool
+    row_by_row: bool
+    has_kernel: bool
+
+
+def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> StepBatch:
+    """The rows of a plan, chunk after chunk, and padding up to ``padded_to`` rows and rows for the head."""
+    pool, row_by_row = packing.pool, packing.row_by_row
+    device = pool.device
     size = pool.page_size
     ids: list[int] = []
     positions: list[int] = []
@@ -72,15 +109,19 @@ def pack(
     lanes_W: list[int] = []
     wanted: list[int] = []
     segments: list[Segment] = []
+    alone: list[tuple[list[int], int]] = []  # pages and length of decode rows, which come first
     for chunk in plan.chunks:
         sequence, end = chunk.sequence, chunk.start + chunk.count
-        pages = torch.tensor(sequence.pages[: -(-end // size)], device=device)
-        if row_by_row:
+        if packing.has_kernel and (row_by_row or chunk.count == 1):
+            alone += [(sequence.pages, at + 1) for at in range(chunk.start, end)]
+        elif row_by_row:
+            pages = torch.tensor(sequence.pages[: -(-end // size)], device=device)
             segments += [
                 Segment(row=len(ids) + i, count=1, context=at + 1, pages=pages[: at // size + 1])
                 for i, at in enumerate(range(chunk.start, end))
             ]
         else:
+            pages = torch.tensor(sequence.pages[: -(-end // size)], device=device)
             segments.append(Segment(row=len(ids), count=chunk.count, context=end, pages=pages))
         ids += sequence.tokens[chunk.start : end]
         positions += range(chunk.start, end)
@@ -89,6 +130,8 @@ def pack(
             wanted.append(len(ids) - 1)
             lanes_W.append(sequence.lane)
     padding, wanted_padding = padded_to[0] - len(ids), padded_to[1] - len(wanted)
+    if packing.has_kernel and row_by_row:
+        alone += [([SCRATCH_PAGE], 0)] * padding  # the kernel's tiles follow the number of rows
     is_whole = padded_to[0] == padded_to[1] and len(wanted) == len(ids)  # decode rows and their padding
     return StepBatch(
         ids_T=torch.tensor(ids + [0] * padding, device=device),
@@ -99,5 +142,15 @@ def pack(
         rows_W=None if is_whole else torch.tensor(wanted + [0] * wanted_padding, device=device),
         lanes_W=(*lanes_W, *(BASE,) * wanted_padding),
         segments=tuple(segments),
+        decode=_decode_rows(alone, device) if alone else None,
         pool=pool,
+    )
+
+
+def _decode_rows(rows: list[tuple[list[int], int]], device: torch.device) -> DecodeRows:
+    width = max(len(pages) for pages, _ in rows)
+    table = [pages + [SCRATCH_PAGE] * (width - len(pages)) for pages, _ in rows]
+    return DecodeRows(
+        page_table_BN=torch.tensor(table, dtype=torch.int32, device=device),
+        lengths_B=torch.tensor([length for _, length in rows], dtype=torch.int32, device=device),
     )

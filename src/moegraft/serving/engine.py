@@ -130,6 +130,9 @@ class Engine:
         num_pages = _num_pages(config, runner, longest_context(model))
         self.max_model_len = min(config.max_model_len or longest_context(model), (num_pages - 1) * config.page_size)
         runner.open_pool(num_pages, config.page_size)
+        # Captured decode steps have sizes of their own: a request's bits would follow how many others run.
+        if config.cuda_graphs and not config.batch_invariant and runner.device.type == "cuda":
+            runner.open_graphs(self.max_model_len)
         pages = PagePool(num_pages, config.page_size, prefix_cache=config.prefix_cache)
         scheduler = Scheduler(pages, self._store, max_rows=config.max_rows, chunk_tokens=config.chunk_tokens)
         self._loop = EngineLoop(runner, scheduler, self._store)
@@ -351,7 +354,7 @@ class Engine:
             failed_steps=loop.failed_steps,
             preemptions=scheduler.preemptions,
             step_seconds=loop.step_seconds,
-            graph_captures=0,
+            graph_captures=loop.runner.graph_captures,
             adapters=adapters,
             load_seconds=self._store.load_times.snapshot(),
         )

@@ -52,6 +52,7 @@ class KVPool:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self.device = device
         self.layers: dict[int, LayerKV] = {}
         for layer, shape in shapes.items():
             rows = (num_pages, page_size, shape.kv_heads)

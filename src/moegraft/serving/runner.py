@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moegraft.core.config import DeviceTarget
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers import GraftedModel
 from moegraft.serving.attention import IMPLEMENTATION
-from moegraft.serving.batch import StepBatch, pack
+from moegraft.serving.batch import Packing, StepBatch, pack
+from moegraft.serving.graphs import DecodeGraphs
 from moegraft.serving.kv_pool import KVPool, LayerShape, layer_shapes
 from moegraft.serving.scheduler import BASE, Chunk, SequenceState, StepPlan
 
@@ -52,6 +54,8 @@ class Runner:
         self._sizes = sorted(batch_sizes)
         self._max_wanted = max_rows
         self._row_by_row = row_by_row
+        self._packing: Packing | None = None
+        self._graphs: DecodeGraphs | None = None
         self._previous: str = self.model.config._attn_implementation
         self._stack = ExitStack()  # the adapters of the rows that the head is given, until the model returns
         self._step: StepBatch | None = None
@@ -69,7 +73,7 @@ class Runner:
     def close(self) -> None:
         self._hook.remove()
         self.model.set_attn_implementation(self._previous)
-        self.pool = None
+        self.pool = self._packing = self._graphs = None
 
     def open_pool(self, num_pages: int, page_size: int) -> None:
         """Allocates the pages, and checks with a few tokens that the model is right over them.
@@ -77,31 +81,54 @@ class Runner:
         Raises UnsupportedModelError.
         """
         self.pool = KVPool(self.shapes, num_pages=num_pages, page_size=page_size, device=self.device)
+        has_kernel = self.device.type == "cuda" and DeviceTarget.of(self.device).has_triton
+        self._packing = Packing(pool=self.pool, row_by_row=self._row_by_row, has_kernel=has_kernel)
         self._probe.check(self)
+
+    def open_graphs(self, longest: int) -> None:
+        """From now on decode steps, of sequences of up to ``longest`` tokens, run as CUDA graphs."""
+        assert self.pool is not None
+        # Without sizes of the caller's: powers of two up to 8, then in steps that waste at most an eighth.
+        sizes = self._sizes or [size for size in (1, 2, 4) if size < self._max_wanted] + [
+            size for size in range(8, self._max_wanted + 8, 8) if size <= 64 or size % 16 == 0
+        ]
+        self._graphs = DecodeGraphs(
+            self._forward,
+            self._bounded,
+            self.graft.bank,
+            self.pool,
+            sizes=sizes,
+            width=-(-longest // self.pool.page_size),
+        )
+
+    @property
+    def graph_captures(self) -> int:
+        return 0 if self._graphs is None else self._graphs.captures
 
     @torch.no_grad()
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Logits [W, vocabulary] float32: the chunks that sample, in the plan's order, come first."""
-        assert self.pool is not None
-        step = pack(
-            plan,
-            self.pool,
-            padded_to=self._padded(plan),
-            device=self.device,
-            row_by_row=self._row_by_row,
-        )
+        assert self._packing is not None
+        if self._graphs is not None and all(chunk.samples and chunk.count == 1 for chunk in plan.chunks):
+            found = self._graphs.run(plan)
+            if found is not None:
+                return found.float()
+        step = pack(plan, self._packing, padded_to=self._padded(plan))
         with self._adapters(step.lanes, step.lengths), self._stack:
-            self._step = step
-            try:
-                logits: torch.Tensor = self.model(
-                    input_ids=step.ids_T[:, None],
-                    position_ids=step.positions_T[:, None],
-                    use_cache=False,
-                    paged=step,
-                ).logits
-            finally:
-                self._step = None
-        return logits[:, 0].float()
+            return self._forward(step).float()
+
+    def _forward(self, step: StepBatch) -> torch.Tensor:
+        self._step = step
+        try:
+            logits: torch.Tensor = self.model(
+                input_ids=step.ids_T[:, None],
+                position_ids=step.positions_T[:, None],
+                use_cache=False,
+                paged=step,
+            ).logits
+        finally:
+            self._step = None
+        return logits[:, 0]
 
     def _padded(self, plan: StepPlan) -> tuple[int, int]:
         """Rows of the step and of its head, of which there is at least one: not every model takes none."""
@@ -115,6 +142,11 @@ class Runner:
     def _adapters(self, lanes: tuple[int, ...], lengths: tuple[int, ...]) -> AbstractContextManager[Any]:
         """The one place that says to the layers which adapter each row uses: lane i the next ``lengths[i]`` rows."""
         return self.graft.batch([None if lane == BASE else self._names(lane) for lane in lanes], lengths=lengths)
+
+    def _bounded(self, lanes: Sequence[int], *, rank_bound: int | None) -> AbstractContextManager[Any]:
+        """One lane a row, for what is captured: it must serve other adapters too."""
+        names = [None if lane == BASE else self._names(lane) for lane in lanes]
+        return self.graft.batch(names, len(names), rank_bound=rank_bound)
 
     def _keep_wanted_rows(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """In front of the head: only the rows that sample go on, each with its own adapter."""

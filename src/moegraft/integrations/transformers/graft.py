@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moegraft.core.errors import AdapterFileError, AdapterMismatchError, BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
-from moegraft.integrations.transformers.generation import batch_rows, sequences_per_row
+from moegraft.integrations.transformers.generation import RowGuard, sequences_per_row
 from moegraft.integrations.transformers.host.storage import check_uniform, host_experts, packed_experts
 from moegraft.integrations.transformers.host.targets import discover_targets, experts_per_token
 from moegraft.integrations.transformers.parallel.calls import INPUTS, RankCalls
@@ -26,7 +26,7 @@ from moegraft.integrations.transformers.parallel.layout import (
     planned,
     with_whole_parameters,
 )
-from moegraft.integrations.transformers.sites.call import CallState, head_modules
+from moegraft.integrations.transformers.sites.call import CallState, batch_rows, head_modules
 from moegraft.integrations.transformers.sites.experts import (
     ExpertsSite,
     SiteOptions,
@@ -255,14 +255,24 @@ class GraftedModel:
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``; a row keeps its adapter through padding, beams and several returned sequences."""
-        growth = (1, sequences_per_row(args, kwargs, self.model.generation_config))
+        """transformers' ``generate``; a row keeps its adapter through padding, beams and several returned sequences.
+
+        Where an adapter makes logits that are not finite, its row ends, the others run to their end, and BatchError
+        names the row and has the ``output``.
+        """
+        defaults = self.model.generation_config
+        growth = (1, sequences_per_row(args, kwargs, defaults))
         with (
-            self._ranks.generation(args, kwargs, adapters, self.model.generation_config) as options,
-            self._batch(adapters, batch_rows(args, kwargs, INPUTS), growth=growth),
+            self._ranks.generation(args, kwargs, adapters, defaults) as options,
+            self._batch(adapters, batch_rows(args, kwargs, INPUTS), growth=growth) as call,
             torch.no_grad(),
         ):
-            return self.model.generate(*args, **options)
+            if call is None or not call.batch.names:
+                return self.model.generate(*args, **options)
+            guard = RowGuard.of(call.batch.names, args, options, defaults)
+            output = self.model.generate(*args, **guard.added_to(options))
+            guard.check(output)
+            return output
 
     @contextmanager
     def batch(
@@ -336,7 +346,7 @@ class GraftedModel:
                     group=group,
                     memory=self._memory,
                     heads=self._heads,
-                    modules=self._fittings.modules(),
+                    modules=() if rank_bound is None else self._fittings.modules(),
                     **stated,
                 )
                 self._memory = call.memory

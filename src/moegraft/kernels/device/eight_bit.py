@@ -19,20 +19,26 @@ def int8_product(rows, x_index, live, w_ptr, weights, expert, n, SHAPE: tl.const
                  TILE: tl.constexpr):  # fmt: skip
     """Weights become numbers of the dtype of x in registers; the scale of a column multiplies its sum."""
     GATED: tl.constexpr = SHAPE.GATED
-    columns = n * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
-    columns_live = columns < SHAPE.COLUMNS
-    k = tl.arange(0, TILE.BLOCK_K)
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    COLUMNS: tl.constexpr = SHAPE.COLUMNS
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
+    SWAPPED: tl.constexpr = TILE.SWAPPED
+    LENGTH: tl.constexpr = SHAPE.LENGTH
+    PRECISION: tl.constexpr = TILE.PRECISION
+    columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns_live = columns < COLUMNS
+    k = tl.arange(0, BLOCK_K)
     x_ptrs = rows.ptr + x_index.to(tl.int64)[:, None] * rows.stride + k[None, :]
-    acc_up = zero_sums(BLOCK_M, TILE.BLOCK_N, TILE.SWAPPED)
+    acc_up = zero_sums(BLOCK_M, BLOCK_N, SWAPPED)
     acc_gate = acc_up
-    for step in range(tl.cdiv(SHAPE.LENGTH, TILE.BLOCK_K)):
-        k_live = k < SHAPE.LENGTH - step * TILE.BLOCK_K
-        x = tl.load(x_ptrs + step * TILE.BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
+    for step in range(tl.cdiv(LENGTH, BLOCK_K)):
+        k_live = k < LENGTH - step * BLOCK_K
+        x = tl.load(x_ptrs + step * BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
         if GATED:
             w = _load_weights(w_ptr, weights, expert, 0, columns, columns_live, n, step, k_live, SHAPE, TILE)
-            acc_gate = add_product(x, w.to(x.dtype), acc_gate, TILE.SWAPPED, TILE.PRECISION)
+            acc_gate = add_product(x, w.to(x.dtype), acc_gate, SWAPPED, PRECISION)
         w = _load_weights(w_ptr, weights, expert, GATED, columns, columns_live, n, step, k_live, SHAPE, TILE)
-        acc_up = add_product(x, w.to(x.dtype), acc_up, TILE.SWAPPED, TILE.PRECISION)
+        acc_up = add_product(x, w.to(x.dtype), acc_up, SWAPPED, PRECISION)
     return _scale_columns(acc_gate, acc_up, weights, expert, columns, columns_live, SHAPE, TILE)
 
 
@@ -40,7 +46,8 @@ def int8_product(rows, x_index, live, w_ptr, weights, expert, n, SHAPE: tl.const
 def fp8_product(rows, x_index, live, w_ptr, weights, expert, n, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr,
                 TILE: tl.constexpr):  # fmt: skip
     """Rows in fp8 with float32 scales [rows, groups]; without scales (blocks only), rows to quantise here."""
-    if SHAPE.SCALE_GROUP > 0:
+    SCALE_GROUP: tl.constexpr = SHAPE.SCALE_GROUP
+    if SCALE_GROUP > 0:
         acc_gate, acc_up = _fp8_blocks(rows, x_index, live, w_ptr, weights, expert, n, SHAPE, BLOCK_M, TILE)
     else:
         acc_gate, acc_up = _fp8_columns(rows, x_index, live, w_ptr, weights, expert, n, SHAPE, BLOCK_M, TILE)
@@ -52,23 +59,28 @@ def _fp8_columns(rows, x_index, live, w_ptr, weights, expert, n, SHAPE: tl.const
                  TILE: tl.constexpr):  # fmt: skip
     """A scale a row and a scale a column: both multiply the sum."""
     GATED: tl.constexpr = SHAPE.GATED
-    columns = n * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
-    columns_live = columns < SHAPE.COLUMNS
-    k = tl.arange(0, TILE.BLOCK_K)
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    COLUMNS: tl.constexpr = SHAPE.COLUMNS
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
+    SWAPPED: tl.constexpr = TILE.SWAPPED
+    LENGTH: tl.constexpr = SHAPE.LENGTH
+    columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns_live = columns < COLUMNS
+    k = tl.arange(0, BLOCK_K)
     x_ptrs = rows.ptr + x_index.to(tl.int64)[:, None] * rows.stride + k[None, :]
     x_scale = tl.load(rows.scale + x_index, mask=live, other=0.0)
-    acc_up = zero_sums(BLOCK_M, TILE.BLOCK_N, TILE.SWAPPED)
+    acc_up = zero_sums(BLOCK_M, BLOCK_N, SWAPPED)
     acc_gate = acc_up
-    for step in range(tl.cdiv(SHAPE.LENGTH, TILE.BLOCK_K)):
-        k_live = k < SHAPE.LENGTH - step * TILE.BLOCK_K
-        x = tl.load(x_ptrs + step * TILE.BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
+    for step in range(tl.cdiv(LENGTH, BLOCK_K)):
+        k_live = k < LENGTH - step * BLOCK_K
+        x = tl.load(x_ptrs + step * BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
         if GATED:
             w = _load_weights(w_ptr, weights, expert, 0, columns, columns_live, n, step, k_live, SHAPE, TILE)
-            acc_gate = _fp8_dot(x, w, acc_gate, TILE.SWAPPED)
+            acc_gate = _fp8_dot(x, w, acc_gate, SWAPPED)
         w = _load_weights(w_ptr, weights, expert, GATED, columns, columns_live, n, step, k_live, SHAPE, TILE)
-        acc_up = _fp8_dot(x, w, acc_up, TILE.SWAPPED)
+        acc_up = _fp8_dot(x, w, acc_up, SWAPPED)
     acc_gate, acc_up = _scale_columns(acc_gate, acc_up, weights, expert, columns, columns_live, SHAPE, TILE)
-    if TILE.SWAPPED:
+    if SWAPPED:
         x_scale = x_scale[None, :]
     else:
         x_scale = x_scale[:, None]
@@ -84,13 +96,17 @@ def _fp8_blocks(rows, x_index, live, w_ptr, weights, expert, n, SHAPE: tl.conste
     """
     GATED: tl.constexpr = SHAPE.GATED
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    tl.static_assert(TILE.BLOCK_K == BLOCK)
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
+    LENGTH: tl.constexpr = SHAPE.LENGTH
+    COLUMNS: tl.constexpr = SHAPE.COLUMNS
+    SWAPPED: tl.constexpr = TILE.SWAPPED
+    tl.static_assert(BLOCK_K == BLOCK)
     tl.static_assert(BLOCK % BLOCK_N == 0)
-    num_groups: tl.constexpr = (SHAPE.LENGTH + BLOCK - 1) // BLOCK
-    half_blocks: tl.constexpr = (SHAPE.COLUMNS + BLOCK - 1) // BLOCK
+    num_groups: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
+    half_blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns_live = columns < SHAPE.COLUMNS
-    k = tl.arange(0, TILE.BLOCK_K)
+    columns_live = columns < COLUMNS
+    k = tl.arange(0, BLOCK_K)
     x_ptrs = rows.ptr + x_index.to(tl.int64)[:, None] * rows.stride + k[None, :]
     x_scale_ptrs = rows.scale
     if rows.scale is not None:
@@ -99,25 +115,25 @@ def _fp8_blocks(rows, x_index, live, w_ptr, weights, expert, n, SHAPE: tl.conste
     gate_scale_ptr = up_scale_ptr
     if GATED:
         up_scale_ptr += half_blocks * num_groups
-    acc_up = zero_sums(BLOCK_M, BLOCK_N, TILE.SWAPPED)
+    acc_up = zero_sums(BLOCK_M, BLOCK_N, SWAPPED)
     acc_gate = acc_up
     for step in range(num_groups):
-        k_live = k < SHAPE.LENGTH - step * TILE.BLOCK_K
-        x = tl.load(x_ptrs + step * TILE.BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
+        k_live = k < LENGTH - step * BLOCK_K
+        x = tl.load(x_ptrs + step * BLOCK_K, mask=live[:, None] & k_live[None, :], other=0.0)
         if rows.scale is None:
             x, x_scale = quantise_group(x)
         else:
             x_scale = tl.load(x_scale_ptrs + step, mask=live, other=0.0)
-        if TILE.SWAPPED:
+        if SWAPPED:
             x_scale = x_scale[None, :]
         else:
             x_scale = x_scale[:, None]
-        zeros = zero_sums(BLOCK_M, BLOCK_N, TILE.SWAPPED)
+        zeros = zero_sums(BLOCK_M, BLOCK_N, SWAPPED)
         if GATED:
             w = _load_weights(w_ptr, weights, expert, 0, columns, columns_live, n, step, k_live, SHAPE, TILE)
-            acc_gate += _fp8_dot(x, w, zeros, TILE.SWAPPED) * (x_scale * tl.load(gate_scale_ptr + step))
+            acc_gate += _fp8_dot(x, w, zeros, SWAPPED) * (x_scale * tl.load(gate_scale_ptr + step))
         w = _load_weights(w_ptr, weights, expert, GATED, columns, columns_live, n, step, k_live, SHAPE, TILE)
-        acc_up += _fp8_dot(x, w, zeros, TILE.SWAPPED) * (x_scale * tl.load(up_scale_ptr + step))
+        acc_up += _fp8_dot(x, w, zeros, SWAPPED) * (x_scale * tl.load(up_scale_ptr + step))
     return acc_gate, acc_up
 
 
@@ -125,11 +141,16 @@ def _fp8_blocks(rows, x_index, live, w_ptr, weights, expert, n, SHAPE: tl.conste
 def _load_weights(w_ptr, weights, expert, half, columns, columns_live, n, step, k_live, SHAPE: tl.constexpr,
                   TILE: tl.constexpr):  # fmt: skip
     """[BLOCK_N, BLOCK_K] of one half (up: 1, or 0 without a gate); through a descriptor or by strides."""
-    if TILE.USE_TMA:
-        w_row = (expert * (1 + SHAPE.GATED) + half) * SHAPE.COLUMNS + n * TILE.BLOCK_N
-        w = w_ptr.load([w_row, step * TILE.BLOCK_K])
+    USE_TMA: tl.constexpr = TILE.USE_TMA
+    GATED: tl.constexpr = SHAPE.GATED
+    COLUMNS: tl.constexpr = SHAPE.COLUMNS
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
+    if USE_TMA:
+        w_row = (expert * (1 + GATED) + half) * COLUMNS + n * BLOCK_N
+        w = w_ptr.load([w_row, step * BLOCK_K])
     else:
-        k = step * TILE.BLOCK_K + tl.arange(0, TILE.BLOCK_K)
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         offset = expert.to(tl.int64) * weights.stride_e + half * weights.up_offset
         w_ptrs = w_ptr + offset + columns[:, None] * weights.stride_n + k[None, :]
         w = tl.load(w_ptrs, mask=columns_live[:, None] & k_live[None, :], other=0.0)
@@ -149,10 +170,13 @@ def _fp8_dot(x, w, acc, SWAPPED: tl.constexpr):
 def _scale_columns(acc_gate, acc_up, weights, expert, columns, columns_live, SHAPE: tl.constexpr,
                    TILE: tl.constexpr):  # fmt: skip
     """Multiplies the sums of a column with its scale, of [E, G * COLUMNS]."""
-    scale_ptrs = weights.scale + expert.to(tl.int64) * SHAPE.COLUMNS * (1 + SHAPE.GATED) + columns
-    up_scale = tl.load(scale_ptrs + SHAPE.GATED * SHAPE.COLUMNS, mask=columns_live, other=0.0)
+    COLUMNS: tl.constexpr = SHAPE.COLUMNS
+    GATED: tl.constexpr = SHAPE.GATED
+    SWAPPED: tl.constexpr = TILE.SWAPPED
+    scale_ptrs = weights.scale + expert.to(tl.int64) * COLUMNS * (1 + GATED) + columns
+    up_scale = tl.load(scale_ptrs + GATED * COLUMNS, mask=columns_live, other=0.0)
     gate_scale = tl.load(scale_ptrs, mask=columns_live, other=0.0)
-    if TILE.SWAPPED:
+    if SWAPPED:
         up_scale, gate_scale = up_scale[:, None], gate_scale[:, None]
     else:
         up_scale, gate_scale = up_scale[None, :], gate_scale[None, :]

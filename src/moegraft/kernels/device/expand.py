@@ -26,11 +26,13 @@ def load_low_rank(lora, segment, granule, element, positions, row_segments, colu
     The compiler cannot see that the lanes of a granule are neighbours in u and share a segment, nor that a row of B is
     aligned: it is told, on values computed here, so that both are read in whole vectors.
     """
+    U_WIDTH: tl.constexpr = LOW_RANK.U_WIDTH
+    ALIGN: tl.constexpr = LOW_RANK.ALIGN
     column = granule * GRANULE + tl.arange(0, BLOCK_L) % GRANULE
     column = tl.max_contiguous(tl.multiple_of(column, 16), 16)
     hit = tl.max_constancy(row_segments[:, None] == segment[None, :], [1, 16])
-    u = tl.load(lora.u + positions[:, None] * LOW_RANK.U_WIDTH + column[None, :], mask=hit, other=0.0)
-    b_ptrs = lora.pool + (element // LOW_RANK.ALIGN * LOW_RANK.ALIGN)[:, None] + columns[None, :]
+    u = tl.load(lora.u + positions[:, None] * U_WIDTH + column[None, :], mask=hit, other=0.0)
+    b_ptrs = lora.pool + (element // ALIGN * ALIGN)[:, None] + columns[None, :]
     b = tl.load(b_ptrs, mask=(element >= 0)[:, None] & columns_live[None, :], other=0.0)
     return u, b
 
@@ -99,8 +101,10 @@ def expand(acc_gate, acc_up, prefetched, lora, positions, columns, columns_live,
 
 @triton.jit
 def _add_lanes(acc, u, b, TILE: tl.constexpr):
-    if TILE.SWAPPED:
-        acc = tl.dot(b.T, u.T, acc, input_precision=TILE.PRECISION)
+    SWAPPED: tl.constexpr = TILE.SWAPPED
+    PRECISION: tl.constexpr = TILE.PRECISION
+    if SWAPPED:
+        acc = tl.dot(b.T, u.T, acc, input_precision=PRECISION)
     else:
-        acc = tl.dot(u, b, acc, input_precision=TILE.PRECISION)
+        acc = tl.dot(u, b, acc, input_precision=PRECISION)
     return acc

@@ -41,22 +41,27 @@ def _four_bit_product(rows, x_index, live, w_ptr, weights, expert, n, E2M1: tl.c
     COLUMNS: tl.constexpr = SHAPE.COLUMNS
     GATED: tl.constexpr = SHAPE.GATED
     SCALE_GROUP: tl.constexpr = SHAPE.SCALE_GROUP
-    NUM: tl.constexpr = (SHAPE.LENGTH + GRANULE - 1) // GRANULE
-    UNROLL: tl.constexpr = TILE.BLOCK_K // 128 if TILE.BLOCK_K > 128 else 1
+    LENGTH: tl.constexpr = SHAPE.LENGTH
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    USE_TMA: tl.constexpr = TILE.USE_TMA
+    SWAPPED: tl.constexpr = TILE.SWAPPED
+    NUM: tl.constexpr = (LENGTH + GRANULE - 1) // GRANULE
+    UNROLL: tl.constexpr = BLOCK_K // 128 if BLOCK_K > 128 else 1
     STEPS: tl.constexpr = (NUM + UNROLL - 1) // UNROLL
-    IS_WHOLE: tl.constexpr = STEPS * UNROLL * GRANULE == SHAPE.LENGTH
+    IS_WHOLE: tl.constexpr = STEPS * UNROLL * GRANULE == LENGTH
     ROWS: tl.constexpr = COLUMNS * (1 + GATED)
     SCALED: tl.constexpr = NUM if SCALE_GROUP > 0 else 1  # granules that have scales
-    row = tl.minimum(n * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N), COLUMNS - 1)
+    row = tl.minimum(n * BLOCK_N + tl.arange(0, BLOCK_N), COLUMNS - 1)
     up_row = row + GATED * COLUMNS
     x_ptrs = rows.ptr + x_index.to(tl.int64) * rows.stride
     w_ptrs = w_ptr
-    if not TILE.USE_TMA:
+    if not USE_TMA:
         w_ptrs += (expert.to(tl.int64) * NUM * ROWS + row)[:, None] * RUN + tl.arange(0, RUN)[None, :]
     first = expert.to(tl.int64) * SCALED * ROWS
     # Scales of sums are no operand of a product, so that the compiler would load them where they are used.
     AHEAD: tl.constexpr = SCALE_GROUP > 0 and BLOCK_M <= SMALL_BLOCK_M and not E2M1
-    acc_up = zero_sums(BLOCK_M, TILE.BLOCK_N, TILE.SWAPPED)
+    acc_up = zero_sums(BLOCK_M, BLOCK_N, SWAPPED)
     acc_gate = acc_up
     if AHEAD:
         up_scales = _load_words(weights.scale, first + up_row)
@@ -75,7 +80,7 @@ def _four_bit_product(rows, x_index, live, w_ptr, weights, expert, n, E2M1: tl.c
                     scales = _load_words(weights.scale, here + row)
                 w = _load_tile(w_ptrs, expert, granule, 0, n, NUM, ROWS, COLUMNS, TILE)
                 if part == 0:
-                    w = _after_products(w, x_ptrs.dtype.element_ty, TILE.SWAPPED)
+                    w = _after_products(w, x_ptrs.dtype.element_ty, SWAPPED)
                 acc_gate = _add_granule(
                     acc_gate, x_ptrs, live, k, w, weights, scales, here + row, E2M1, IS_WHOLE, SHAPE, BLOCK_M, TILE
                 )
@@ -83,7 +88,7 @@ def _four_bit_product(rows, x_index, live, w_ptr, weights, expert, n, E2M1: tl.c
                 up_scales = _load_words(weights.scale, here + up_row)
             w = _load_tile(w_ptrs, expert, granule, GATED, n, NUM, ROWS, COLUMNS, TILE)
             if part == 0 and not GATED:
-                w = _after_products(w, x_ptrs.dtype.element_ty, TILE.SWAPPED)
+                w = _after_products(w, x_ptrs.dtype.element_ty, SWAPPED)
             acc_up = _add_granule(
                 acc_up, x_ptrs, live, k, w, weights, up_scales, here + up_row, E2M1, IS_WHOLE, SHAPE, BLOCK_M, TILE
             )
@@ -93,9 +98,9 @@ def _four_bit_product(rows, x_index, live, w_ptr, weights, expert, n, E2M1: tl.c
                 if GATED:
                     scales = _load_words(weights.scale, here + row)
     if SCALE_GROUP == 0:
-        acc_up = scaled(acc_up, _along_columns(tl.load(weights.scale + first + up_row), TILE.SWAPPED))
+        acc_up = scaled(acc_up, _along_columns(tl.load(weights.scale + first + up_row), SWAPPED))
         if GATED:
-            acc_gate = scaled(acc_gate, _along_columns(tl.load(weights.scale + first + row), TILE.SWAPPED))
+            acc_gate = scaled(acc_gate, _along_columns(tl.load(weights.scale + first + row), SWAPPED))
     return acc_gate, acc_up
 
 
@@ -103,8 +108,12 @@ def _four_bit_product(rows, x_index, live, w_ptr, weights, expert, n, E2M1: tl.c
 def _add_granule(acc, x_ptrs, live, k, words, weights, scales, index, E2M1: tl.constexpr, IS_WHOLE: tl.constexpr,
                  SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """acc + x W of 128 inputs from ``k`` on; ``index``: where the columns' zero points of this granule lie."""
-    DTYPE: tl.constexpr = x_ptrs.dtype.element_ty
     SCALE_GROUP: tl.constexpr = SHAPE.SCALE_GROUP
+    LENGTH: tl.constexpr = SHAPE.LENGTH
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    SWAPPED: tl.constexpr = TILE.SWAPPED
+    PRECISION: tl.constexpr = TILE.PRECISION
+    DTYPE: tl.constexpr = x_ptrs.dtype.element_ty
     RUNS: tl.constexpr = SCALE_GROUP // 32 if SCALE_GROUP > 0 else 4  # of one scale
     IS_SMALL: tl.constexpr = BLOCK_M <= SMALL_BLOCK_M
     LATE: tl.constexpr = IS_SMALL and not E2M1
@@ -113,19 +122,19 @@ def _add_granule(acc, x_ptrs, live, k, words, weights, scales, index, E2M1: tl.c
     total = acc
     if IS_SMALL:
         for j in tl.static_range(4):
-            x = _load_x(x_ptrs, live, k + j * RUN, RUN, SHAPE.LENGTH, IS_WHOLE)
+            x = _load_x(x_ptrs, live, k + j * RUN, RUN, LENGTH, IS_WHOLE)
             w = _number(runs[j], weights, scales, zeros, j, E2M1, SCALE_GROUP, LATE)
             if LATE and SCALE_GROUP > 0:
                 if j % RUNS == 0:
-                    total = zero_sums(BLOCK_M, TILE.BLOCK_N, TILE.SWAPPED)
-                total = add_product(x, w, total, TILE.SWAPPED, TILE.PRECISION)
+                    total = zero_sums(BLOCK_M, BLOCK_N, SWAPPED)
+                total = add_product(x, w, total, SWAPPED, PRECISION)
                 if j % RUNS == RUNS - 1:
                     s = _scale_of(weights.scale, scales, j, E2M1, SCALE_GROUP, DTYPE)
-                    acc = tl.fma(total, _along_columns(s, TILE.SWAPPED), acc)
+                    acc = tl.fma(total, _along_columns(s, SWAPPED), acc)
             else:
-                acc = add_product(x, w, acc, TILE.SWAPPED, TILE.PRECISION)
+                acc = add_product(x, w, acc, SWAPPED, PRECISION)
     else:
-        x = _load_x(x_ptrs, live, k, GRANULE, SHAPE.LENGTH, IS_WHOLE)
+        x = _load_x(x_ptrs, live, k, GRANULE, LENGTH, IS_WHOLE)
         first = _side_by_side(
             _number(runs[0], weights, scales, zeros, 0, E2M1, SCALE_GROUP, LATE),
             _number(runs[1], weights, scales, zeros, 1, E2M1, SCALE_GROUP, LATE),
@@ -134,7 +143,7 @@ def _add_granule(acc, x_ptrs, live, k, words, weights, scales, index, E2M1: tl.c
             _number(runs[2], weights, scales, zeros, 2, E2M1, SCALE_GROUP, LATE),
             _number(runs[3], weights, scales, zeros, 3, E2M1, SCALE_GROUP, LATE),
         )
-        acc = add_product(x, _side_by_side(first, second), acc, TILE.SWAPPED, TILE.PRECISION)
+        acc = add_product(x, _side_by_side(first, second), acc, SWAPPED, PRECISION)
     return acc
 
 
@@ -170,8 +179,10 @@ def _load_x(x_ptrs, live, k, WIDTH: tl.constexpr, LENGTH: tl.constexpr, IS_WHOLE
 def _load_tile(w_ptrs, expert, granule, half: tl.constexpr, n, NUM: tl.constexpr, ROWS: tl.constexpr,
                COLUMNS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Words int16 [BLOCK_N, 32] of one granule."""
-    if TILE.USE_TMA:
-        words = w_ptrs.load([(expert * NUM + granule) * ROWS + half * COLUMNS + n * TILE.BLOCK_N, 0])
+    USE_TMA: tl.constexpr = TILE.USE_TMA
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    if USE_TMA:
+        words = w_ptrs.load([(expert * NUM + granule) * ROWS + half * COLUMNS + n * BLOCK_N, 0])
     else:
         words = tl.load(w_ptrs + (granule * ROWS + half * COLUMNS).to(tl.int64) * RUN)
     return words

@@ -2,7 +2,9 @@
 
 A group of tensors and numbers reaches a kernel as its fields would, one by one. A group of constants (fields in
 capitals) is one ``tl.constexpr`` that holds plain numbers: wrapped one by one, they would cost a microsecond each at
-every launch. A TMA descriptor stays an argument of its own: Triton up to 3.6 finds none inside a group.
+every launch. Triton 3.6 takes such a field for a plain number: where one shapes a tensor, or is written into a tuple,
+it is made a ``tl.constexpr`` of its own first. A TMA descriptor stays an argument of its own: Triton up to 3.6 finds
+none inside a group.
 """
 
 from __future__ import annotations
@@ -142,3 +144,50 @@ class LowRank(NamedTuple):
 
     U_WIDTH: int
     ALIGN: int
+
+
+class Build(NamedTuple):
+    """Constants of a routing build; ``moe_routing/host.py`` says what decides them."""
+
+    BLOCK_M: int
+    TILE_M: int
+    E_BINS: int
+    S_BINS: int
+    CHUNK: int
+    FEW: int
+    ROWS: int
+    FEW_LANES: int
+    LANES: int
+    DENSE: bool
+    ALL_FEW: bool
+
+
+class Factor(NamedTuple):
+    """Which factor: A is the factor itself, B_LAST the last B that reads its lanes, TICKET a column of the tiles.
+
+    ``K`` > 0: rows lie in the order of tokens, else of positions.
+    """
+
+    A: int
+    B_LAST: int
+    K: int
+    TICKET: int
+
+
+class ShrinkTile(NamedTuple):
+    """``tuning.tiles.ShrinkTile``, and what follows from the operands."""
+
+    TILE_M: int
+    RANK_BLOCKS: int
+    BLOCK_R: int
+    BLOCK_K: int
+    SPLITS: int
+    PRECISION: str
+
+
+class RowTile(NamedTuple):
+    """TILE_M rows, whose slots GROUPS programs work on: LEADERS of its rows each."""
+
+    TILE_M: int
+    GROUPS: int
+    LEADERS: int

@@ -12,8 +12,6 @@ In a decode step each program looks at one row, and most rows lead; in prefill o
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -26,14 +24,6 @@ B = Constant(1)
 GAIN = Constant(2)
 
 NO_SLOT = Constant(2**31 - 1)
-
-
-class RowTile(NamedTuple):
-    """TILE_M rows, whose slots GROUPS programs work on: LEADERS of its rows each."""
-
-    TILE_M: int
-    GROUPS: int
-    LEADERS: int
 
 
 @triton.jit
@@ -52,19 +42,22 @@ def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, P
                   BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
     """v[split, m, j] = sum over the split's part of LENGTH of A[a][j] * x[m], for the lanes j that adapter a has."""
+    TILE_M: tl.constexpr = ROWS.TILE_M
+    GROUPS: tl.constexpr = ROWS.GROUPS
+    LEADERS: tl.constexpr = ROWS.LEADERS
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
     pid = tl.program_id(0)
     split = pid % SPLITS
     rank_block = pid // SPLITS % RANK_BLOCKS
-    group = pid // (SPLITS * RANK_BLOCKS) % ROWS.GROUPS
-    rows = pid // (SPLITS * RANK_BLOCKS * ROWS.GROUPS) * ROWS.TILE_M + tl.arange(0, ROWS.TILE_M)
+    group = pid // (SPLITS * RANK_BLOCKS) % GROUPS
+    rows = pid // (SPLITS * RANK_BLOCKS * GROUPS) * TILE_M + tl.arange(0, TILE_M)
     slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
     x_ptrs = x.ptr + rows.to(tl.int64)[:, None] * x.stride
     j = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     steps: tl.constexpr = (LENGTH + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
 
-    led = led_slots(slots, group * ROWS.LEADERS, ROWS.TILE_M, ROWS.LEADERS)
+    led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
     slot = tl.min(led)
     while slot != NO_SLOT:
         factor_ptr = tables.factors + slot * tables.stride_factors + A * NUM_FIELDS
@@ -75,7 +68,7 @@ def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, P
             a_elements = factor_row_elements(
                 tables.pages + slot * tables.stride_pages, factor_ptr, j, lane_live, LENGTH, PAGE_ELEMS, ALIGN
             )
-            acc = tl.zeros([ROWS.TILE_M, BLOCK_R], tl.float32)
+            acc = tl.zeros([TILE_M, BLOCK_R], tl.float32)
             for step in range(steps):
                 k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
                 k_live = k < LENGTH
@@ -95,20 +88,23 @@ def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.c
                   ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
                   BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
-    """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for ROWS.TILE_M rows and STEPS_N blocks of BLOCK_N columns.
+    """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for TILE_M rows and STEPS_N blocks of BLOCK_N columns.
 
     The partial sums of v are added in a fixed order and rounded once.
     """
+    TILE_M: tl.constexpr = ROWS.TILE_M
+    GROUPS: tl.constexpr = ROWS.GROUPS
+    LEADERS: tl.constexpr = ROWS.LEADERS
     width: tl.constexpr = BLOCK_N * STEPS_N
     num_n: tl.constexpr = (COLUMNS + width - 1) // width
     pid = tl.program_id(0)
     first_column = pid % num_n * width
-    group = pid // num_n % ROWS.GROUPS
-    rows = pid // (num_n * ROWS.GROUPS) * ROWS.TILE_M + tl.arange(0, ROWS.TILE_M)
+    group = pid // num_n % GROUPS
+    rows = pid // (num_n * GROUPS) * TILE_M + tl.arange(0, TILE_M)
     splits = tl.arange(0, SPLITS)
     # Slots and tables were complete before the shrink ran, so this need not wait for it.
     slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
-    led = led_slots(slots, group * ROWS.LEADERS, ROWS.TILE_M, ROWS.LEADERS)
+    led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
     slot = tl.min(led)
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
@@ -127,7 +123,7 @@ def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.c
                 column_live = columns < COLUMNS
                 y_mask = mine[:, None] & column_live[None, :]
                 base = tl.load(y_ptrs + columns[None, :], mask=y_mask, other=0.0).to(tl.float32)
-                acc = tl.zeros([ROWS.TILE_M, BLOCK_N], tl.float32)
+                acc = tl.zeros([TILE_M, BLOCK_N], tl.float32)
                 for first_lane in range(0, rank, BLOCK_R):
                     lane = first_lane + tl.arange(0, BLOCK_R)
                     lane_live = lane < rank

@@ -10,7 +10,7 @@ import torch
 
 from moegraft.core.tables import LinearTables
 from moegraft.kernels.device import groups
-from moegraft.kernels.lora_linear.device import RowTile, expand_kernel, shrink_kernel
+from moegraft.kernels.lora_linear.device import expand_kernel, shrink_kernel
 from moegraft.kernels.records import cdiv, check_token_slots, dot_precision, next_power_of_2, pdl_options
 
 _WAVE = 128
@@ -200,12 +200,12 @@ def _launch(
     )  # fmt: skip
 
 
-def _row_tiles(num_rows: int, tile_m: int, leaders: int) -> tuple[int, RowTile]:
+def _row_tiles(num_rows: int, tile_m: int, leaders: int) -> tuple[int, groups.RowTile]:
     """(programs along the rows, their constants)."""
     leaders = min(leaders, tile_m)
     # A power of two, so that not every size of a small batch compiles kernels of its own.
     num_groups = cdiv(min(next_power_of_2(num_rows), tile_m), leaders)
-    return cdiv(num_rows, tile_m) * num_groups, RowTile(TILE_M=tile_m, GROUPS=num_groups, LEADERS=leaders)
+    return cdiv(num_rows, tile_m) * num_groups, groups.RowTile(TILE_M=tile_m, GROUPS=num_groups, LEADERS=leaders)
 
 
 def _alignment(tables: LinearTables, row_len: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -18,29 +16,6 @@ from moegraft.kernels.device.pages import (
 )
 
 
-class Factor(NamedTuple):
-    """Which factor: A is the factor itself, B_LAST the last B that reads its lanes, TICKET a column of the tiles.
-
-    ``K`` > 0: rows lie in the order of tokens, else of positions.
-    """
-
-    A: int
-    B_LAST: int
-    K: int
-    TICKET: int
-
-
-class ShrinkTile(NamedTuple):
-    """``tuning.tiles.ShrinkTile``, and what follows from the operands."""
-
-    TILE_M: int
-    RANK_BLOCKS: int
-    BLOCK_R: int
-    BLOCK_K: int
-    SPLITS: int
-    PRECISION: str
-
-
 @triton.jit
 def shrink_kernel(u_ptr, partial_ptr, rows, routing, tile_ptr, tables, num_rows, LENGTH: tl.constexpr,
                   FACTOR: tl.constexpr, LOW_RANK: tl.constexpr, PAGE_ELEMS: tl.constexpr, TILE: tl.constexpr,
@@ -51,12 +26,24 @@ def shrink_kernel(u_ptr, partial_ptr, rows, routing, tile_ptr, tables, num_rows,
     granule on; what pads a granule becomes zero. With ``SPLITS`` > 1, programs share LENGTH and leave partial sums in
     float32; the last one to arrive at the tile adds them up in the order of splits.
     """
+    TILE_M: tl.constexpr = TILE.TILE_M
+    BLOCK_R: tl.constexpr = TILE.BLOCK_R
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
+    SPLITS: tl.constexpr = TILE.SPLITS
+    RANK_BLOCKS: tl.constexpr = TILE.RANK_BLOCKS
+    A: tl.constexpr = FACTOR.A
+    B_LAST: tl.constexpr = FACTOR.B_LAST
+    ALIGN: tl.constexpr = LOW_RANK.ALIGN
+    K: tl.constexpr = FACTOR.K
+    PRECISION: tl.constexpr = TILE.PRECISION
+    U_WIDTH: tl.constexpr = LOW_RANK.U_WIDTH
+    TICKET: tl.constexpr = FACTOR.TICKET
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
     pid = tl.program_id(0)
-    split = pid % TILE.SPLITS
-    rank_block = pid // TILE.SPLITS % TILE.RANK_BLOCKS
-    tile = pid // (TILE.SPLITS * TILE.RANK_BLOCKS)
+    split = pid % SPLITS
+    rank_block = pid // SPLITS % RANK_BLOCKS
+    tile = pid // (SPLITS * RANK_BLOCKS)
     if tile >= tl.load(routing.counts + 1):
         return
     first = tl.load(tile_ptr + tile * 8 + 2)
@@ -66,54 +53,54 @@ def shrink_kernel(u_ptr, partial_ptr, rows, routing, tile_ptr, tables, num_rows,
     expert = tl.load(tile_ptr + tile * 8 + 0)
     slot = tl.load(tile_ptr + tile * 8 + 1)
     slot_factors_ptr = tables.factors + slot * tables.stride_factors
-    factor_ptr = slot_factors_ptr + FACTOR.A * NUM_FIELDS
+    factor_ptr = slot_factors_ptr + A * NUM_FIELDS
     rank = tl.load(factor_ptr + FIELD_RANK)
-    up_lane = tl.load(slot_factors_ptr + FACTOR.B_LAST * NUM_FIELDS + FIELD_LANE)
+    up_lane = tl.load(slot_factors_ptr + B_LAST * NUM_FIELDS + FIELD_LANE)
     up_column = pad_to_granule(up_lane)
     num_columns = up_column + pad_to_granule(rank - up_lane)
-    if rank_block * TILE.BLOCK_R >= num_columns:
+    if rank_block * BLOCK_R >= num_columns:
         return
     index = tl.load(tables.expert_index + slot * tables.stride_experts + expert)
-    column = rank_block * TILE.BLOCK_R + tl.arange(0, TILE.BLOCK_R)
+    column = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     j = tl.where(column < up_column, column, column - up_column + up_lane)
     j_live = tl.where(column < up_column, column < up_lane, j < rank)
     row = index * tl.load(factor_ptr + FIELD_EXPERT_STRIDE) + j
     pages_ptr = tables.pages + slot * tables.stride_pages
-    a_elements = factor_row_elements(pages_ptr, factor_ptr, row, j_live, LENGTH, PAGE_ELEMS, LOW_RANK.ALIGN)
-    positions = first + tl.arange(0, TILE.TILE_M)
+    a_elements = factor_row_elements(pages_ptr, factor_ptr, row, j_live, LENGTH, PAGE_ELEMS, ALIGN)
+    positions = first + tl.arange(0, TILE_M)
     live = positions < end
     x_rows = positions
-    if FACTOR.K > 0:
-        x_rows = tl.load(routing.order + positions, mask=live, other=0) // FACTOR.K
+    if K > 0:
+        x_rows = tl.load(routing.order + positions, mask=live, other=0) // K
     x_ptrs = rows.ptr + x_rows.to(tl.int64)[:, None] * rows.stride
-    steps: tl.constexpr = (LENGTH + TILE.BLOCK_K * TILE.SPLITS - 1) // (TILE.BLOCK_K * TILE.SPLITS)
-    acc = tl.zeros([TILE.TILE_M, TILE.BLOCK_R], tl.float32)
+    steps: tl.constexpr = (LENGTH + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
+    acc = tl.zeros([TILE_M, BLOCK_R], tl.float32)
     for step in range(steps):
-        k = (split * steps + step) * TILE.BLOCK_K + tl.arange(0, TILE.BLOCK_K)
+        k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         k_live = k < LENGTH
         x = tl.load(x_ptrs + k[None, :], mask=live[:, None] & k_live[None, :], other=0.0)
         a_live = j_live[:, None] & k_live[None, :]
         a = tl.load(tables.pool + a_elements[:, None] + k[None, :], mask=a_live, other=0.0)
-        acc = tl.dot(x, a.T, acc, input_precision=TILE.PRECISION)
+        acc = tl.dot(x, a.T, acc, input_precision=PRECISION)
 
-    u_offsets = positions.to(tl.int64)[:, None] * LOW_RANK.U_WIDTH + column[None, :]
+    u_offsets = positions.to(tl.int64)[:, None] * U_WIDTH + column[None, :]
     u_live = live[:, None] & (column < num_columns)[None, :]
-    if TILE.SPLITS == 1:
+    if SPLITS == 1:
         tl.store(u_ptr + u_offsets, acc.to(u_ptr.dtype.element_ty), mask=u_live)
     else:
         # One row is a constant, which has no methods.
-        split_elements = tl.cast(num_rows, tl.int64) * LOW_RANK.U_WIDTH
+        split_elements = tl.cast(num_rows, tl.int64) * U_WIDTH
         tl.store(partial_ptr + split * split_elements + u_offsets, acc, mask=u_live)
         tl.debug_barrier()  # every thread's part is written before the ticket is drawn
-        arrived = tl.atomic_add(tile_ptr + tile * 8 + FACTOR.TICKET, 1)
-        if arrived == TILE.SPLITS * tl.cdiv(num_columns, TILE.BLOCK_R) - 1:
-            for block in range(tl.cdiv(num_columns, TILE.BLOCK_R)):
-                column = block * TILE.BLOCK_R + tl.arange(0, TILE.BLOCK_R)
-                u_offsets = positions.to(tl.int64)[:, None] * LOW_RANK.U_WIDTH + column[None, :]
+        arrived = tl.atomic_add(tile_ptr + tile * 8 + TICKET, 1)
+        if arrived == SPLITS * tl.cdiv(num_columns, BLOCK_R) - 1:
+            for block in range(tl.cdiv(num_columns, BLOCK_R)):
+                column = block * BLOCK_R + tl.arange(0, BLOCK_R)
+                u_offsets = positions.to(tl.int64)[:, None] * U_WIDTH + column[None, :]
                 u_live = live[:, None] & (column < num_columns)[None, :]
-                total = tl.zeros([TILE.TILE_M, TILE.BLOCK_R], tl.float32)
-                for s in tl.static_range(TILE.SPLITS):
+                total = tl.zeros([TILE_M, BLOCK_R], tl.float32)
+                for s in tl.static_range(SPLITS):
                     part_ptrs = partial_ptr + s * split_elements + u_offsets
                     total += tl.load(part_ptrs, mask=u_live, other=0.0, cache_modifier=".cg")
                 tl.store(u_ptr + u_offsets, total.to(u_ptr.dtype.element_ty), mask=u_live)
-            tl.store(tile_ptr + tile * 8 + FACTOR.TICKET, 0)  # for the next shrink over this routing
+            tl.store(tile_ptr + tile * 8 + TICKET, 0)  # for the next shrink over this routing

@@ -7,8 +7,7 @@ import torch
 from moegraft.core.routing import MoERouting, Tile
 from moegraft.core.tables import ExpertsFactor
 from moegraft.kernels.device import groups
-from moegraft.kernels.lora_shrink import device
-from moegraft.kernels.lora_shrink.device import Factor, shrink_kernel
+from moegraft.kernels.lora_shrink.device import shrink_kernel
 from moegraft.kernels.records import LoRABatch, LowRank, cdiv, dot_precision, pdl_options, tables_group
 from moegraft.tuning.tiles import ShrinkTile
 
@@ -23,7 +22,7 @@ def lora_shrink13(
     summed in float32, rounded once to the compute dtype. column(j) = j for the lanes that the gate reads; lanes of an
     up factor with an A of its own follow from the next multiple of 16. Columns that pad to one become zero.
     """
-    which = Factor(int(ExpertsFactor.A13), int(ExpertsFactor.B_UP), routing.top_k, int(Tile.TICKET13))
+    which = groups.Factor(int(ExpertsFactor.A13), int(ExpertsFactor.B_UP), routing.top_k, int(Tile.TICKET13))
     _launch(low_rank, x_TD, routing, lora, tile, which)
 
 
@@ -41,7 +40,7 @@ def lora_shrink2(
     ``h`` lies in the order of positions, or ``in_row_order`` (where K = 1): then h[order[p]] takes the place of h[p].
     """
     K = routing.top_k if in_row_order else 0
-    which = Factor(int(ExpertsFactor.A2), int(ExpertsFactor.B2), K, int(Tile.TICKET2))
+    which = groups.Factor(int(ExpertsFactor.A2), int(ExpertsFactor.B2), K, int(Tile.TICKET2))
     _launch(low_rank, h_NF, routing, lora, tile, which)
 
 
@@ -51,13 +50,13 @@ def _launch(
     routing: MoERouting,
     lora: LoRABatch,
     tile: ShrinkTile,
-    which: Factor,
+    which: groups.Factor,
 ) -> None:
     width = low_rank.u_NW.shape[1]
     if routing.num_rows == 0 or width == 0:
         return
     length, rank_blocks = x.shape[1], cdiv(width, tile.block_r)
-    TILE = device.ShrinkTile(
+    TILE = groups.ShrinkTile(
         TILE_M=routing.tile_m,
         RANK_BLOCKS=rank_blocks,
         BLOCK_R=tile.block_r,

@@ -49,13 +49,22 @@ def route_token_kernel(lists, lanes13, lanes2, u_ptr, x_ptr, ids_ptr, slot_ptr, 
 
     Every row is a block of its own, at the position of its number.
     """
+    E: tl.constexpr = LAYER.E
+    GATED: tl.constexpr = LAYER.GATED
+    GRANULES13: tl.constexpr = LAYER.GRANULES13
+    GRANULES2: tl.constexpr = LAYER.GRANULES2
+    F: tl.constexpr = LAYER.F
+    PAGE_ELEMS: tl.constexpr = LAYER.PAGE_ELEMS
+    D: tl.constexpr = LAYER.D
+    ALIGN: tl.constexpr = LOW_RANK.ALIGN
+    U_WIDTH: tl.constexpr = LOW_RANK.U_WIDTH
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
     n = tl.program_id(0)
     part = tl.program_id(1)
     expert = tl.load(ids_ptr + n).to(tl.int32)
     slot = tl.load(slot_ptr)
-    is_local = (expert >= 0) & (expert < LAYER.E)
+    is_local = (expert >= 0) & (expert < E)
     has_adapter = is_local & (slot >= 0)
     slot = tl.maximum(slot, 0)
     index = tl.load(tables.expert_index + slot * tables.stride_experts + expert, mask=has_adapter, other=-1)
@@ -64,15 +73,15 @@ def route_token_kernel(lists, lanes13, lanes2, u_ptr, x_ptr, ids_ptr, slot_ptr, 
     rank13 = tl.load(factors_ptr + FIELD_RANK)
     up_lane = tl.load(factors_ptr + B_UP * NUM_FIELDS + FIELD_LANE)
     rank_up = tl.load(factors_ptr + B_UP * NUM_FIELDS + FIELD_RANK)
-    rank_gate = tl.load(factors_ptr + B_GATE * NUM_FIELDS + FIELD_RANK) * LAYER.GATED
+    rank_gate = tl.load(factors_ptr + B_GATE * NUM_FIELDS + FIELD_RANK) * GATED
     rank_down = tl.load(factors_ptr + B2 * NUM_FIELDS + FIELD_RANK)
     stride13 = tl.load(factors_ptr + FIELD_EXPERT_STRIDE)
     has_work = index >= 0
     if part == 0:
         granules13 = tl.where(has_work, (tl.maximum(rank_gate, rank_up) + GRANULE - 1) // GRANULE, 0)
         granules2 = tl.where(has_work, (rank_down + GRANULE - 1) // GRANULE, 0)
-        lane13 = n * (LAYER.GRANULES13 * GRANULE)
-        lane2 = n * (LAYER.GRANULES2 * GRANULE)
+        lane13 = n * (GRANULES13 * GRANULE)
+        lane2 = n * (GRANULES2 * GRANULE)
         if n == 0:
             tl.store(lists.counts, tl.num_programs(0))
             tl.store(lists.counts + 1, tl.num_programs(0))
@@ -94,12 +103,10 @@ def route_token_kernel(lists, lanes13, lanes2, u_ptr, x_ptr, ids_ptr, slot_ptr, 
         tl.store(record + 4, 0)
         tl.store(record + 5, 0)
         _write_lanes(
-            lanes13, lane13, granules13, n, index, pages_ptr, factors_ptr, B_UP - LAYER.GATED, 1 + LAYER.GATED,
-            LAYER.F, LAYER.PAGE_ELEMS, LANES,
+            lanes13, lane13, granules13, n, index, pages_ptr, factors_ptr, B_UP - GATED, 1 + GATED,
+            F, PAGE_ELEMS, LANES,
         )  # fmt: skip
-        _write_lanes(
-            lanes2, lane2, granules2, n, index, pages_ptr, factors_ptr, B2, 1, LAYER.D, LAYER.PAGE_ELEMS, LANES
-        )
+        _write_lanes(lanes2, lane2, granules2, n, index, pages_ptr, factors_ptr, B2, 1, D, PAGE_ELEMS, LANES)
     up_column = pad_to_granule(up_lane)
     num_columns = up_column + pad_to_granule(rank13 - up_lane)
     if (index < 0) | (part * BLOCK_R >= num_columns):
@@ -107,16 +114,14 @@ def route_token_kernel(lists, lanes13, lanes2, u_ptr, x_ptr, ids_ptr, slot_ptr, 
     column = part * BLOCK_R + tl.arange(0, BLOCK_R)
     j = tl.where(column < up_column, column, column - up_column + up_lane)
     j_live = tl.where(column < up_column, column < up_lane, j < rank13)
-    a_elements = factor_row_elements(
-        pages_ptr, factors_ptr, index * stride13 + j, j_live, LAYER.D, LAYER.PAGE_ELEMS, LOW_RANK.ALIGN
-    )
+    a_elements = factor_row_elements(pages_ptr, factors_ptr, index * stride13 + j, j_live, D, PAGE_ELEMS, ALIGN)
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for start in tl.static_range(0, LAYER.D, BLOCK_K):
-        k_live = start + k < LAYER.D
+    for start in tl.static_range(0, D, BLOCK_K):
+        k_live = start + k < D
         x = tl.load(x_ptr + start + k, mask=k_live, other=0.0).to(tl.float32)
         a_live = j_live[:, None] & k_live[None, :]
         a = tl.load(tables.pool + a_elements[:, None] + (start + k)[None, :], mask=a_live, other=0.0)
         acc += a.to(tl.float32) * x[None, :]
     u = tl.sum(acc, 1).to(u_ptr.dtype.element_ty)
-    tl.store(u_ptr + n * LOW_RANK.U_WIDTH + column, u, mask=column < num_columns)
+    tl.store(u_ptr + n * U_WIDTH + column, u, mask=column < num_columns)

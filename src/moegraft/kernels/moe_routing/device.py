@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -22,22 +20,6 @@ from moegraft.kernels.device.pages import (
     pad_to_granule,
     rank_row_elements,
 )
-
-
-class Build(NamedTuple):
-    """Constants of a build; ``host.py`` says what decides them. ``FEW_LANES``, ``LANES``: resolved at a time."""
-
-    BLOCK_M: int
-    TILE_M: int
-    E_BINS: int
-    S_BINS: int
-    CHUNK: int
-    FEW: int
-    ROWS: int
-    FEW_LANES: int
-    LANES: int
-    DENSE: bool
-    ALL_FEW: bool
 
 
 @triton.jit
@@ -60,12 +42,14 @@ def _expert_extent(me, ids_ptr, num_rows, LAYER: tl.constexpr, BUILD: tl.constex
     BLOCK_M: tl.constexpr = BUILD.BLOCK_M
     TILE_M: tl.constexpr = BUILD.TILE_M
     CHUNK: tl.constexpr = BUILD.CHUNK
-    if BUILD.DENSE:
-        bins = tl.arange(0, BUILD.E_BINS)
-        counts = tl.zeros([BUILD.E_BINS], tl.int32)
+    E_BINS: tl.constexpr = BUILD.E_BINS
+    DENSE: tl.constexpr = BUILD.DENSE
+    if DENSE:
+        bins = tl.arange(0, E_BINS)
+        counts = tl.zeros([E_BINS], tl.int32)
         for start in range(0, num_rows, CHUNK):
             expert = _load_experts(start + tl.arange(0, CHUNK), ids_ptr, num_rows, E)
-            counts += tl.histogram(expert, BUILD.E_BINS)
+            counts += tl.histogram(expert, E_BINS)
         is_before = bins < me
         blocks = (counts + BLOCK_M - 1) // BLOCK_M
         segments = tl.minimum(counts, S)
@@ -221,25 +205,34 @@ def _load_slots(slot, is_slot, me, tables):
 def _write_lists(lists, lanes13, lanes2, tables, me, share, slot, slot_rows, slot_first, loaded, LAYER: tl.constexpr,
                  BUILD: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """The expert's blocks, tiles and lanes, from its segments in the order of their slots."""
+    GRANULES13: tl.constexpr = LAYER.GRANULES13
+    GRANULES2: tl.constexpr = LAYER.GRANULES2
+    S: tl.constexpr = LAYER.S
+    BLOCK_M: tl.constexpr = BUILD.BLOCK_M
+    TILE_M: tl.constexpr = BUILD.TILE_M
+    GATED: tl.constexpr = LAYER.GATED
+    F: tl.constexpr = LAYER.F
+    PAGE_ELEMS: tl.constexpr = LAYER.PAGE_ELEMS
+    D: tl.constexpr = LAYER.D
     first, end, first_block, end_block, first_segment, first_tile, end_tile = share
     index, rank_gate, rank_up, rank_down = loaded
     has_work = (slot_rows > 0) & (index >= 0)
     granules13 = tl.where(has_work, (tl.maximum(rank_gate, rank_up) + GRANULE - 1) // GRANULE, 0)
     granules2 = tl.where(has_work, (rank_down + GRANULE - 1) // GRANULE, 0)
     has_work = granules13 + granules2 > 0
-    first_lane13 = first_segment * (LAYER.GRANULES13 * GRANULE) + _exclusive_sum(granules13) * GRANULE
-    first_lane2 = first_segment * (LAYER.GRANULES2 * GRANULE) + _exclusive_sum(granules2) * GRANULE
+    first_lane13 = first_segment * (GRANULES13 * GRANULE) + _exclusive_sum(granules13) * GRANULE
+    first_lane2 = first_segment * (GRANULES2 * GRANULE) + _exclusive_sum(granules2) * GRANULE
     _write_blocks(
         lists.blocks, me, first, end, first_block, end_block, slot_rows, slot_first, first_lane13, granules13,
-        first_lane2, granules2, LAYER.S, BUILD.BLOCK_M,
+        first_lane2, granules2, S, BLOCK_M,
     )  # fmt: skip
-    _write_tiles(lists.tiles, me, first_tile, end_tile, slot, slot_rows, slot_first, has_work, BUILD.TILE_M)
+    _write_tiles(lists.tiles, me, first_tile, end_tile, slot, slot_rows, slot_first, has_work, TILE_M)
     _write_lanes(
-        lanes13, tables, first_lane13, granules13, slot, slot_first, index, has_work, B_UP - LAYER.GATED,
-        1 + LAYER.GATED, LAYER.F, LAYER.PAGE_ELEMS, LANES,
+        lanes13, tables, first_lane13, granules13, slot, slot_first, index, has_work, B_UP - GATED,
+        1 + GATED, F, PAGE_ELEMS, LANES,
     )  # fmt: skip
     _write_lanes(
-        lanes2, tables, first_lane2, granules2, slot, slot_first, index, has_work, B2, 1, LAYER.D, LAYER.PAGE_ELEMS,
+        lanes2, tables, first_lane2, granules2, slot, slot_first, index, has_work, B2, 1, D, PAGE_ELEMS,
         LANES,
     )  # fmt: skip
 
@@ -248,12 +241,13 @@ def _write_lists(lists, lanes13, lanes2, tables, me, share, slot, slot_rows, slo
 def _route_few(lists, lanes13, lanes2, tables, me, share, rows, live, slots_ptr, LAYER: tl.constexpr,
                BUILD: tl.constexpr):  # fmt: skip
     """An expert's share from at most FEW rows, ``rows`` where ``live``."""
-    slot, slot_rows, slot_first = _sort_few(
-        rows, live, share[0], slots_ptr, lists.order, lists.segment, LAYER.K, BUILD.FEW
-    )
+    K: tl.constexpr = LAYER.K
+    FEW: tl.constexpr = BUILD.FEW
+    FEW_LANES: tl.constexpr = BUILD.FEW_LANES
+    slot, slot_rows, slot_first = _sort_few(rows, live, share[0], slots_ptr, lists.order, lists.segment, K, FEW)
     loaded = _load_slots(slot, (slot_rows > 0) & (slot >= 0), me, tables)
     _write_lists(
-        lists, lanes13, lanes2, tables, me, share, slot, slot_rows, slot_first, loaded, LAYER, BUILD, BUILD.FEW_LANES
+        lists, lanes13, lanes2, tables, me, share, slot, slot_rows, slot_first, loaded, LAYER, BUILD, FEW_LANES
     )
 
 
@@ -270,28 +264,29 @@ def _route_many(lists, lanes13, lanes2, tables, me, share, slots_ptr, LAYER: tl.
     """An expert's share from its rows at ``lists.rows``: counted in a bin a slot, then placed ROWS at a time."""
     S_BINS: tl.constexpr = BUILD.S_BINS
     ROWS: tl.constexpr = BUILD.ROWS
+    K: tl.constexpr = LAYER.K
+    S: tl.constexpr = LAYER.S
+    LANES: tl.constexpr = BUILD.LANES
     first, end = share[0], share[1]
     place = tl.arange(0, ROWS)
     slot_rows = tl.zeros([S_BINS], tl.int32)
     for start in range(first, end, ROWS):
         live = start + place < end
-        _, bin = _load_bins(lists.rows + start + place, live, slots_ptr, LAYER.K)
+        _, bin = _load_bins(lists.rows + start + place, live, slots_ptr, K)
         slot_rows += tl.histogram(bin, S_BINS, mask=live)
     slot_first = first + _exclusive_sum(slot_rows)
     next_position = slot_first
     for start in range(first, end, ROWS):
         live = start + place < end
-        row, bin = _load_bins(lists.rows + start + place, live, slots_ptr, LAYER.K)
+        row, bin = _load_bins(lists.rows + start + place, live, slots_ptr, K)
         is_earlier = (place[None, :] < place[:, None]) & (bin[None, :] == bin[:, None])
         position = tl.gather(next_position, bin, 0) + tl.sum(is_earlier.to(tl.int32), axis=1)
         tl.store(lists.order + position, row, mask=live)
         tl.store(lists.segment + position, tl.gather(slot_first, bin, 0), mask=live)
         next_position += tl.histogram(bin, S_BINS, mask=live)
     slot = tl.arange(0, S_BINS) - 1
-    loaded = _load_slots(slot, (slot >= 0) & (slot < LAYER.S), me, tables)
-    _write_lists(
-        lists, lanes13, lanes2, tables, me, share, slot, slot_rows, slot_first, loaded, LAYER, BUILD, BUILD.LANES
-    )
+    loaded = _load_slots(slot, (slot >= 0) & (slot < S), me, tables)
+    _write_lists(lists, lanes13, lanes2, tables, me, share, slot, slot_rows, slot_first, loaded, LAYER, BUILD, LANES)
 
 
 @triton.jit
@@ -303,6 +298,13 @@ def route_kernel(lists, lanes13, lanes2, ids_ptr, slots_ptr, tables, num_rows, L
     same for any number of slots; more are counted in a bin a slot. ``ALL_FEW``: the whole batch has no more than FEW,
     so that an expert's are not collected first.
     """
+    E: tl.constexpr = LAYER.E
+    DENSE: tl.constexpr = BUILD.DENSE
+    S: tl.constexpr = LAYER.S
+    CHUNK: tl.constexpr = BUILD.CHUNK
+    BLOCK_M: tl.constexpr = BUILD.BLOCK_M
+    FEW: tl.constexpr = BUILD.FEW
+    ALL_FEW: tl.constexpr = BUILD.ALL_FEW
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
     me = tl.program_id(0)
@@ -310,26 +312,26 @@ def route_kernel(lists, lanes13, lanes2, ids_ptr, slots_ptr, tables, num_rows, L
         me, ids_ptr, num_rows, LAYER, BUILD
     )
     end = first + num_mine
-    if me == LAYER.E - 1:
+    if me == E - 1:
         tl.store(lists.counts, end_block)
         tl.store(lists.counts + 1, end_tile)
-    if BUILD.DENSE and num_mine == 0:
+    if DENSE and num_mine == 0:
         return
-    if LAYER.S == 0:
+    if S == 0:
         if num_mine > 0:
-            _collect_rows(me, first, ids_ptr, lists.order, num_rows, LAYER.E, BUILD.CHUNK)
-        _write_blocks(lists.blocks, me, first, end, first_block, end_block, 0, 0, 0, 0, 0, 0, LAYER.S, BUILD.BLOCK_M)
+            _collect_rows(me, first, ids_ptr, lists.order, num_rows, E, CHUNK)
+        _write_blocks(lists.blocks, me, first, end, first_block, end_block, 0, 0, 0, 0, 0, 0, S, BLOCK_M)
     else:
         share = (first, end, first_block, end_block, first_segment, first_tile, end_tile)
-        few = tl.arange(0, BUILD.FEW)
-        if BUILD.ALL_FEW:
-            is_mine = _load_experts(few, ids_ptr, num_rows, LAYER.E) == me
+        few = tl.arange(0, FEW)
+        if ALL_FEW:
+            is_mine = _load_experts(few, ids_ptr, num_rows, E) == me
             _route_few(lists, lanes13, lanes2, tables, me, share, few, is_mine, slots_ptr, LAYER, BUILD)
         else:
             if num_mine > 0:
-                _collect_rows(me, first, ids_ptr, lists.rows, num_rows, LAYER.E, BUILD.CHUNK)
+                _collect_rows(me, first, ids_ptr, lists.rows, num_rows, E, CHUNK)
                 tl.debug_barrier()  # the rows come back through memory
-            if num_mine <= BUILD.FEW:
+            if num_mine <= FEW:
                 rows = tl.load(lists.rows + first + few, mask=few < num_mine, other=0)
                 _route_few(lists, lanes13, lanes2, tables, me, share, rows, few < num_mine, slots_ptr, LAYER, BUILD)
             else:

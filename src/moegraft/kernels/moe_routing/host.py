@@ -8,7 +8,7 @@ import torch
 
 from moegraft.core.routing import LANE_GRANULE, Lanes, MoERouting
 from moegraft.kernels.device import groups
-from moegraft.kernels.moe_routing.device import Build, route_kernel
+from moegraft.kernels.moe_routing.device import route_kernel
 from moegraft.kernels.records import LayerSizes, LoRABatch, cdiv, next_power_of_2, pdl_options, tables_group
 
 DENSE_ROWS = 4096
@@ -79,7 +79,7 @@ def _launch(
     num_rows, slots = routing.num_rows, 0 if lora is None else lora.tables.page_table.shape[0]
     LAYER = layer_group(sizes, lora, routing.top_k)
     bins, widest = next_power_of_2(slots + 1), next_power_of_2(max(1, LAYER.GRANULES13, LAYER.GRANULES2)) * LANE_GRANULE
-    BUILD = Build(
+    BUILD = groups.Build(
         BLOCK_M=routing.block_m,
         TILE_M=routing.tile_m,
         E_BINS=next_power_of_2(sizes.num_experts + 1),

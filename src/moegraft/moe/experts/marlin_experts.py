@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.int4 import Int4Experts
-from moegraft.kernels.records import MoEWeights
-from moegraft.kernels.weights import four_bit_weights
 from moegraft.moe.experts.triton_experts import MIN_CAPABILITY, TritonExperts
 
 
@@ -21,7 +17,3 @@ class MarlinExperts(TritonExperts):
 
     has_invariant_tiles: ClassVar[bool] = False  # steps of a granule are longer than those of the invariant tiles
     min_capabilities: ClassVar[Mapping[str, tuple[int, int]]] = {"int4": MIN_CAPABILITY}
-
-    def _make_kernel_weights(self, weights: ExpertsWeights) -> MoEWeights:
-        assert isinstance(weights, Int4Experts)
-        return four_bit_weights(weights, self.config.activation, self.config.dtype)

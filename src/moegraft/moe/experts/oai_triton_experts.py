@@ -7,10 +7,6 @@ from typing import ClassVar
 
 import torch
 
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.mxfp4 import MXFP4Experts
-from moegraft.kernels.records import MoEWeights
-from moegraft.kernels.weights import four_bit_weights
 from moegraft.moe.experts.triton_experts import MIN_CAPABILITY, TritonExperts
 
 
@@ -20,7 +16,3 @@ class UnfusedOAITritonExperts(TritonExperts):
     has_invariant_tiles: ClassVar[bool] = False  # steps of a granule are longer than those of the invariant tiles
     min_capabilities: ClassVar[Mapping[str, tuple[int, int]]] = {"mxfp4": MIN_CAPABILITY}
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)
-
-    def _make_kernel_weights(self, weights: ExpertsWeights) -> MoEWeights:
-        assert isinstance(weights, MXFP4Experts)
-        return four_bit_weights(weights, self.config.activation, self.config.dtype)

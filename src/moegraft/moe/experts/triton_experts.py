@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from moegraft.core.config import Activation, BackendRequest, MoEConfig
+from moegraft.core.config import BackendRequest, MoEConfig
 from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.dense import DenseExperts
-from moegraft.formats.fp8 import Fp8Experts
-from moegraft.formats.scaled import BLOCK, ScaledExperts
-from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
+from moegraft.kernels.records import LoRABatch, MoEWeights
+from moegraft.kernels.weights import kernel_weights
 from moegraft.lora.context import LoRAExpertsMixin, MoELoRAContext
 from moegraft.moe.layer import ExpertsOutput, FusedMoEExpertsModular, PreparedRows
 from moegraft.tuning.heuristic import batch_invariant_tiles
@@ -54,10 +52,7 @@ class TritonExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
             expected = ", ".join(self.min_capabilities)
             raise TypeError(f"{type(self).__name__}: found {weights.format_name} weights, expected {expected}")
         super().__init__(config, weights)
-        self._kernel_weights = self._make_kernel_weights(weights)
-
-    def _make_kernel_weights(self, weights: ExpertsWeights) -> MoEWeights:
-        return kernel_weights(weights, self.config.activation)
+        self._kernel_weights = kernel_weights(weights, config.activation, config.dtype)
 
     @classmethod
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
@@ -130,37 +125,3 @@ def tiles_of_batch(rows: PreparedRows, weights: MoEWeights, lora: LoRABatch | No
 
     shape = tuning_shape(rows.x_MD, weights, rows.topk_ids_MK, lora)
     return choose_tiles(replace(shape, num_tokens=-(-rows.expected_choices // shape.top_k)))
-
-
-def kernel_weights(weights: ExpertsWeights, activation: Activation) -> MoEWeights:
-    """The weights as the kernels take them; nothing is copied. Raises TypeError for another format."""
-    if isinstance(weights, DenseExperts):
-        return MoEWeights(
-            w13=weights.w13,
-            w2=weights.w2,
-            b13=weights.b13,
-            b2=weights.b2,
-            activation=activation,
-            is_transposed=weights.is_transposed,
-            is_interleaved=weights.is_interleaved,
-        )
-    if not isinstance(weights, ScaledExperts):
-        raise TypeError(f"found {weights.format_name} weights, expected dense, int8 or fp8")
-    quantisation = Quantisation(
-        format=WeightFormat(weights.format_name),
-        scales13=weights.w13_scale,
-        scales2=weights.w2_scale,
-        hidden_size=weights.hidden_size,
-        intermediate_size=weights.intermediate_size,
-        scale_group=BLOCK if weights.is_block_scaled else 0,
-    )
-    if isinstance(weights, Fp8Experts):
-        quantisation = replace(quantisation, input_scale13=weights.x_scale, input_scale2=weights.h_scale)
-    return MoEWeights(
-        w13=weights.w13,
-        w2=weights.w2,
-        b13=weights.b13,
-        b2=weights.b2,
-        activation=activation,
-        quantisation=quantisation,
-    )

@@ -51,7 +51,7 @@ def discover_targets(model: PreTrainedModel, hosts: Mapping[str, HostExperts] | 
             name: _embedding_target(name, m) for name, m in scope.modules.items() if isinstance(m, nn.Embedding)
         },
         saveable=_saveable(scope, routers),
-        left_out=_left_out(model, scope, hosts),
+        left_out=_left_out(model, scope, routers, hosts),
     )
 
 
@@ -265,7 +265,9 @@ def _is_router_name(name: str) -> bool:
     return any(part in ("gate", "router") for part in name.split("."))
 
 
-def _left_out(model: PreTrainedModel, scope: TextScope, hooked: Mapping[str, HostExperts]) -> dict[str, str]:
+def _left_out(
+    model: PreTrainedModel, scope: TextScope, routers: Mapping[str, nn.Module], hooked: Mapping[str, HostExperts]
+) -> dict[str, str]:
     """Why adapters may not touch what they could touch elsewhere: linear maps, embeddings, experts, norms."""
     reasons = {}
     for name, module in model.named_modules():
@@ -273,7 +275,7 @@ def _left_out(model: PreTrainedModel, scope: TextScope, hooked: Mapping[str, Hos
         if is_inside or not (name in hooked or module._parameters.get("weight") is not None):
             continue
         reason = scope.why_not(name)
-        if reason is None and isinstance(module, nn.Linear) and not _is_linear_map(module):
+        if reason is None and isinstance(module, nn.Linear) and not (_is_linear_map(module) or name in routers):
             reason = f"is a {type(module).__name__}, which computes more than a linear map"
         if reason is not None:
             reasons[name] = reason

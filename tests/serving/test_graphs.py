@@ -1,0 +1,103 @@
+"""Decode through the paged kernel and static buffers, as on a GPU; here in Triton's interpreter, a replay being the
+step run again over the same buffers. With a GPU, the graphs themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.families import build
+from support.serving import draw_prompts
+
+from moegraft import Engine, SamplingParams
+from moegraft.serving.batch import StepBatch
+from moegraft.serving.graphs import DecodeGraphs
+from moegraft.serving.runner import Runner
+
+pytest.importorskip("triton", reason="needs triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEW = 4
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW)
+OPTIONS: dict[str, Any] = {"page_size": 4, "adapter_memory": "4MiB", "max_model_len": 40, "max_rows": 8}
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    """An engine whose decode steps go through ``DecodeGraphs`` and the kernel, whatever the device."""
+
+    def record(self: DecodeGraphs, step: StepBatch) -> tuple[Callable[[], None], torch.Tensor]:
+        logits = self._forward(step)
+        return lambda: logits.copy_(self._forward(step)), logits
+
+    def open_pool(self: Runner, num_pages: int, page_size: int) -> None:
+        opened(self, num_pages, page_size)
+        assert self._packing is not None
+        object.__setattr__(self._packing, "has_kernel", True)
+        self.open_graphs(40)
+
+    opened = Runner.open_pool
+    if DEVICE == "cpu":
+        monkeypatch.setattr(Runner, "open_pool", open_pool)
+        monkeypatch.setattr(DecodeGraphs, "_record", record)
+    return lambda **options: Engine(build("qwen3_moe").to(DEVICE), **OPTIONS, **options)
+
+
+def run(engine: Engine, requests: list[tuple[tuple[int, ...], str | None]]) -> list[tuple[int, ...]]:
+    found = list(engine.generate(requests, GREEDY))
+    assert [each.outputs[0].error for each in found] == [None] * len(found)
+    return [each.token_ids for each in found]
+
+
+def test_replays_serve_any_adapters(served: Any, kinds: dict[str, Path], truth: Any) -> None:
+    """One capture a size and kind, which stay what they are while adapters come, change and go."""
+    prompts = draw_prompts((5, 9, 3, 6))
+    adapters = {name: kinds[name] for name in ("fused", "per_expert", "lm_head")}
+    with served(adapters=adapters, batch_sizes=(4,), chunk_tokens=64) as engine:
+        for names in ((None,) * 4, ("fused", None, "per_expert", "lm_head"), ("lm_head", "fused", "fused", None)):
+            requests = list(zip(prompts, names, strict=True))
+            assert run(engine, requests) == truth(requests, NEW)
+        captures = engine.stats().graph_captures
+        assert captures == 2
+        engine.load_adapter("fused", kinds["per_expert"], replace=True)
+        engine.unload_adapter("lm_head")
+        requests = list(zip(prompts, ("fused", "per_expert", None, None), strict=True))
+        behind = list(zip(prompts, ("per_expert", "per_expert", None, None), strict=True))
+        assert run(engine, requests) == truth(behind, NEW)
+        assert engine.stats().graph_captures == captures
+
+
+def test_new_modules_and_ranks_are_captured_again(served: Any, kinds: dict[str, Path], truth: Any) -> None:
+    """A delta on a module that had none when the step was captured is not lost."""
+    (prompt,) = draw_prompts((6,))
+    with served(adapters={"per_expert": kinds["per_expert"]}, batch_sizes=(4,), chunk_tokens=64) as engine:
+        assert run(engine, [(prompt, "per_expert")]) == truth([(prompt, "per_expert")], NEW)
+        engine.load_adapter("lm_head", kinds["lm_head"])
+        assert run(engine, [(prompt, "lm_head")]) == truth([(prompt, "lm_head")], NEW)
+        assert engine.stats().graph_captures == 2
+
+
+def test_an_adapter_that_replaces_parameters_runs_eagerly(served: Any, kinds: dict[str, Path], truth: Any) -> None:
+    prompts = draw_prompts((6, 4))
+    adapters = {name: kinds[name] for name in ("save lm_head", "fused")}
+    with served(adapters=adapters, batch_sizes=(4,), chunk_tokens=64) as engine:
+        requests = [(prompts[0], "save lm_head"), (prompts[1], "fused")]
+        assert run(engine, requests) == truth(requests, NEW)
+        assert engine.stats().graph_captures == 0
+        assert run(engine, [(prompts[0], None)]) == truth([(prompts[0], None)], NEW)
+        assert engine.stats().graph_captures == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "gemma4_text", "qwen3_moe"])
+def test_on_the_gpu_graphs_and_eager_code_give_the_same_tokens(family: str) -> None:
+    prompts = draw_prompts((9, 5, 20, 33, 3))
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    found = []
+    for options in ({"cuda_graphs": False}, {"cuda_graphs": True}, {"chunk_tokens": 8, "page_size": 4}):
+        with Engine(build(family).cuda(), **{"max_rows": 8, "max_model_len": 64, **options}) as engine:  # type: ignore[arg-type]
+            found.append([each.token_ids for each in engine.generate(prompts, params)])
+    assert found[0] == found[1] == found[2]
