@@ -84,13 +84,10 @@ def _places(targets: ModelTargets) -> list[str]:
         owner = re.match(r"belongs to '([^']+)'", reason)
         stack = re.match(r"stands outside of the text stack '([^']*)'", reason)
         if stack:
-            shared = sum(
-                1
-                for _ in takewhile(
-                    lambda pair: pair[0] == pair[1], zip(name.split("."), stack[1].split("."), strict=False)
-                )
-            )
-            places[".".join(name.split(".")[: shared + 1])] = None
+            parts = name.split(".")
+            pairs = zip(parts, stack[1].split("."), strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            places[".".join(parts[: shared + 1])] = None
         else:
             places[owner[1] if owner else re.sub(r"\b\d+\b", "*", name)] = None
     return [name for name in places if not any(name.startswith(f"{other}.") for other in places)]
