@@ -92,11 +92,3 @@ def sequences_per_row(args: tuple[Any, ...], kwargs: dict[str, Any], defaults: G
     given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or defaults
     counts = (kwargs.get(name, getattr(given, name, None)) for name in ("num_beams", "num_return_sequences"))
     return max(count if isinstance(count, int) else 1 for count in counts)
-
-
-def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> int | None:
-    """Rows of the batch, from the first tensor among the positional arguments and ``names``; None where none is."""
-    for value in (*args[:1], *(kwargs.get(name) for name in names)):
-        if value is not None:
-            return int(value.shape[0])
-    return None

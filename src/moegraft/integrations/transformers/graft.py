@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moegraft.core.errors import AdapterFileError, AdapterMismatchError, BatchError, UnsupportedModelError
 from moegraft.core.memory import parse_bytes
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
-from moegraft.integrations.transformers.generation import RowGuard, batch_rows, sequences_per_row
+from moegraft.integrations.transformers.generation import RowGuard, sequences_per_row
 from moegraft.integrations.transformers.host.storage import HostExperts, check_uniform, packed_experts
 from moegraft.integrations.transformers.host.targets import discover_targets, experts_per_token
 from moegraft.integrations.transformers.parallel.calls import INPUTS, RankCalls
@@ -26,7 +26,7 @@ from moegraft.integrations.transformers.parallel.layout import (
     planned,
     with_whole_parameters,
 )
-from moegraft.integrations.transformers.sites.call import CallState, head_modules
+from moegraft.integrations.transformers.sites.call import CallState, batch_rows, head_modules
 from moegraft.integrations.transformers.sites.experts import (
     ExpertsSite,
     SiteOptions,
@@ -348,7 +348,7 @@ class GraftedModel:
                     group=group,
                     memory=self._memory,
                     heads=self._heads,
-                    modules=self._fittings.modules(),
+                    modules=() if rank_bound is None else self._fittings.modules(),
                     **stated,
                 )
                 self._memory = call.memory
