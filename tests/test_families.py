@@ -13,6 +13,7 @@ from support.adapters import write_adapter
 from support.families import FAMILIES, VOCAB_SIZE, build
 from support.family_adapters import (
     FamilyAdapter,
+    save_all_of,
     save_everything,
     save_experts,
     save_part,
@@ -139,6 +140,22 @@ def test_stray_rows_are_found(model_type: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(TextScope, "why_not", lambda *_: None)
     monkeypatch.setattr(TextScope, "why_shared", lambda *_: None)
     assert stray_rows(model, text_inputs(model))
+
+
+def test_the_thinker_of_a_model_that_generates_by_its_parts(tmp_path: Path) -> None:
+    """The full Qwen3-Omni model runs inside a batch of its thinker; the truths have PEFT layers in their thinkers."""
+    model, *truths = (tiny_model("qwen3_omni_moe") for _ in range(4))
+    inputs = text_inputs(model.thinker)
+    options = {"thinker_max_new_tokens": 4, "thinker_eos_token_id": 95, "return_audio": False}
+    with torch.no_grad(), moegraft.attach(model.thinker, adapter_memory="8MiB") as graft:
+        for seed, name in ((0, "a"), (2, "b")):
+            save_all_of(truths[seed].thinker, tmp_path / name, seed=seed)
+            graft.load_adapter(tmp_path / name)
+        with graft.batch(["a", None, "b"]):
+            mixed = model.generate(**inputs, **options)
+        expected = torch.stack([truth.generate(**inputs, **options)[row] for row, truth in enumerate(truths)])
+    assert mixed.tolist() == expected.tolist()
+    assert len({tuple(row[-4:]) for row in mixed.tolist()}) == 3
 
 
 def test_a_router_that_multiplies_by_mm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

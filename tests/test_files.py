@@ -220,6 +220,16 @@ class TestSizes:
         assert inspection.bytes_in_file > 128 * MiB
         assert peak < 48 * MiB
 
+    def test_no_more_tensors_than_the_model_has_places(self, tmp_path: Path, targets: ModelTargets) -> None:
+        """A header of 500,000 names takes seconds to read; the model of the test has places for a few hundred."""
+        entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+        for count, expected in ((500_000, "header length"), (60_000, "60000 tensors, expected at most")):
+            folder = write_adapter(tmp_path / str(count), {})
+            text = ("{" + ",".join(f'"{i}":{entry}' for i in range(count)) + "}").encode()
+            (folder / hostile.WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text)
+            with pytest.raises(AdapterFileError, match=expected):
+                load_peft_adapter(folder, targets, dtype=torch.float32)
+
     def test_unknown_fields_are_counted_after_the_first(self, tmp_path: Path, targets: ModelTargets) -> None:
         fields = {f"field_{i}": 1 for i in range(100_000)}
         folder = write_adapter(tmp_path, hostile.good_tensors(), **hostile.CONFIG_FIELDS, **fields)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from support.adapters import save_with_peft
 from support.families import VOCAB_SIZE, build
 from support.mixed import MixedBatch
 from support.oracle import merge
@@ -211,3 +215,37 @@ class TestRefused:
             graft.generate(**batch, adapters=["fused", None], max_new_tokens=1)
         with pytest.raises(UnknownAdapterError, match="'sqrl'"):
             graft.generate(**batch, adapters=[*NAMES[:4], "sqrl"], max_new_tokens=1)
+
+
+class TestLogitsThatAreNotFinite:
+    """An adapter with huge values ends its own row; its neighbours get what they get without it."""
+
+    @pytest.fixture
+    def bomb(self, mixed: MixedBatch, tmp_path: Path) -> Path:
+        folder = tmp_path / "bomb"
+        save_with_peft(build("qwen3_moe"), LoraConfig(r=2, target_modules=["lm_head"]), folder, mixed.input_ids[:1])
+        file = folder / "adapter_model.safetensors"
+        save_file({name: tensor * (1e22 if "lora_" in name else 1) for name, tensor in load_file(file).items()}, file)
+        return folder
+
+    @pytest.mark.parametrize("options", [{"do_sample": True}, {"do_sample": False}, {"num_beams": 2}], ids=str)
+    def test_the_row_is_named_and_the_others_run(
+        self, graft: GraftedModel, mixed: MixedBatch, bomb: Path, options: dict[str, Any]
+    ) -> None:
+        graft.load_adapter(bomb, name="bomb")
+        ids = mixed.input_ids[:3]
+        settings = {"max_new_tokens": 4, "min_new_tokens": 4, **options}
+
+        def run(names: list[str | None]) -> torch.Tensor:
+            torch.manual_seed(0)
+            return graft.generate(ids, adapters=names, **settings)
+
+        assert not graft(input_ids=ids, adapters=["fused", "bomb", None]).logits[1].isfinite().all()
+        expected = run(["fused", "dora", None])
+        with pytest.raises(BatchError, match=r"the logits of rows 1 \(adapter 'bomb'\) are not finite") as caught:
+            run(["fused", "bomb", None])
+        found = caught.value.output
+        assert isinstance(found, torch.Tensor)
+        assert torch.equal(found[[0, 2]], expected[[0, 2]])
+        assert torch.equal(run(["fused", "dora", None]), expected)
+        assert not any(info.in_use for info in graft.adapters.values())

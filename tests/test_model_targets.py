@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
         ("Step3p7ForConditionalGeneration", "Step3p7Experts", "does not dispatch"),
     ),
     "experts in embeddings": (
-        lambda: tiny_model("doge", is_moe=True),
+        lambda: tiny_model("doge"),
         ("DogeForCausalLM", "'model.layers.0.mlp' (DogeCDMoE) keeps its experts in modules of its own"),
     ),
     "experts of a backbone": (
@@ -201,7 +201,9 @@ def test_sizes_come_from_the_weights() -> None:
 
 
 def test_a_linear_router_with_a_forward_of_its_own_is_a_router() -> None:
-    target = discover_targets(build("phimoe")).linears["model.layers.0.mlp.router"]
+    targets = discover_targets(build("phimoe"))
+    assert not targets.left_out
+    target = targets.linears["model.layers.0.mlp.router"]
     assert target.router
     assert (target.in_features, target.out_features) == (32, 5)
 

@@ -16,8 +16,8 @@ from moegraft.kernels.records import LayerSizes
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.punica import PunicaWrapperCPU
-from moegraft.lora.punica.cpu import grouped_mm
-from moegraft.lora.rows import AdapterRows, LoRASegments, RankBounds
+from moegraft.lora.punica.cpu import LoRASegments, grouped_mm
+from moegraft.lora.rows import AdapterRows, RankBounds
 from moegraft.lora.targets import AdapterWeights, LinearLoRA, LinearTarget, ModelTargets
 from moegraft.testing import ExpertsFactors, LoRASpec, MoECase, assert_close, poison_allocations
 

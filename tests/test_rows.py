@@ -12,6 +12,7 @@ import torch
 from moegraft.core.errors import BatchError
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.call import AdapterCall, CallMemory
+from moegraft.lora.punica.cpu import segments_of
 from moegraft.lora.rows import AdapterRows, RankBounds, typical_run
 from moegraft.lora.targets import AdapterWeights, LinearLoRA, LinearTarget, ModelTargets
 
@@ -26,32 +27,32 @@ class TestRows:
 
     def test_no_rows(self) -> None:
         rows = AdapterRows.of((), device="cpu")
-        assert rows.num_rows == 0 and not rows.has_adapters and rows.segments().is_empty
+        assert rows.num_rows == 0 and not rows.has_adapters and segments_of(rows).is_empty
 
     def test_base_rows(self) -> None:
         rows = AdapterRows.of((-1, -1), device="cpu", lengths=2)
-        assert not rows.has_adapters and rows.segments().slots == ()
+        assert not rows.has_adapters and segments_of(rows).slots == ()
         assert AdapterRows.on_device(rows.slots_M).has_adapters  # for all that the host knows
 
     @pytest.mark.parametrize("host_knows", [True, False])
     def test_segments(self, host_knows: bool) -> None:
         rows = AdapterRows.of((7, -1, 3, 7, 3), device="cpu", lengths=(1, 2, 1, 1, 0))
-        segments = (rows if host_knows else AdapterRows.on_device(rows.slots_M)).segments()
+        segments = segments_of(rows if host_knows else AdapterRows.on_device(rows.slots_M))
         assert segments.slots == (7, 3) and segments.offsets == (0, 2, 3)
         assert segments.rows_L.tolist() == [0, 4, 3] and not segments.is_whole
         assert [(slot, part.tolist()) for slot, part in segments.rows_of_segments()] == [(7, [0, 4]), (3, [3])]
 
     def test_slots_that_are_replaced_in_place(self) -> None:
         rows = AdapterRows.on_device(torch.tensor([1, -1], dtype=torch.int32))
-        assert rows.segments().slots == (1,)
+        assert segments_of(rows).slots == (1,)
         rows.slots_M.copy_(torch.tensor([-1, 5]))
-        assert rows.segments().slots == (5,) and rows.segments().rows_L.tolist() == [1]
+        assert segments_of(rows).slots == (5,) and segments_of(rows).rows_L.tolist() == [1]
 
     @pytest.mark.parametrize(
         ("slots", "is_whole"), [((1, 1, 2), True), ((1, 2, 1), False), ((-1, 1), False), ((2, 1), True)]
     )
     def test_whole(self, slots: tuple[int, ...], is_whole: bool) -> None:
-        assert AdapterRows.of(slots, device="cpu").segments().is_whole is is_whole
+        assert segments_of(AdapterRows.of(slots, device="cpu")).is_whole is is_whole
 
     @pytest.mark.parametrize(
         ("slots", "lengths", "run"),

@@ -115,14 +115,14 @@ def random_ids(seed: int = 0, *, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
 
 @torch.no_grad()
 def save_with_peft(
-    model: PreTrainedModel, config: peft.LoraConfig, folder: Path, input_ids: torch.Tensor
+    model: PreTrainedModel, config: peft.LoraConfig, folder: Path, input_ids: torch.Tensor, *, seed: int = 11
 ) -> torch.Tensor:
     """Lets the installed PEFT make an adapter for a copy of ``model``, fills it with noise as training would, saves it
     to ``folder``, and returns the logits that PEFT computes with it."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(11)  # PEFT draws A itself
+        torch.manual_seed(seed)  # PEFT draws A itself
         trained = peft.get_peft_model(copy.deepcopy(model), config)
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:
             scale = 0.1 * parameter.abs().mean() if "magnitude" in name or "modules_to_save" in name else 0.2

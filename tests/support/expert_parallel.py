@@ -134,7 +134,7 @@ def build_rank_layer(parallel: ParallelCase, groups: ParallelGroups) -> RankLaye
     )
     for i, factors in enumerate(inputs.adapters):
         whole = AdapterWeights(experts={MODULE: ExpertsLoRA(**fields_of(factors))})  # type: ignore[arg-type]
-        bank.load(f"a{i}", lambda whole=whole: (slice_adapter(whole, targets, mine), None), digest=lambda: "same")
+        bank.load(f"a{i}", lambda step, whole=whole: (slice_adapter(whole, targets, mine), None))
     if groups.rank % 2:
         # As adapters come and go, their slots come to differ between ranks.
         for name in bank.ids:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -76,13 +77,20 @@ def table(verdicts: Iterable[Verdict]) -> str:
     return "\n".join([BEGIN, "", *head, *served, "", *refused_head, *refused, "", END])
 
 
-def _places(targets: ModelTargets) -> dict[str, None]:
-    """The towers that are left out, and single modules, layers and places in a list as stars."""
+def _places(targets: ModelTargets) -> list[str]:
+    """The towers that are left out, and single modules; layers and places in a list as stars."""
     places: dict[str, None] = {}
     for name, reason in targets.left_out.items():
         owner = re.match(r"belongs to '([^']+)'", reason)
-        places[owner[1] if owner else re.sub(r"\b\d+\b", "*", name)] = None
-    return places
+        stack = re.match(r"stands outside of the text stack '([^']*)'", reason)
+        if stack:
+            parts = name.split(".")
+            pairs = zip(parts, stack[1].split("."), strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            places[".".join(parts[: shared + 1])] = None
+        else:
+            places[owner[1] if owner else re.sub(r"\b\d+\b", "*", name)] = None
+    return [name for name in places if not any(name.startswith(f"{other}.") for other in places)]
 
 
 def mixed_batch_error(model_type: str, inputs: Inputs) -> float:

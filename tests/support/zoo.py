@@ -93,6 +93,7 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
         "mlp_layer_types": ["hash_moe", "moe"],
         "o_groups": 2, "o_lora_rank": 8, "swiglu_limit": 0.5,
     },
+    "doge": {"is_moe": True},
     "dots3_note_audio_encoder": {
         "adapter_input_size": 32, "adapter_out_dim": 32, "num_key_value_heads": 4, "head_dim": 8,
         "downsample_hidden_size": 8, "feature_size": 16,
@@ -136,10 +137,9 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
         },
     },
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [8] * 4, "depths": [1] * 4},
-    "nemo_speechlm": {
-        "audio_config": {"asr_config": {"hidden_size": 32, "num_attention_heads": 4}},
-        "word_timestamp_config": {"head_config": {"audio_hidden_size": 32}},
-    },
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 95},
+    "nemotron3_5_transcribe_asr_audio": {"hidden_size": 32, "num_attention_heads": 4},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 32}},
     "nemotron_h_omni": {
         "audio_config": None,
         "vision_config": {"model_type": "radio", "num_hidden_layers": 1, "video_temporal_patch_size": 2},
@@ -209,7 +209,7 @@ def _fields(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     if re.search("vision|visual|sam|radio", name):
         fields = dict(_VISION)
     elif "audio" in name:
-        fields = dict(_AUDIO)
+        fields = {} if _parts(config_class) else dict(_AUDIO)
     else:
         fields = {**_TEXT, **_TOKENS, **(FAMILIES[name].config if name in FAMILIES else {})}
     fields |= _MORE.get(name, {})
@@ -221,7 +221,7 @@ def _fields(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
         if model_type not in CONFIG_MAPPING and not issubclass(_class_of(spec), PreTrainedConfig):
             continue
         inner = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else _class_of(spec)
-        sizes = _VISION if "vision" in part else _AUDIO if "audio" in part else {}
+        sizes = {} if _parts(inner) else _VISION if "vision" in part else _AUDIO if "audio" in part else {}
         fields[part] = {**_fields(inner), **sizes, **_MORE.get(model_type, {}), **given, "model_type": model_type}
     return fields
 

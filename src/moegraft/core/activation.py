@@ -26,7 +26,7 @@ def apply_activation(u_NGF: torch.Tensor, activation: Activation, *, is_interlea
     h = silu(gate') * up'. SILU_SOFTCAPPED: cap(x, c) = c * tanh(x / c),
     h = cap(gate, alpha) * sigmoid(gate) * cap(up, limit).
     """
-    gate_NF, up_NF = split_halves(u_NGF.float(), num_halves=activation.num_halves, is_interleaved=is_interleaved)
+    gate_NF, up_NF = split_halves(u_NGF.float(), num_halves=2 if activation.gated else 1, is_interleaved=is_interleaved)
     alpha, limit = activation.alpha, activation.limit
     if activation.kind in (ActivationKind.SWIGLU_OAI, ActivationKind.SILU_CLAMPED):
         gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit)

@@ -67,7 +67,14 @@ class AdapterInUseError(AdapterError):
 
 
 class BatchError(MoegraftError, ValueError):
-    """The ``adapters=`` argument does not fit the batch, or a generation option cannot keep the mapping right."""
+    """The ``adapters=`` argument does not fit the batch, or a generation option cannot keep the mapping right.
+
+    ``output``: what ``generate`` made of the other rows, where the error is about some rows only; else None.
+    """
+
+    def __init__(self, *args: object, output: object = None) -> None:
+        super().__init__(*args)
+        self.output = output
 
 
 class ParallelError(MoegraftError, RuntimeError):

@@ -11,6 +11,8 @@ MAX_INDEX_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_TENSORS = 2**19  # of one folder
 MAX_NAME_CHARS = 512
+MAX_ENTRY_BYTES = 768  # of one tensor in a header
+LEAST_TENSORS = 20_000  # that an adapter may have, of however small a model
 MAX_DIMS = 8
 MAX_DIM = 2**31 - 1
 

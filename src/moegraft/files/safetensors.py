@@ -71,15 +71,23 @@ class SafetensorsFile:
 
     Plain reads instead of a memory map: a file that shrinks under a map kills the process, a short read raises.
 
-    ``dtypes``: the dtypes that are taken, by safetensors' names.
+    ``dtypes``: the dtypes that are taken, by safetensors' names. ``max_tensors``: bounds the header, too.
 
     Raises:
         FileError: unreadable, truncated, or a header that lies about the file.
         StoredTensorError: a tensor of another dtype.
     """
 
-    def __init__(self, name: str, file: FileIO, *, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
+    def __init__(
+        self,
+        name: str,
+        file: FileIO,
+        *,
+        dtypes: Mapping[str, torch.dtype] = DTYPES,
+        max_tensors: int = limits.MAX_TENSORS,
+    ) -> None:
         self.name = name
+        self._max_tensors = max_tensors
         self._dtypes = dtypes
         self._file = file
         try:
@@ -164,10 +172,11 @@ class SafetensorsFile:
         if self.nbytes < 8:
             raise FileError(f"{self.name}: {self.nbytes} bytes, too short for a safetensors header")
         length = int.from_bytes(self._read_bytes(0, 8), "little")
-        if length > min(limits.MAX_HEADER_BYTES, self.nbytes - 8):
+        most = min(limits.MAX_HEADER_BYTES, 2**20 + self._max_tensors * limits.MAX_ENTRY_BYTES)
+        if length > min(most, self.nbytes - 8):
             raise FileError(
                 f"{self.name}: header length {length}, but the file has {self.nbytes} bytes "
-                f"and a header at most {limits.MAX_HEADER_BYTES}; truncated, or not a safetensors file"
+                f"and a header at most {most}; truncated, or not a safetensors file"
             )
         try:
             header = parse_object(bytes(self._read_bytes(8, length)))
@@ -176,8 +185,8 @@ class SafetensorsFile:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
             raise FileError(f"{self.name}: header: __metadata__ is not an object of strings")
-        if len(header) > limits.MAX_TENSORS:
-            raise FileError(f"{self.name}: {len(header)} tensors, expected at most {limits.MAX_TENSORS}")
+        if len(header) > self._max_tensors:
+            raise FileError(f"{self.name}: {len(header)} tensors, expected at most {self._max_tensors}")
         infos = {key: self._tensor_info(key, entry, 8 + length) for key, entry in header.items()}
         self._check_ranges(infos, 8 + length)
         return infos
@@ -256,8 +265,9 @@ class WeightFolder:
         StoredTensorError: a dtype that is not served; while reading, values that are not finite.
     """
 
-    def __init__(self, folder: Folder, names: WeightFiles) -> None:
+    def __init__(self, folder: Folder, names: WeightFiles, *, max_tensors: int = limits.MAX_TENSORS) -> None:
         self._names = names
+        self._max_tensors = max_tensors
         self._stack = ExitStack()
         try:
             index = _weight_map(folder, names)
@@ -266,7 +276,7 @@ class WeightFolder:
             self.infos: dict[str, TensorInfo] = {}
             self.files: list[SafetensorsFile] = []
             for shard in shards:
-                file = SafetensorsFile(shard, folder.open(shard), dtypes=names.dtypes)
+                file = SafetensorsFile(shard, folder.open(shard), dtypes=names.dtypes, max_tensors=max_tensors)
                 self._stack.callback(file.close)
                 self._add(file, index)
             for name, shard in (index or {}).items():
@@ -319,8 +329,8 @@ class WeightFolder:
             self._file_of[name] = file
         self.infos |= file.tensors
         self.files.append(file)
-        if len(self.infos) > limits.MAX_TENSORS:
-            raise FileError(f"{file.name}: more than {limits.MAX_TENSORS} tensors in one folder")
+        if len(self.infos) > self._max_tensors:
+            raise FileError(f"{file.name}: more than {self._max_tensors} tensors in one folder")
 
 
 def _weight_map(folder: Folder, names: WeightFiles) -> Mapping[str, str] | None:

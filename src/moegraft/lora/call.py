@@ -13,7 +13,7 @@ import torch
 from moegraft.core.errors import BatchError
 from moegraft.core.tables import LinearFactor
 from moegraft.lora.bank import AdapterBatch
-from moegraft.lora.paged import PagedFactors
+from moegraft.lora.punica.cpu import BatchFactors
 from moegraft.lora.rows import AdapterRows, GroupAdapters, RankBounds
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ class CallMemory:
 
     def __init__(self, key: tuple[object, ...] = ()) -> None:
         self.key = key
-        self.factors = PagedFactors()
+        self.factors = BatchFactors()
         self.rows: dict[tuple[int, int], AdapterRows] = {}  # by [B, S]
         self.alike: dict[int, AdapterRows] = {}  # by their number: one adapter for all
+        self.experts_bounds: dict[str, RankBounds] = {}
+        self.linear_bounds: dict[str, int] = {}
 
     def of(self, batch: AdapterBatch, union: AdapterBatch, lengths: tuple[int, ...] | None) -> CallMemory:
         """This memory, or an empty one where it is of other adapters, places or rows."""
@@ -175,8 +177,8 @@ class AdapterCall:
         found = tuple(shape)
         if forward is None:
             return self._rows_outside(module, found)
-        B, S = forward.shape
-        if found == (B * S,) or _without_ones(found) == _without_ones((B, S)):
+        B, S = forward.num_sequences, forward.num_tokens
+        if found in ((B, S), (B * S,)) or _without_ones(found) == _without_ones((B, S)):
             return forward.tokens
         return self._rows_beside(module, found, forward)
 
@@ -289,16 +291,23 @@ class AdapterCall:
 
     def experts_bounds(self, module: str, num_halves: int) -> RankBounds:
         """Of an experts module with ``num_halves`` halves; zeros where no adapter touches it."""
-        if self.rank_bound is not None:
-            return RankBounds(a13=num_halves * self.rank_bound, a2=self.rank_bound)
-        return RankBounds.of(self._bounding.max_ranks(module))
+        bounds = self._memory.experts_bounds.get(module)
+        if bounds is None:
+            bounds = RankBounds.of(self._bounding.max_ranks(module))
+            if self.rank_bound is not None:
+                bounds = RankBounds(a13=num_halves * self.rank_bound, a2=self.rank_bound)
+            self._memory.experts_bounds[module] = bounds
+        return bounds
 
     def linear_bound(self, module: str) -> int:
         """Of the rank on a linear map or embedding, at least 1 where an adapter touches it; else 0."""
         if self.rank_bound is not None:
             return self.rank_bound
-        ranks = self.batch.max_ranks(module)
-        return max(ranks[LinearFactor.A], 1) if ranks else 0
+        bound = self._memory.linear_bounds.get(module)
+        if bound is None:
+            ranks = self.batch.max_ranks(module)
+            bound = self._memory.linear_bounds[module] = max(ranks[LinearFactor.A], 1) if ranks else 0
+        return bound
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

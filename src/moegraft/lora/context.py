@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from moegraft.core.tables import ExpertsTables
-from moegraft.formats.base import ExpertsWeights
 from moegraft.kernels.records import LayerSizes
 from moegraft.lora.rows import AdapterRows, GroupAdapters, RankBounds
 
@@ -40,11 +39,11 @@ class MoELoRAContext:
 class LoRAExpertsMixin:
     """Mixed into an experts class, makes ``supports_lora()`` true and offers the separate form of the delta.
 
-    What the mixin reads is declared here and given by the class it is mixed into: ``weights``, ``num_halves`` (G) and
+    What the mixin reads is declared here and given by the class it is mixed into: ``sizes``, ``num_halves`` (G) and
     ``is_interleaved`` (gate and up alternate in the buffer after the w13 GEMM).
     """
 
-    weights: ExpertsWeights
+    sizes: LayerSizes
     num_halves: int
     is_interleaved: bool
     bound_context: MoELoRAContext | None
@@ -64,13 +63,7 @@ class LoRAExpertsMixin:
 
     def lora_segments(self, context: MoELoRAContext, expert_N: torch.Tensor, slot_N: torch.Tensor) -> Segments:
         """Segments of N routed rows; see ``PunicaWrapperBase.moe_lora_align_block_size``."""
-        sizes = LayerSizes(
-            num_experts=self.weights.num_experts,
-            hidden_size=self.weights.hidden_size,
-            intermediate_size=self.weights.intermediate_size,
-            gated=self.num_halves == 2,
-        )
-        return context.punica.moe_lora_align_block_size(expert_N, slot_N, context, sizes)
+        return context.punica.moe_lora_align_block_size(expert_N, slot_N, context, self.sizes)
 
     def apply_w13_lora(
         self, context: MoELoRAContext, u_NGF: torch.Tensor, x_ND: torch.Tensor, segments: Segments

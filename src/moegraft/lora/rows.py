@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 
 from moegraft.core.errors import BatchError
 from moegraft.core.tables import ExpertsFactor
-from moegraft.lora.paged import PagedFactors
+
+if TYPE_CHECKING:
+    from moegraft.lora.punica.cpu import BatchFactors
 
 BASE_SLOT = -1
 
@@ -39,44 +42,6 @@ class RankBounds:
 _NO_RANKS = RankBounds(a13=0, a2=0)
 
 
-@dataclass(frozen=True)
-class LoRASegments:
-    """Rows that take part in LoRA, sorted by adapter (and expert): one segment per distinct pair.
-
-    Segment g holds the caller's rows ``rows_L[offsets[g]:offsets[g+1]]``; its adapter has the slot
-    ``slots[adapter_G[g]]`` and its expert stands at ``position_G[g]`` among the experts that the adapter holds (None
-    where the module has no experts). ``is_whole``: the segments take all rows, in the caller's order. ``factors``: what
-    was read of the adapters' pages.
-
-    Example: slots (3, 7); rows 0..4 with (slot, position) = (7,0) base (3,2) (7,0) (3,1) give
-    rows_L = [4, 2, 0, 3], offsets = (0, 1, 2, 4), adapter_G = [0, 0, 1], position_G = [1, 2, 0].
-    """
-
-    slots: tuple[int, ...]
-    rows_L: torch.Tensor
-    offsets: tuple[int, ...]
-    adapter_G: torch.Tensor
-    position_G: torch.Tensor | None
-    factors: PagedFactors
-    is_whole: bool = False
-
-    @property
-    def is_empty(self) -> bool:
-        return self.offsets[-1] == 0
-
-    def per_row(self, values_G: torch.Tensor) -> torch.Tensor:
-        """Each segment's value (first dimension G) for each of its rows (first dimension L)."""
-        if self.offsets[-1] == values_G.shape[0]:  # one row each: the shape of a decode step
-            return values_G
-        counts = torch.tensor([b - a for a, b in pairwise(self.offsets)], device=values_G.device)
-        return values_G.repeat_interleave(counts, dim=0)
-
-    def rows_of_segments(self) -> list[tuple[int, torch.Tensor]]:
-        """(slot, rows) of every segment of a map without experts: one an adapter."""
-        parts = self.rows_L.split([b - a for a, b in pairwise(self.offsets)])
-        return list(zip(self.slots, parts, strict=True))
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AdapterRows:
     """The adapter of each of M rows, stated one by one; frozen, shared by all layers that see these rows.
@@ -84,13 +49,14 @@ class AdapterRows:
     slots_M: int32 on the device, -1 = base; may be a buffer of the caller's, whose contents change between calls ·
     host: the same numbers where the host knows them; None: ``slots_M`` alone says it, and what follows from it is
     derived when a layer runs · run_length: how many neighbouring rows have the same adapter, at a guess: it chooses
-    tiles, not results · factors: what was read of the adapters' pages, kept as long as the batch holds them.
+    tiles, not results · factors: what the CPU's wrapper has derived from the adapters
+    of the batch, kept as long as it holds them.
     """
 
     slots_M: torch.Tensor
     host: tuple[int, ...] | None
     run_length: int
-    factors: PagedFactors
+    factors: BatchFactors | None = None
 
     @classmethod
     def of(
@@ -99,7 +65,7 @@ class AdapterRows:
         *,
         device: torch.device | str,
         lengths: int | Sequence[int] = 1,
-        factors: PagedFactors | None = None,
+        factors: BatchFactors | None = None,
     ) -> AdapterRows:
         """Entry i of ``slots`` serves the next ``lengths[i]`` rows (a number: as many each). BatchError where they
         do not go together."""
@@ -114,7 +80,7 @@ class AdapterRows:
             slots_M=torch.tensor(host, dtype=torch.int32).to(device),
             host=host,
             run_length=typical_run(slots, lengths),
-            factors=PagedFactors() if factors is None else factors,
+            factors=factors or _new_factors(),
         )
 
     @classmethod
@@ -122,7 +88,7 @@ class AdapterRows:
         """Rows that only the device knows: int32 [M], read anew whenever a layer, or a graph that captured it, runs."""
         if slots_M.dim() != 1 or slots_M.dtype != torch.int32 or not slots_M.is_contiguous():
             raise BatchError(f"slots {list(slots_M.shape)} {slots_M.dtype}, expected [M] torch.int32, contiguous")
-        return cls(slots_M=slots_M, host=None, run_length=run_length, factors=PagedFactors())
+        return cls(slots_M=slots_M, host=None, run_length=run_length)
 
     @property
     def num_rows(self) -> int:
@@ -133,14 +99,11 @@ class AdapterRows:
         """Whether some row has an adapter, or may have one when a layer runs."""
         return self.host is None or any(slot != BASE_SLOT for slot in self.host)
 
-    def segments(self) -> LoRASegments:
-        """The rows with an adapter, one segment an adapter: what a linear map reads. Waits for the device where the
-        host does not know them."""
-        return self._host_segments if self.host is not None else _segments(self.slots_M, None, PagedFactors())
 
-    @cached_property
-    def _host_segments(self) -> LoRASegments:
-        return _segments(self.slots_M, self.host, self.factors)
+def _new_factors() -> BatchFactors:
+    from moegraft.lora.punica.cpu import BatchFactors
+
+    return BatchFactors()
 
 
 def typical_run(slots: Sequence[int], lengths: Sequence[int]) -> int:
@@ -150,22 +113,6 @@ def typical_run(slots: Sequence[int], lengths: Sequence[int]) -> int:
         rows = sum(length for _, length in run)
         total, squares = total + rows, squares + rows * rows
     return squares // total if total else 1
-
-
-def _segments(slots_M: torch.Tensor, host: tuple[int, ...] | None, factors: PagedFactors) -> LoRASegments:
-    slots = distinct_slots(tuple(slots_M.tolist()) if host is None else host)
-    adapter_M = number_slots(slots, slots_M.device)[slots_M.long()]
-    order_M = torch.sort(adapter_M, stable=True).indices
-    counts = torch.bincount(adapter_M + 1, minlength=len(slots) + 1).tolist()
-    return LoRASegments(
-        slots=slots,
-        rows_L=order_M[counts[0] :],
-        offsets=tuple(accumulate(counts[1:], initial=0)),
-        adapter_G=torch.arange(len(slots), device=slots_M.device),
-        position_G=None,
-        factors=factors,
-        is_whole=counts[0] == 0 and bool((adapter_M[1:] >= adapter_M[:-1]).all()),
-    )
 
 
 def distinct_slots(slots: Sequence[int]) -> tuple[int, ...]:

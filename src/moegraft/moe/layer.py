@@ -16,6 +16,7 @@ from moegraft.core.config import BackendRequest, MoEConfig
 from moegraft.core.errors import NoBackendError
 from moegraft.core.tables import ExpertsTables
 from moegraft.formats.base import ExpertsWeights
+from moegraft.kernels.records import LayerSizes
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.punica.base import PunicaWrapperBase
 from moegraft.lora.rows import AdapterRows, GroupAdapters, RankBounds, base_slots
@@ -215,6 +216,12 @@ class FusedMoEExpertsModular(ABC):
         self.config = config
         self.weights = weights
         self.num_halves = weights.num_halves
+        self.sizes = LayerSizes(
+            num_experts=weights.num_experts,
+            hidden_size=weights.hidden_size,
+            intermediate_size=weights.intermediate_size,
+            gated=weights.num_halves == 2,
+        )
         self.is_interleaved = weights.is_interleaved
 
     @staticmethod

@@ -449,7 +449,8 @@ class AdapterBank:
         return True
 
     def _make_resident(self, wanted: Sequence[AdapterHandle], *, is_aside: bool = False) -> None:
-        self._evict(self._victims(wanted))
+        if any(handle.residency is None for handle in wanted):
+            self._evict(self._victims(wanted))
         for handle in wanted:
             if handle.residency is None:
                 self._enter_pool(handle, is_aside=is_aside)

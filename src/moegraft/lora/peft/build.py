@@ -10,7 +10,6 @@ import torch
 from moegraft.core.cuts import Cuts, cut_axis, cut_tensor
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
 from moegraft.files import TensorInfo, shorten
-from moegraft.files.safetensors import all_finite
 from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair, TokensPlan
 from moegraft.lora.targets import EmbeddingLoRA, EmbeddingTarget, LinearLoRA
@@ -46,7 +45,9 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, where: TensorInfo | str, *, i
     ``is_finite``: whether all values are known to be, as those that were read and not scaled.
     """
     result = tensor.to(dtype).contiguous()
-    if not (is_finite and tensor.dtype is dtype) and not all_finite(result):
+    if (is_finite and tensor.dtype is dtype) or not result.numel():
+        return result
+    if not torch.stack(torch.aminmax(result)).isfinite().all():  # one pass and no mask; a NaN comes out of both
         raise AdapterTensorError(f"{where}: a value, once scaled, is outside the range of {dtype}")
     return result
 

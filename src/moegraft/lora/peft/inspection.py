@@ -74,7 +74,7 @@ def inspect_peft_adapter(path: str | os.PathLike[str], targets: ModelTargets | N
         return AdapterInspection(path=os.fspath(path), problems=_texts(problems))
     with folder:
         config = _attempt(lambda: read_config(read_config_bytes(folder)), problems)
-        tensors = _attempt(lambda: open_weights(folder), problems)
+        tensors = _attempt(lambda: open_weights(folder, targets), problems)
     contents = _Contents()
     if tensors is not None:
         with tensors:

@@ -87,7 +87,7 @@ class PeftAdapter:
             self.path = folder.path
             self._config_bytes = read_config_bytes(folder)
             self.config = read_config(self._config_bytes)
-            self._tensors = open_weights(folder)
+            self._tensors = open_weights(folder, targets)
         try:
             self._targets = targets
             self.plan = plan_adapter(self._tensors.infos, self.config, targets)
@@ -198,10 +198,18 @@ def read_config_bytes(folder: Folder) -> bytes:
         raise AdapterConfigError(str(error)) from error
 
 
-def open_weights(folder: Folder) -> WeightFolder:
-    """The tensors, from one file or from shards. Raises AdapterFileError or AdapterTensorError."""
+def open_weights(folder: Folder, targets: ModelTargets | None = None) -> WeightFolder:
+    """The tensors, from one file or from shards. Raises AdapterFileError or AdapterTensorError.
+
+    With ``targets`` no more tensors than an adapter of that model may have, twice over.
+    """
+    most = limits.MAX_TENSORS
+    if targets is not None:
+        of_experts = sum([6 * target.num_experts for target in targets.experts.values()])
+        others = 3 * len(targets.linears) + 3 * len(targets.embeddings) + sum(map(len, targets.saveable.values()))
+        most = min(most, limits.LEAST_TENSORS + 2 * (of_experts + others))
     with as_adapter_error():
-        return WeightFolder(folder, ADAPTER_FILES)
+        return WeightFolder(folder, ADAPTER_FILES, max_tensors=most)
 
 
 def adapter_digest(path: str | os.PathLike[str]) -> str:

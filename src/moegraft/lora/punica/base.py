@@ -10,10 +10,11 @@ import torch
 from moegraft.core.tables import ExpertsTables, LinearTables
 from moegraft.kernels.records import LayerSizes
 from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.rows import AdapterRows, LoRASegments
+from moegraft.lora.rows import AdapterRows
 
 if TYPE_CHECKING:
     from moegraft.kernels.lora_expand.host import RoutedRows
+    from moegraft.lora.punica.cpu import LoRASegments
 
 Segments: TypeAlias = "LoRASegments | RoutedRows"
 """Routed rows sorted by adapter and expert: as the host groups them, or as a kernel has on the device."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from weakref import WeakKeyDictionary
 
 import torch
 
 from moegraft.core.halves import split_halves
-from moegraft.core.tables import ExpertsFactor, ExpertsTables, LinearFactor, LinearTables
+from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
 from moegraft.kernels.records import LayerSizes
 from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.paged import FactorIndex, PagedFactors
 from moegraft.lora.punica.base import PunicaWrapperBase, Segments
-from moegraft.lora.rows import AdapterRows, LoRASegments, distinct_slots, number_slots
+from moegraft.lora.rows import AdapterRows, distinct_slots, number_slots
 
 FEW_ROWS = 64  # of a decode step: looking for rows that share a segment costs more than it saves
 
@@ -26,11 +28,12 @@ class PunicaWrapperCPU(PunicaWrapperBase):
         self, expert_N: torch.Tensor, slot_N: torch.Tensor, context: MoELoRAContext, sizes: LayerSizes
     ) -> LoRASegments:
         tables, rows = context.tables, context.rows
-        if context.group is not None:
-            slots = context.group.slots
+        if rows.host is not None and rows.factors is not None:
+            slots, factors = rows.factors.segments(rows).slots, rows.factors
         else:
-            slots = distinct_slots(slot_N.tolist() if rows.host is None else rows.host)
-        factors = rows.factors if rows.host is not None else PagedFactors()
+            slots, factors = distinct_slots(slot_N.tolist()), BatchFactors()
+        if context.group is not None:  # rows of other ranks too
+            slots = context.group.slots
         E, slot_N = tables.expert_index.shape[1], slot_N.long()
         adapter_N = number_slots(slots, slot_N.device)[slot_N]
         is_local_N = (expert_N >= 0) & (expert_N < E) & (adapter_N >= 0)
@@ -83,7 +86,7 @@ class PunicaWrapperCPU(PunicaWrapperBase):
         rank_bound: int,
         bias_O: torch.Tensor | None = None,
     ) -> None:
-        segments = rows.segments()
+        segments = segments_of(rows)
         v_LR = shrink_linear(x_MI, segments, tables)
         v_LR = None if v_LR is None else v_LR.to(x_MI.dtype)
         delta_LO = linear_delta(y_MO, v_LR, segments, tables, bias_O=bias_O)
@@ -93,6 +96,175 @@ class PunicaWrapperCPU(PunicaWrapperBase):
             y_MO.add_(delta_LO)
         else:
             add_rows(y_MO, segments.rows_L, delta_LO)
+
+
+@dataclass(frozen=True)
+class LoRASegments:
+    """Rows that take part in LoRA, sorted by adapter (and expert): one segment per distinct pair.
+
+    Segment g holds the caller's rows ``rows_L[offsets[g]:offsets[g+1]]``; its adapter has the slot
+    ``slots[adapter_G[g]]`` and its expert stands at ``position_G[g]`` among the experts that the adapter holds (None
+    where the module has no experts). ``is_whole``: the segments take all rows, in the caller's order. ``factors``: what
+    was read of the adapters' pages.
+
+    Example: slots (3, 7); rows 0..4 with (slot, position) = (7,0) base (3,2) (7,0) (3,1) give
+    rows_L = [4, 2, 0, 3], offsets = (0, 1, 2, 4), adapter_G = [0, 0, 1], position_G = [1, 2, 0].
+    """
+
+    slots: tuple[int, ...]
+    rows_L: torch.Tensor
+    offsets: tuple[int, ...]
+    adapter_G: torch.Tensor
+    position_G: torch.Tensor | None
+    factors: BatchFactors
+    is_whole: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return self.offsets[-1] == 0
+
+    def per_row(self, values_G: torch.Tensor) -> torch.Tensor:
+        """Each segment's value (first dimension G) for each of its rows (first dimension L)."""
+        if self.offsets[-1] == values_G.shape[0]:  # one row each: the shape of a decode step
+            return values_G
+        counts = torch.tensor([b - a for a, b in pairwise(self.offsets)], device=values_G.device)
+        return values_G.repeat_interleave(counts, dim=0)
+
+    def rows_of_segments(self) -> list[tuple[int, torch.Tensor]]:
+        """(slot, rows) of every segment of a map without experts: one an adapter."""
+        parts = self.rows_L.split([b - a for a, b in pairwise(self.offsets)])
+        return list(zip(self.slots, parts, strict=True))
+
+
+def segments_of(rows: AdapterRows) -> LoRASegments:
+    """The rows with an adapter, one segment an adapter: what a linear map reads. Waits for the device where the host
+    does not know them."""
+    if rows.host is None or rows.factors is None:
+        return _segments(rows.slots_M, rows.host, BatchFactors())
+    return rows.factors.segments(rows)
+
+
+def _segments(slots_M: torch.Tensor, host: tuple[int, ...] | None, factors: BatchFactors) -> LoRASegments:
+    slots = distinct_slots(tuple(slots_M.tolist()) if host is None else host)
+    adapter_M = number_slots(slots, slots_M.device)[slots_M.long()]
+    order_M = torch.sort(adapter_M, stable=True).indices
+    counts = torch.bincount(adapter_M + 1, minlength=len(slots) + 1).tolist()
+    return LoRASegments(
+        slots=slots,
+        rows_L=order_M[counts[0] :],
+        offsets=tuple(accumulate(counts[1:], initial=0)),
+        adapter_G=torch.arange(len(slots), device=slots_M.device),
+        position_G=None,
+        factors=factors,
+        is_whole=counts[0] == 0 and bool((adapter_M[1:] >= adapter_M[:-1]).all()),
+    )
+
+
+@dataclass(frozen=True)
+class FactorIndex:
+    """One factor of S adapters, ready to be gathered.
+
+    unit_SHR: first unit in the pool of lane r of the expert at position h (H = 1 without experts); lanes past an
+    adapter's rank repeat its last row. rank_S and lane_S: Field.RANK and Field.LANE. ``is_uniform``: every adapter
+    has rank ``max_rank`` and starts at lane 0.
+    """
+
+    unit_SHR: torch.Tensor
+    unit: int
+    rank_S: torch.Tensor
+    lane_S: torch.Tensor
+    max_rank: int
+    is_uniform: bool
+
+    @classmethod
+    def of(
+        cls, tables: ExpertsTables | LinearTables, factor: int, row_len: int, slots: Sequence[int]
+    ) -> FactorIndex | None:
+        """None where no adapter has the factor."""
+        device = tables.factors.device
+        desc_S = tables.factors[list(slots), factor].long()
+        rank_S = desc_S[:, Field.RANK]
+        max_rank = int(rank_S.max()) if len(slots) else 0
+        if max_rank == 0:
+            return None
+        positions = tables.expert_index.shape[1] if isinstance(tables, ExpertsTables) else 1
+        lane_SR = torch.minimum(torch.arange(max_rank, device=device), (rank_S - 1).clamp(min=0)[:, None])
+        row_SHR = torch.arange(positions, device=device)[:, None] * desc_S[:, Field.EXPERT_STRIDE, None, None]
+        row_SHR = row_SHR + lane_SR[:, None]
+        rows_per_page = tables.page_elems // row_len
+        # Positions past those that an adapter holds are never asked for; they only must not leave the table.
+        page_SHR = desc_S[:, Field.FIRST_PAGE, None, None] + row_SHR // rows_per_page
+        page_SHR = page_SHR.clamp(max=tables.page_table.shape[1] - 1)
+        slot_S11 = torch.tensor(slots, device=device)[:, None, None]
+        elem_SHR = tables.page_table[slot_S11, page_SHR].long() * tables.page_elems
+        elem_SHR += desc_S[:, Field.OFFSET, None, None] + (row_SHR % rows_per_page) * row_len
+        # Rows are gathered in units that divide a row, a page and every offset into one: one view of the pool serves
+        # any row length. Where the row length does not divide the page, offsets are no multiples of it.
+        unit = math.gcd(row_len, tables.page_elems, *desc_S[:, Field.OFFSET].tolist())
+        lane_S = desc_S[:, Field.LANE]
+        is_uniform = int(rank_S.min()) == max_rank and int(lane_S.max()) == 0
+        return cls(elem_SHR // unit, unit, rank_S, lane_S, max_rank, is_uniform)
+
+    def read(
+        self,
+        tables: ExpertsTables | LinearTables,
+        unit_GR: torch.Tensor,
+        row_len: int,
+        adapter_G: torch.Tensor | slice,
+    ) -> torch.Tensor:
+        """Rows from ``unit_GR``, copied: [G, max_rank, row_len]; zeros where an adapter lacks the factor."""
+        units = unit_GR
+        if self.unit != row_len:
+            units = unit_GR.unsqueeze(-1) + torch.arange(row_len // self.unit, device=unit_GR.device)
+        flat = tables.pool.view(-1, self.unit).index_select(0, units.flatten())
+        rows_GRI = flat.view(*unit_GR.shape, row_len)
+        if self.is_uniform:
+            return rows_GRI
+        # Where an adapter lacks the factor its descriptor points at something else's memory, and 0 * NaN is NaN.
+        return rows_GRI.masked_fill_((self.rank_S[adapter_G] == 0)[:, None, None], 0)
+
+
+class BatchFactors:
+    """What was derived from the adapters of one batch, once, and is read by every layer call while the batch lives.
+
+    The bank moves no page of an adapter in use, so the indices stay true as long as the batch is held.
+    """
+
+    def __init__(self) -> None:
+        self._indices: dict[tuple[int, int, tuple[int, ...]], FactorIndex | None] = {}
+        self._copies: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
+        self._segments: WeakKeyDictionary[AdapterRows, LoRASegments] = WeakKeyDictionary()
+
+    def segments(self, rows: AdapterRows) -> LoRASegments:
+        """The rows with an adapter, one segment an adapter."""
+        segments = self._segments.get(rows)
+        if segments is None:
+            segments = self._segments[rows] = _segments(rows.slots_M, rows.host, self)
+        return segments
+
+    def index(
+        self, tables: ExpertsTables | LinearTables, factor: int, row_len: int, slots: tuple[int, ...]
+    ) -> FactorIndex | None:
+        """The index of a factor of the adapters in ``slots``; None where none of them has it."""
+        key = (id(tables), factor, slots)
+        if key not in self._indices:
+            self._indices[key] = FactorIndex.of(tables, factor, row_len, slots)
+        return self._indices[key]
+
+    def whole(
+        self, tables: LinearTables, factor: int, row_len: int, slots: tuple[int, ...]
+    ) -> tuple[FactorIndex, torch.Tensor] | None:
+        """The factor of every adapter in ``slots`` in float32: [S, max_rank, row_len], copied once a batch.
+
+        float32, since small products in lower precision are several times slower on a CPU.
+        """
+        index = self.index(tables, factor, row_len, slots)
+        if index is None:
+            return None
+        key = (id(tables), factor, slots)
+        if key not in self._copies:
+            self._copies[key] = index.read(tables, index.unit_SHR[:, 0], row_len, slice(None)).float()
+        return index, self._copies[key]
 
 
 def shrink_rows(

@@ -8,7 +8,8 @@ from moegraft.core.tables import ExpertsTables, LinearTables
 from moegraft.kernels.records import LayerSizes, LoRABatch
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.punica.base import PunicaWrapperBase, Segments
-from moegraft.lora.rows import AdapterRows, LoRASegments
+from moegraft.lora.punica.cpu import LoRASegments
+from moegraft.lora.rows import AdapterRows
 
 
 class PunicaWrapperGPU(PunicaWrapperBase):

@@ -17,17 +17,19 @@ import torch
 from moegraft.core.cuts import cut_tensor, pad_axis
 from moegraft.core.errors import BatchError
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
-from moegraft.lora.paged import FactorIndex
 from moegraft.lora.punica.base import Segments
 from moegraft.lora.punica.cpu import (
+    FactorIndex,
+    LoRASegments,
     PunicaWrapperCPU,
     add_expanded,
     add_rows,
     linear_delta,
+    segments_of,
     shrink_linear,
     shrink_rows,
 )
-from moegraft.lora.rows import AdapterRows, LoRASegments
+from moegraft.lora.rows import AdapterRows
 from moegraft.parallel.collectives import Communicator
 from moegraft.parallel.slices import LinearSlice, Shard, shard
 
@@ -84,7 +86,7 @@ class ShardedLinearPunica(PunicaWrapperCPU):
         bias_O: torch.Tensor | None = None,
     ) -> None:
         """See the base class. A partial y is without its bias, and ``bias_O`` None."""
-        mine, segments = self._mine, rows.segments()
+        mine, segments = self._mine, segments_of(rows)
         rows_L = segments.rows_L
         is_wide = mine.outputs is not None and (self._is_reduced or mine.inputs is not None)
         own_MO, own_bias_O = y_MO, bias_O

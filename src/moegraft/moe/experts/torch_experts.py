@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 # A BLAS picks its kernel, and with it the order of a row's sum, by the number of rows. Blocks of these sizes keep a
 # row's bits independent of how many rows share its expert (docs/numerics.md has the measurement).
-ROW_GRANULE = {torch.float32: 4}
+ROW_GRANULE = {torch.float32: 16}
 ROW_GRANULE_LOW_PRECISION = 2
-SMALL_BLOCK = 8
+SMALL_GRANULE, SMALL_BLOCK = 4, 8  # of the form for few rows an expert
+FEW_ROWS = 16
 # cuBLAS has no such sizes but one: on CUDA every block has as many rows.
 CUDA_BLOCK = 32
 
@@ -104,7 +105,7 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
         """See the base class; the output is not reduced and its memory torch's own."""
         context = self.active_context(lora_context)
         M, K = rows.topk_ids_MK.shape
-        plan = _plan_rows(rows.topk_ids_MK, self.weights.num_experts, rows.x_MD.dtype, rows.expected_choices)
+        plan = _plan_rows(rows.topk_ids_MK, self.sizes.num_experts, rows.x_MD.dtype, rows.expected_choices)
         x_MD = rows.x_MD if rows.is_quantised else self.weights.quantise_input(rows.x_MD)
         x_PD = x_MD.index_select(0, plan.token_P)
         segments = None
@@ -113,31 +114,31 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
             slot_P[plan.padding] = BASE_SLOT
             segments = self.lora_segments(context, plan.expert_P, slot_P)
 
-        w = self.weights
-        u_PGF = _seed(x_PD, w.b13, plan.expert_P, w.num_halves * w.intermediate_size, segments)
+        w, D, width13 = self.weights, self.sizes.hidden_size, self.num_halves * self.sizes.intermediate_size
+        u_PGF = _seed(x_PD, w.b13, plan.expert_P, width13, segments)
         if context is not None and segments is not None and u_PGF is not None:
             plain_PD = x_PD if x_MD is rows.unquantised_MD else rows.unquantised_MD.index_select(0, plan.token_P)
             self.apply_w13_lora(context, u_PGF, plain_PD, segments)
-        u_PGF = _grouped_gemm(u_PGF, x_PD, _w13(w), plan)
+        u_PGF = _grouped_gemm(u_PGF, x_PD, _w13(w, width13), plan)
         h_PF = apply_activation(u_PGF, self.config.activation, is_interleaved=self.is_interleaved)
-        y_PD = _seed(x_PD, w.b2, plan.expert_P, w.hidden_size, segments)
+        y_PD = _seed(x_PD, w.b2, plan.expert_P, D, segments)
         if context is not None and segments is not None and y_PD is not None:
             self.apply_w2_lora(context, y_PD, h_PF, segments)
-        y_PD = _grouped_gemm(y_PD, w.quantise_input(h_PF, of_w2=True), _w2(w), plan)
+        y_PD = _grouped_gemm(y_PD, w.quantise_input(h_PF, of_w2=True), _w2(w, D), plan)
 
         if not plan.is_all_local:
-            y_PD = torch.cat([y_PD, y_PD.new_zeros(1, w.hidden_size)])
-        return ExpertsOutput(y=y_PD.index_select(0, plan.position_N).view(M, K, w.hidden_size), is_reduced=False)
+            y_PD = torch.cat([y_PD, y_PD.new_zeros(1, D)])
+        return ExpertsOutput(y=y_PD.index_select(0, plan.position_N).view(M, K, D), is_reduced=False)
 
 
-def _w13(weights: ExpertsWeights) -> _Matrix:
+def _w13(weights: ExpertsWeights, width: int) -> _Matrix:
     dense_EIO = weights.w13_in_out if isinstance(weights, DenseExperts) else None
-    return _Matrix(dense_EIO, weights.w13_in_out_of, weights.num_halves * weights.intermediate_size)
+    return _Matrix(dense_EIO, weights.w13_in_out_of, width)
 
 
-def _w2(weights: ExpertsWeights) -> _Matrix:
+def _w2(weights: ExpertsWeights, width: int) -> _Matrix:
     dense_EIO = weights.w2_in_out if isinstance(weights, DenseExperts) else None
-    return _Matrix(dense_EIO, weights.w2_in_out_of, weights.hidden_size)
+    return _Matrix(dense_EIO, weights.w2_in_out_of, width)
 
 
 def _plan_rows(
@@ -152,8 +153,9 @@ def _plan_rows(
     # The choice looks at the size of the batch only: with the routing it would change the bits of a base row.
     num_choices = len(expert_N) if expected_choices is None else expected_choices
     is_cuda = device.type == "cuda"
-    is_small = dtype == torch.float32 and num_choices < SMALL_BLOCK * num_experts and not is_cuda
-    granule = CUDA_BLOCK if is_cuda else ROW_GRANULE.get(dtype, ROW_GRANULE_LOW_PRECISION)
+    is_small = dtype == torch.float32 and num_choices < FEW_ROWS * num_experts and not is_cuda
+    granule = SMALL_GRANULE if is_small else ROW_GRANULE.get(dtype, ROW_GRANULE_LOW_PRECISION)
+    granule = CUDA_BLOCK if is_cuda else granule
     sources: list[int] = []
     padding: list[int] = []
     ends_E: list[int] = []

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from transformers import GenerationConfig
 
 from moegraft.core.errors import BatchError, MoegraftError, ParallelError
-from moegraft.integrations.transformers.generation import batch_rows, check_generation
+from moegraft.integrations.transformers.generation import check_generation
 from moegraft.integrations.transformers.parallel.layout import RankLayout
+from moegraft.integrations.transformers.sites.call import batch_rows
 from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.collective_bank import CollectiveBank, GroupBatch
 from moegraft.parallel import Agreement, ParallelConfig, backend_of
@@ -67,11 +68,12 @@ class RankCalls:
         self.vocab_size = vocab_size
         self._agreement = Agreement(layout.groups.world, layout.groups.sharing)
         self._calling = threading.RLock()
+        self._is_alone = not layout.is_parallel
 
     @contextmanager
     def acquire(self, names: Sequence[str | None]) -> Iterator[tuple[AdapterBatch, GroupBatch | None]]:
         """The adapters of this rank's rows and, where experts see rows of other ranks, those of all ranks' rows."""
-        if not self.layout.is_parallel:
+        if self._is_alone:
             with self.adapters.bank.acquire(names) as batch:
                 yield batch, None
         else:
@@ -98,6 +100,9 @@ class RankCalls:
         beyond the vocabulary, and for a batch without rows, which transformers cannot run: a rank without requests must
         take part. On this rank alone where another of its threads is in such a call.
         """
+        if self._is_alone:
+            yield
+            return
         with self._one_thread():
             with self._agreement.step() as step:
                 self._check_inputs(args, kwargs)

@@ -252,6 +252,14 @@ def _tokens(
     return None, kept
 
 
+def batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """Rows of the batch, from the first tensor among the positional arguments and ``names``; None where none is."""
+    first = args[0] if args else None
+    for name in names:
+        first = kwargs.get(name) if first is None else first
+    return None if first is None else int(first.shape[0])
+
+
 def token_modules(model: PreTrainedModel, targets: ModelTargets) -> list[str]:
     """The model itself (the empty name) and those inside it that are given tokens and hold what adapters may touch."""
     owners = {name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}

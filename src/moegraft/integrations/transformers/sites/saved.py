@@ -22,6 +22,7 @@ from moegraft.integrations.transformers.sites.seams import HookSeam
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.bank.handle import AdapterHandle, Residency
 from moegraft.lora.call import AdapterCall
+from moegraft.lora.punica.cpu import segments_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ class SavedSeam(HookSeam):
             return
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         rows, dim = call.rows_along(self.name, first.shape)
-        rows_of = dict(rows.segments().rows_of_segments())
+        rows_of = dict(segments_of(rows).rows_of_segments())
         for handle in handles:
             rows_L = rows_of.get(handle.slot)
             if rows_L is not None:

@@ -23,6 +23,7 @@ from moegraft.integrations.transformers.sites.router_weight import RouterWeight
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.punica import PunicaWrapperBase
+from moegraft.lora.punica.cpu import segments_of
 from moegraft.lora.punica.embedding import expand_embedding, shrink_embedding
 from moegraft.lora.rows import AdapterRows
 from moegraft.lora.targets import LinearTarget
@@ -223,7 +224,7 @@ class EmbeddingSeam(HookSeam):
     def _apply_by_slot(self, rows: AdapterRows, ids_M: torch.Tensor, y_MD: torch.Tensor) -> None:
         """One product an adapter, over views of its factors."""
         factors, low_rank = {}, {}
-        rows_of = dict(rows.segments().rows_of_segments())
+        rows_of = dict(segments_of(rows).rows_of_segments())
         for slot, rows_L in rows_of.items():
             a_RV = self.bank.factor(slot, self.name, LinearFactor.A)
             b_RD = self.bank.factor(slot, self.name, LinearFactor.B)
