@@ -16,7 +16,7 @@ from moegraft.core.errors import AdapterFileError, AdapterMismatchError, BatchEr
 from moegraft.core.memory import parse_bytes
 from moegraft.integrations.transformers.explain import Explanation, LayerChoice
 from moegraft.integrations.transformers.generation import RowGuard, sequences_per_row
-from moegraft.integrations.transformers.host.storage import HostExperts, check_uniform, packed_experts
+from moegraft.integrations.transformers.host.storage import check_uniform, host_experts, packed_experts
 from moegraft.integrations.transformers.host.targets import discover_targets, experts_per_token
 from moegraft.integrations.transformers.parallel.calls import INPUTS, RankCalls
 from moegraft.integrations.transformers.parallel.layout import (
@@ -34,7 +34,6 @@ from moegraft.integrations.transformers.sites.experts import (
     decide_backends,
     is_grafted,
     is_spent,
-    moe_config,
 )
 from moegraft.integrations.transformers.sites.fittings import Fittings
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
@@ -133,15 +132,15 @@ class GraftedModel:
                     device=facts.device,
                     max_slots=max_adapters,
                 )
-            config_of = partial(moe_config, batch_invariant=batch_invariant)
             options = SiteOptions(
                 bank=self.bank,
                 state=self._state,
                 layout=self.layout,
                 device=facts.device,
+                experts=facts.experts,
                 configs={
-                    name: config_of(model.get_submodule(name), facts.top_k, facts.dtype)
-                    for name in self._targets.experts
+                    name: host.config(facts.top_k, facts.dtype, batch_invariant=batch_invariant)
+                    for name, host in facts.experts.items()
                 },
                 backend=backend,
                 lora_experts=lora_experts,
@@ -175,13 +174,12 @@ class GraftedModel:
         Layers that are kept whole must lie there before they are built: packed weights that move are new tensors, and
         the device decides on the backend.
         """
-        model, experts = self.model, self._targets.experts
         if is_moved and not self.layout.expert_maps:
             with agreement.step():
-                decide_backends(model, experts, options)
-            model.to(options.device)
+                decide_backends(options)
+            self.model.to(options.device)
         with agreement.step() as step:
-            sites = {name: build_site(model.get_submodule(name), target, options) for name, target in experts.items()}
+            sites = {name: build_site(name, options) for name in options.experts}
             step.same("the backends of their layers", lambda: [site.decision.backend for site in sites.values()])
         return sites
 
@@ -448,10 +446,13 @@ def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:
             )
     if ranks.device is not None and torch.device(ranks.device).type == "meta":
         raise UnsupportedModelError("device='meta' would throw the weights away; expected a device that has memory")
-    targets = discover_targets(model)
-    device, dtype = check_uniform(model, [HostExperts.of(model.get_submodule(name)) for name in targets.experts])
+    hosts = host_experts(model)
+    targets = discover_targets(model, hosts)
+    experts = {name: hosts[name] for name in targets.experts}
+    device, dtype = check_uniform(model, experts.values())
     return ModelFacts(
         targets=targets,
+        experts=experts,
         device=device if ranks.device is None else torch.device(ranks.device),
         dtype=dtype,
         top_k=experts_per_token(model),

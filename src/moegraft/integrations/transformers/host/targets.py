@@ -28,19 +28,20 @@ _READ_DIRECTLY = ("dt_proj",)
 _MIXTURE = re.compile(r"(MoE|Moe|MOE|Experts?)(?![a-z])")
 
 
-def discover_targets(model: PreTrainedModel) -> ModelTargets:
+def discover_targets(model: PreTrainedModel, hosts: Mapping[str, HostExperts] | None = None) -> ModelTargets:
     """Describe every module of ``model`` that an adapter may touch.
 
     A module is described only where its rows are known to be those of the tokens: those of the text stack, and the
-    heads on it. ``left_out`` says of others why an adapter that touches them is refused when it is loaded.
+    heads on it. ``left_out`` says of others why an adapter that touches them is refused when it is loaded. ``hosts``:
+    of ``host_experts``, where the caller has them.
 
     Raises:
         UnsupportedModelError: no experts layer, or one that cannot be served; names the model, the module and why.
     """
-    reason = find_unsupported(model)
-    if reason is not None:
-        raise UnsupportedModelError(reason)
-    scope = TextScope.of(model, host_experts(model))
+    hosts = host_experts(model) if hosts is None else hosts
+    scope = _served_scope(model, hosts)
+    if isinstance(scope, str):
+        raise UnsupportedModelError(scope)
     routers = dict(_parameter_routers(scope))
     return ModelTargets(
         model_type=model.config.model_type,
@@ -50,12 +51,18 @@ def discover_targets(model: PreTrainedModel) -> ModelTargets:
             name: _embedding_target(name, m) for name, m in scope.modules.items() if isinstance(m, nn.Embedding)
         },
         saveable=_saveable(scope, routers),
-        left_out=_left_out(model, scope, routers),
+        left_out=_left_out(model, scope, routers, hosts),
     )
 
 
 def find_unsupported(model: nn.Module) -> str | None:
     """Why ``model`` cannot be served, in words that name the class and the module; None where it can."""
+    found = _served_scope(model, host_experts(model))
+    return found if isinstance(found, str) else None
+
+
+def _served_scope(model: nn.Module, hooked: Mapping[str, HostExperts]) -> TextScope | str:
+    """The text stack of a model that can be served, or why it cannot."""
     model_class = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         return f"{model_class} is not a transformers.PreTrainedModel; pass the base model itself, not a wrapper of it"
@@ -70,7 +77,6 @@ def find_unsupported(model: nn.Module) -> str | None:
             f"{model_class} has no forward pass of its own, it generates by calling its parts; attach to the one whose "
             f"adapters you have: {' or '.join(f'model.{name}' for name in parts) or 'none of them has experts'}"
         )
-    hooked = host_experts(model)
     if not hooked:
         return _why_no_experts(model)
     scope = TextScope.of(model, hooked)
@@ -81,7 +87,7 @@ def find_unsupported(model: nn.Module) -> str | None:
         reason = _unsupported_experts(host) or scope.why_shared(name)
         if reason is not None:
             return f"{model_class}: experts module '{name}' ({type(host.module).__name__}) {reason}"
-    return None
+    return scope
 
 
 def experts_targets(model: PreTrainedModel) -> dict[str, ExpertsTarget]:
@@ -259,9 +265,10 @@ def _is_router_name(name: str) -> bool:
     return any(part in ("gate", "router") for part in name.split("."))
 
 
-def _left_out(model: PreTrainedModel, scope: TextScope, routers: Mapping[str, nn.Module]) -> dict[str, str]:
+def _left_out(
+    model: PreTrainedModel, scope: TextScope, routers: Mapping[str, nn.Module], hooked: Mapping[str, HostExperts]
+) -> dict[str, str]:
     """Why adapters may not touch what they could touch elsewhere: linear maps, embeddings, experts, norms."""
-    hooked = host_experts(model)
     reasons = {}
     for name, module in model.named_modules():
         is_inside = innermost(hooked, name) not in (None, name)

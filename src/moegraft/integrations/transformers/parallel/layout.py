@@ -76,10 +76,11 @@ class RankLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What one rank finds out about its model by itself. ``device``, ``dtype``: of the experts · ``top_k``: experts a
-    token · ``plan``: of transformers; None where the model was loaded whole."""
+    """What one rank finds out about its model by itself. ``experts``: of ``targets`` · ``device``, ``dtype``: of the
+    experts · ``top_k``: experts a token · ``plan``: of transformers; None where the model was loaded whole."""
 
     targets: ModelTargets
+    experts: Mapping[str, HostExperts]
     device: torch.device
     dtype: torch.dtype
     top_k: int
@@ -110,7 +111,7 @@ def agree_on_layout(
         with Agreement(groups.control).step() as step:
             if facts is None:
                 raise cast("Exception", failure)
-            layout = _lay_out(model, options, facts, groups)
+            layout = _lay_out(options, facts, groups)
             step.same("their models", lambda: _description(facts))
             step.same("expert_maps", lambda: sorted(layout.expert_maps.items()))
             for option, value in options_of_attach.items():
@@ -136,13 +137,13 @@ def _groups_of(
         raise
 
 
-def _lay_out(model: PreTrainedModel, options: RankOptions, facts: ModelFacts, groups: ParallelGroups) -> RankLayout:
+def _lay_out(options: RankOptions, facts: ModelFacts, groups: ParallelGroups) -> RankLayout:
     layout = RankLayout(groups=groups)
     if facts.plan is not None:
         layout = replace(layout, mine=facts.plan.slice, plan=facts.plan)
     # A plan may leave the experts whole (gpt-oss): attach shares them out where it is asked to.
     cuts = options.config is not None and layout.is_parallel and not layout.mine.experts
-    return _with_cuts(model, layout, facts.targets.experts if cuts else {}, options.expert_maps or {})
+    return _with_cuts(facts, layout, facts.targets.experts if cuts else {}, options.expert_maps or {})
 
 
 def planned(model: PreTrainedModel, targets: ModelTargets, config: ParallelConfig | None) -> ModelPlan | None:
@@ -233,7 +234,7 @@ def _check_plan(model: PreTrainedModel, plan: ModelPlan, config: ParallelConfig 
 
 
 def _with_cuts(
-    model: PreTrainedModel,
+    facts: ModelFacts,
     layout: RankLayout,
     to_cut: Mapping[str, ExpertsTarget],
     expert_maps: Mapping[str, ExpertMap],
@@ -244,7 +245,8 @@ def _with_cuts(
     maps, slices = {}, dict(layout.mine.experts)
     for name, target in to_cut.items():
         maps[name] = expert_maps.get(name) or _contiguous(name, target, layout.groups.config)
-        slices[name] = _slice_of(model, target, maps[name], layout.groups)
+        granule = facts.experts[name].weights().intermediate_granule
+        slices[name] = _slice_of(target, granule, maps[name], layout.groups)
     return replace(layout, mine=replace(layout.mine, experts=slices), expert_maps=maps)
 
 
@@ -255,16 +257,14 @@ def _contiguous(name: str, target: ExpertsTarget, config: ParallelConfig) -> Exp
         raise UnsupportedModelError(f"experts module {name!r}: {error}") from None
 
 
-def _slice_of(
-    model: PreTrainedModel, target: ExpertsTarget, expert_map: ExpertMap, groups: ParallelGroups
-) -> ExpertsSlice:
+def _slice_of(target: ExpertsTarget, granule: int, expert_map: ExpertMap, groups: ParallelGroups) -> ExpertsSlice:
     config = groups.config
     return experts_slice(
         num_experts=target.num_experts,
         intermediate_size=target.intermediate_size,
         tp=Share(config.tp, groups.tp_rank),
         ep=Share(config.ep, groups.ep_rank),
-        granule=HostExperts.of(model.get_submodule(target.name)).weights().intermediate_granule,
+        granule=granule,
         experts=expert_map.experts_of_rank[groups.ep_rank] if config.ep > 1 else None,
         fully_sharded=config.fully_sharded,
     )

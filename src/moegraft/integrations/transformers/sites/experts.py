@@ -22,7 +22,6 @@ from moegraft.integrations.transformers.sites import compiled
 from moegraft.integrations.transformers.sites.call import CallState
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
-from moegraft.lora.targets import ExpertsTarget
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.oracle import Decision, select_experts
 
@@ -162,48 +161,41 @@ def _original_forward(module: nn.Module, site: ExpertsSite | None) -> Any:
     return functions.get(name, eager) if name else eager
 
 
-def moe_config(module: nn.Module, top_k: int, dtype: torch.dtype, *, batch_invariant: bool = False) -> MoEConfig:
-    """Sizes and options of an experts module. ``dtype``: of its activations."""
-    return HostExperts.of(module).config(top_k, dtype, batch_invariant=batch_invariant)
-
-
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
     """What is the same for all sites of a model. ``device``: where their layers lie, once all of them are built.
 
-    ``configs``: of the experts modules, by name. ``lora_experts``: whether adapters may touch experts.
+    ``experts``, ``configs``: of the experts modules, by name. ``lora_experts``: whether adapters may touch experts.
     """
 
     bank: AdapterBank
     state: CallState
     layout: RankLayout
     device: torch.device
+    experts: Mapping[str, HostExperts]
     configs: Mapping[str, MoEConfig]
     backend: str | None
     lora_experts: bool = True
 
 
-def decide_backends(
-    model: PreTrainedModel, targets: Mapping[str, ExpertsTarget], options: SiteOptions
-) -> dict[str, Decision]:
+def decide_backends(options: SiteOptions) -> dict[str, Decision]:
     """What would serve whole layers on ``options.device``, where they may not lie yet. Raises NoBackendError."""
     decisions = {}
-    for name in targets:
+    for name, host in options.experts.items():
         request = BackendRequest(
             config=options.configs[name],
             device=DeviceTarget.of(options.device),
-            format_name=HostExperts.of(model.get_submodule(name)).weights().format_name,
+            format_name=host.weights().format_name,
             adapters_touch_experts=options.lora_experts,
         )
         decisions[name] = select_experts(request, backend=options.backend)
     return decisions
 
 
-def build_site(module: nn.Module, target: ExpertsTarget, options: SiteOptions) -> ExpertsSite:
+def build_site(name: str, options: SiteOptions) -> ExpertsSite:
     """The layers of one experts module; changes nothing. Raises NoBackendError."""
-    layout, name, backend = options.layout, target.name, options.backend
-    host = HostExperts.of(module)
-    config = options.configs[name]
+    host, config = options.experts[name], options.configs[name]
+    layout, backend = options.layout, options.backend
     expert_map = layout.expert_maps.get(name)
     if expert_map is None:
         weights = host.weights()
@@ -221,7 +213,7 @@ def build_site(module: nn.Module, target: ExpertsTarget, options: SiteOptions) -
         with_lora=build_fused_moe_with_lora(base, tables, layout.groups) if options.lora_experts else None,
         decision=decision,
         state=options.state,
-        previous_implementation=cast("PreTrainedConfig", module.config)._experts_implementation,
+        previous_implementation=cast("PreTrainedConfig", host.module.config)._experts_implementation,
         is_cut=expert_map is not None,
     )
 
