@@ -23,7 +23,7 @@ from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
 from moegraft.formats.scaled import Granularity
 from moegraft.kernels.records import LoRABatch, MoEWeights, Quantisation, WeightFormat
-from moegraft.kernels.weights import four_bit_weights
+from moegraft.kernels.weights import kernel_weights as layer_weights
 from moegraft.lora.bank.layout import ALIGN_BYTES, DEFAULT_PAGE_BYTES, choose_page_elems
 
 DTYPE = torch.bfloat16
@@ -133,11 +133,7 @@ def make_experts(shape: LayerShape, format_name: str, device: torch.device | str
 
 def kernel_weights(experts: ExpertsWeights) -> MoEWeights:
     """The layer as the kernels take it."""
-    if isinstance(experts, Int4Experts | MXFP4Experts):
-        return four_bit_weights(experts, Activation(), DTYPE)
-    from moegraft.moe.experts.triton_experts import kernel_weights as eight_bit_weights
-
-    return eight_bit_weights(experts, Activation())
+    return layer_weights(experts, Activation(), DTYPE)
 
 
 def empty_like(weights: Weights, device: torch.device | str) -> Weights:

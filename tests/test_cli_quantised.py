@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from support.adapters import random_ids, save_with_peft
-from support.checkpoints import VISION_EXPERTS, edit_config, write_checkpoint, write_vision_checkpoint
+from support.checkpoints import edit_config, write_checkpoint, write_vision_checkpoint
 from support.families import build
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 import moegraft
 from moegraft.cli.app import app
+from moegraft.integrations.transformers.host.targets import discover_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,9 +108,9 @@ def test_a_model_with_a_vision_tower(is_packed: bool, tmp_path: Path) -> None:
     if not is_packed:
         dense.save_pretrained(folder)
     found = run_json("explain", folder, "--device", "cpu")
-    (choice,) = found["choices"]
     format_name = "int8" if is_packed else "dense"
-    assert (choice["layer"], choice["format_name"]) == (VISION_EXPERTS, format_name)
+    layers = [(choice["layer"], choice["format_name"]) for choice in found["choices"]]
+    assert layers == [(name, format_name) for name in discover_targets(dense).experts] != []
     config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     save_with_peft(dense, config, tmp_path / "a", random_ids())
     inspected = run_json("inspect", tmp_path / "a", "--base", folder)

@@ -36,10 +36,8 @@ LAYOUTS = [
         marks=needs_two,
     ),
 ]
-# Two layers in bfloat16; a delta that is missing would be an error of 1. The smallest adapter's deltas are near the
-# roundings of what they are added to: there one GPU itself is that far from the truth, and ranks round elsewhere.
+# Two layers in bfloat16, summed in another order; a delta that is missing would be an error of 1.
 TOL_BFLOAT16 = 0.1
-NOISE_OF_ONE = 1.5
 
 
 @pytest.fixture(scope="module")
@@ -76,32 +74,25 @@ def test_float32(case: ModelCase, alone: ModelResult, config: ParallelConfig, gp
 
 
 @pytest.mark.parametrize("config", LAYOUTS)
-def test_kernels_in_bfloat16(case: ModelCase, alone: ModelResult, config: ParallelConfig, gpus: WorldPool) -> None:
-    """Against float32 on one GPU, ranks are as right as one GPU in bfloat16, whose roundings are others.
-
-    By token and in the median: a token may go to another expert where two are nearly as good. Tokens that choose no
-    expert of the adapter have no delta.
-    """
+def test_kernels_in_bfloat16(case: ModelCase, config: ParallelConfig, gpus: WorldPool) -> None:
     mine = replace(case, config=config, dtype=torch.bfloat16)
-    one = run_alone(replace(mine, config=None))
+    alone = run_alone(replace(mine, config=None))
+    assert alone.backends == {"TritonExperts"}
+    # Fully sharded ranks exchange low-rank rows between a GEMM and its delta, which kernels with LoRA inside cannot.
+    backend = "TorchExperts" if config.fully_sharded else "TritonExperts"
     for rank, result in enumerate(gpus.run(run_rank, mine)):
-        assert result.backends == one.backends == {"TritonExperts"}
+        assert result.backends == {backend}
         for i, row in enumerate(mine.rows(config.ep_rank_of(rank))):
-            where = f"rank {rank}, row {row} ({mine.names[row]})"
             if mine.names[row] is None:
-                assert torch.equal(result.mixed[i], result.plain[i]), f"{where}: other bits than without adapters"
+                assert torch.equal(result.mixed[i], result.plain[i])
                 continue
-            errors, errors_of_one = relative_errors(result, i, alone, row), relative_errors(one, row, alone, row)
-            bound = NOISE_OF_ONE * errors_of_one.median() + TOL_BFLOAT16
-            assert errors.median() < bound, f"{where}: {errors.tolist()}, one GPU {errors_of_one.tolist()}"
-
-
-def relative_errors(result: ModelResult, i: int, truth: ModelResult, row: int) -> torch.Tensor:
-    """Of the delta of each token of row ``i`` that has one in the truth."""
-    found, expected = (r.mixed[j].float() - r.plain[j].float() for r, j in ((result, i), (truth, row)))
-    has_delta = expected.norm(dim=-1) > 0
-    assert has_delta.any()
-    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1))[has_delta]
+            found, expected = (r.mixed[j].float() - r.plain[j].float() for r, j in ((result, i), (alone, row)))
+            # By token and in the median: a token may go to another expert where two are nearly as good. Tokens that
+            # choose no expert of the adapter have no delta.
+            has_delta = expected.norm(dim=-1) > 0
+            assert has_delta.any()
+            error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1))[has_delta].median()
+            assert error < TOL_BFLOAT16, f"rank {rank}, row {row} ({mine.names[row]}): {error}"
 
 
 @needs_two
