@@ -28,6 +28,7 @@ from moegraft.core.errors import AdapterMismatchError, AdapterTensorError
 from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import inspect_peft_adapter, load_peft_adapter
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
+from moegraft.parallel.slices import LinearSlice, RankSlice
 
 ATOL = 1e-4
 EXPERTS = "model.layers.1.mlp.experts"
@@ -65,6 +66,24 @@ class TestTrainedTokens:
         weights, report = load_peft_adapter(folder, targets, dtype=torch.float32)
         assert report.tokens == {"model.embed_tokens": (4,)}
         assert weights.num_bytes == 4 * (VOCAB_SIZE + 32)
+
+    def test_a_rank_holds_its_part(self, tmp_path: Path) -> None:
+        """Of a vocabulary that ranks share out, and of a head whose columns they share."""
+        targets = discover_targets(build("qwen3_moe"))
+        name = f"{PREFIX}{{}}.token_adapter.trainable_tokens_delta"
+        tensors = {name.format("model.embed_tokens"): torch.ones(2, 32), name.format("lm_head"): torch.ones(1, 32)}
+        rows = {"embed_tokens": [4, 70], "lm_head": [60]}
+        folder = write_adapter(tmp_path, tensors, trainable_token_indices=rows)
+        whole, _ = load_peft_adapter(folder, targets, dtype=torch.float32)
+        mine = LinearSlice(inputs=((48, VOCAB_SIZE),)), LinearSlice(outputs=((48, VOCAB_SIZE),))
+        rank_slice = RankSlice(linears=dict(zip(("model.embed_tokens", "lm_head"), mine, strict=True)))
+        part, _ = load_peft_adapter(folder, targets, dtype=torch.float32, rank_slice=rank_slice)
+        embedding, head = part.embeddings["model.embed_tokens"], part.linears["lm_head"]
+        assert embedding.a.equal(whole.embeddings["model.embed_tokens"].a[:, 48:])
+        assert embedding.b.equal(whole.embeddings["model.embed_tokens"].b)
+        assert head.a.equal(whole.linears["lm_head"].a)
+        assert head.b.equal(whole.linears["lm_head"].b[:, 48:])
+        assert head.b.count_nonzero() == 1
 
     @pytest.mark.parametrize("rows", [[4, 5], [VOCAB_SIZE], {"lm_head": [4]}])
     def test_rows_that_do_not_fit(self, rows: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Whatever was begun is done or undone, and all that follows is right. By default 
 from __future__ import annotations
 
 import gc
+import linecache
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ class Interrupter:
         file = frame.f_code.co_filename
         if not file.startswith(SOURCE) and not file.endswith("contextlib.py"):
             return None
+        if event == "line" and _leaves_a_block(frame):
+            return self
         self.count += 1
         if self.count == self.at:
             self.where = f"{event} at {file.removeprefix(SOURCE)}:{frame.f_lineno} ({frame.f_code.co_name})"
@@ -57,8 +60,23 @@ class Interrupter:
             return True
         finally:
             sys.settrace(before)
+            _entered.clear()  # frames hold what they were doing
         assert self.count < self.at, f"the interrupt {self.where} was swallowed"
         return False
+
+
+def _leaves_a_block(frame: FrameType) -> bool:
+    """Whether a ``with`` statement is reached once more, to leave its block.
+
+    A signal is never handled just there, where Python 3.11 would not run ``__exit__``.
+    """
+    seen = _entered.setdefault(frame, set())
+    is_again = frame.f_lineno in seen
+    seen.add(frame.f_lineno)
+    return is_again and linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
+
+
+_entered: dict[FrameType, set[int]] = {}
 
 
 def points(act: Callable[[], object], request: pytest.FixtureRequest) -> list[int]:
@@ -70,6 +88,7 @@ def points(act: Callable[[], object], request: pytest.FixtureRequest) -> list[in
         act()
     finally:
         sys.settrace(before)
+        _entered.clear()
     everything = range(1, counter.count + 1)
     if "attacks" in (request.config.getoption("-m") or ""):
         return list(everything)

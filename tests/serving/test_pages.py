@@ -120,3 +120,15 @@ def test_integrity_finds_what_is_wrong() -> None:
     pool._free.pop()
     with pytest.raises(MoegraftError, match="lost, or in two places"):
         pool.check_integrity([pages])
+
+
+def test_the_last_token_is_never_taken_from_the_cache() -> None:
+    """Its logits have to be computed: a prompt that ends with a full page finds the pages before it only."""
+    pool = PagePool(5, SIZE)
+    pages = pool.allocate(2)
+    assert pages is not None
+    for at, tokens in enumerate(([1, 2], [3, 4])):
+        pool.publish(pages, at, tokens, 0)
+    assert pool.match([1, 2, 3, 4], 0) == pages[:1]
+    assert pool.match([1, 2, 3, 4, 5], 0) == pages
+    assert pool.match([1, 2], 0) == []

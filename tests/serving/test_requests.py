@@ -159,6 +159,26 @@ def test_a_step_that_fails_ends_its_requests_only(engine: Engine, monkeypatch: p
     assert engine.stats().failed_steps in (1, 2)  # both in one step, or one after the other
 
 
+def test_logits_that_are_not_finite_end_their_row_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = engine._loop.runner.run
+
+    def spoil(plan: Any) -> torch.Tensor:
+        logits: torch.Tensor = run(plan)
+        for row, chunk in enumerate(chunk for chunk in plan.chunks if chunk.samples):
+            if chunk.sequence.tokens[0] == 7 and len(chunk.sequence.tokens) > 5:
+                logits[row, 3] = float("nan")
+        return logits
+
+    expected = next(engine.generate([PROMPT], LONG)).token_ids
+    monkeypatch.setattr(engine._loop.runner, "run", spoil)
+    bad, good = engine.generate([(7, 8, 9), PROMPT], LONG)
+    assert bad.outputs[0].finish_reason is FinishReason.ERROR
+    assert len(bad.token_ids) == 3
+    assert "not finite" in str(bad.outputs[0].error)
+    assert good.token_ids == expected
+    engine.check_integrity()
+
+
 def test_streams_in_an_event_loop(engine: Engine) -> None:
     async def read(name: str) -> list[int]:
         return [token async for event in engine.submit(ask(name)) for token in event.token_ids]

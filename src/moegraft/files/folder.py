@@ -42,28 +42,28 @@ class Folder:
     def open(self, name: str) -> FileIO:
         """A regular file, unbuffered. Raises FileError where it is none, missing, or outside."""
         if name in ("", ".", "..") or set(name) & set("/\\:\0"):
-            raise FileError(f"{self.path}: {shorten(name)} is not a plain file name")
+            raise self._refused(name, "is not a plain file name")
         if not self.has(name):
-            raise FileError(f"{self.path}: {shorten(name)} is missing")
-        where = f"{self.path}: {shorten(name)}"
+            raise self._refused(name, "is missing")
         try:
             real = os.path.realpath(os.path.join(self._home, name), strict=True)
             root = self._root_of(real)
             if root is None:
-                raise FileError(f"{where} is a link that leaves the folder")
+                raise self._refused(name, "is a link that leaves the folder")
             parts = os.path.relpath(real, root).split(os.sep)
             if parts[0].startswith("..") and parts[0] != (self._version or parts[0]):
-                raise FileError(f"{where} is of another version ({parts[0]}) than files before it ({self._version})")
+                raise self._refused(name, f"is of another version ({parts[0]}) than files before it ({self._version})")
             self._version = self._version or (parts[0] if parts[0].startswith("..") else None)
             fd = self._open_below(root, parts)
         except (OSError, ValueError) as error:
             code = error.errno if isinstance(error, OSError) else None
             if code in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.ENOENT):  # a link, a socket, a link to nothing
-                raise FileError(f"{where} is not a regular file") from None
-            raise FileError(f"{where} cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+                raise self._refused(name, "is not a regular file") from None
+            why = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+            raise self._refused(name, why) from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise FileError(f"{where} is not a regular file")
+            raise self._refused(name, "is not a regular file")
         return FileIO(fd, "rb")
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
@@ -98,6 +98,9 @@ class Folder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _refused(self, name: str, why: str) -> FileError:
+        return FileError(f"{self.path}: {shorten(name)} {why}")
 
     def _root_of(self, real: str) -> str | None:
         if os.path.commonpath([real, self._home]) == self._home:

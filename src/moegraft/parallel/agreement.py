@@ -30,22 +30,16 @@ class _Fact:
 class Agreement:
     """Steps that the ranks of one group take together; one process is an agreement of one, and sends nothing.
 
-    ``sharing``: sets of ranks that bring the same rows; what ``Step.same(sharing=True)`` compares. Every rank takes the
-    same steps in the same order, from one thread at a time.
+    ``sharing``: sets of ranks that bring the same rows; what ``Step.same(sharing=True)`` compares. ``is_alone``: one
+    rank · ``shares_with_nobody``: every rank brings rows of its own. Every rank takes the same steps in the same order,
+    from one thread at a time.
     """
 
     def __init__(self, ranks: Communicator, sharing: Sequence[Sequence[int]] = ()) -> None:
         self.ranks = ranks
         self.sharing = tuple(tuple(members) for members in sharing)
-
-    @property
-    def is_alone(self) -> bool:
-        return self.ranks.size == 1
-
-    @property
-    def shares_with_nobody(self) -> bool:
-        """Whether every rank brings rows of its own."""
-        return bool(self.sharing) and all(len(members) == 1 for members in self.sharing)
+        self.is_alone = ranks.size == 1
+        self.shares_with_nobody = bool(sharing) and all(len(members) == 1 for members in sharing)
 
     def step(self, words: Sequence[int] = ()) -> Step:
         """The step inside a ``with`` block; ``words``: as many integers on every rank, which all ranks are told.
@@ -123,7 +117,8 @@ class Step:
         ranks = self._agreement.ranks
         everyone = tuple(range(ranks.size))
         for column, sets in ((_ALL, (everyone,)), (_SHARING, self._agreement.sharing or (everyone,))):
-            if all(len({votes[rank][column] for rank in members}) == 1 for members in sets):
+            words = [mine[column] for mine in votes]
+            if all(words[rank] == words[members[0]] for members in sets for rank in members):
                 continue
             found = ranks.all_gather_object([(fact.what, fact.shown()) for fact in self._facts[column - _ALL]])
             for fact_index, fact in enumerate(self._facts[column - _ALL]):

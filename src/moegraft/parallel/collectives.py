@@ -74,6 +74,7 @@ class Communicator:
         self.name = name
         self.ranks = tuple(ranks)
         self.rank = rank
+        self.size = len(self.ranks)
         self.timeout_seconds = timeout_seconds
         self.traffic = Traffic()
         self._group = group
@@ -83,10 +84,6 @@ class Communicator:
     def alone(cls, name: str = "world", rank: int = 0) -> Communicator:
         """A group of one."""
         return cls(name, (rank,), 0, group=None, timeout_seconds=0.0)
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
 
     def give_up(self, reason: str) -> None:
         """No group of this world is used again: every later collective raises ParallelError at once."""

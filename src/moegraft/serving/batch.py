@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moegraft.serving.attention import AttentionOptions
-from moegraft.serving.attention.gathered import attend_gathered
+from moegraft.serving.attention.gathered import attend_gathered, attend_together
 from moegraft.serving.kv_pool import KVPool, LayerKV
 from moegraft.serving.pages import SCRATCH_PAGE
 from moegraft.serving.scheduler import BASE, StepPlan
@@ -32,12 +32,22 @@ class DecodeRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeGroup:
+    """Rows of one token whose contexts are about as long, gathered together: rows [B], pages [B, N], tokens [B]."""
+
+    rows_B: torch.Tensor
+    page_table_BN: torch.Tensor
+    lengths_B: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepBatch:
     """T rows, padding included, of which W give logits.
 
     ids_T, positions_T, slots_T (page * S + offset) int64 · lanes, lengths: the adapter of each chunk and its rows, BASE
     for padding · rows_W: those whose logits are wanted, ``lanes_W`` their adapters; None for all rows ·
-    decode: rows that the paged kernel takes, where there is one · segments: the other rows, by sequence.
+    decode: rows that the paged kernel takes, where there is one · groups: the same without one · segments: the other
+    rows, by sequence.
     """
 
     ids_T: torch.Tensor
@@ -49,6 +59,7 @@ class StepBatch:
     lanes_W: tuple[int, ...]
     segments: tuple[Segment, ...]
     decode: DecodeRows | None
+    groups: tuple[DecodeGroup, ...]
     pool: KVPool
 
     def attend(
@@ -64,6 +75,11 @@ class StepBatch:
         out_THC = value.new_zeros(q_THC.shape[0], q_THC.shape[1], value.shape[-1])
         if decoded_BHC is not None:
             out_THC[: decoded_BHC.shape[0]] = decoded_BHC
+        for group in self.groups:
+            k_BLHC = kv.keys[group.page_table_BN].flatten(1, 2)
+            v_BLHC = kv.values[group.page_table_BN].flatten(1, 2)
+            out_BHC = attend_together(q_THC[group.rows_B], k_BLHC, v_BLHC, group.lengths_B, options)
+            out_THC.index_copy_(0, group.rows_B, out_BHC)
         for segment in self.segments:
             rows = slice(segment.row, segment.row + segment.count)
             k_LHC = kv.keys[segment.pages].flatten(0, 1)[: segment.context]
@@ -91,11 +107,13 @@ def _decode(q_THC: torch.Tensor, kv: LayerKV, rows: DecodeRows, options: Attenti
 @dataclass(frozen=True, kw_only=True)
 class Packing:
     """How plans become rows. row_by_row: every row is a segment, or decode row, of its own, so that a prompt's
-    attention has the bits of decode steps · has_kernel: rows that stand alone go to the paged kernel."""
+    attention has the bits of decode steps · has_kernel: rows that stand alone go to the paged kernel · is_grouped:
+    without one, they are gathered together, and a row's bits follow the longest context among them."""
 
     pool: KVPool
     row_by_row: bool
     has_kernel: bool
+    is_grouped: bool
 
 
 def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> StepBatch:
@@ -109,10 +127,11 @@ def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> Ste
     lanes_W: list[int] = []
     wanted: list[int] = []
     segments: list[Segment] = []
-    alone: list[tuple[list[int], int]] = []  # pages and length of decode rows, which come first
+    alone: list[tuple[list[int], int]] = []  # pages and length of rows of one token, which come first
+    has_alone = packing.has_kernel or packing.is_grouped
     for chunk in plan.chunks:
         sequence, end = chunk.sequence, chunk.start + chunk.count
-        if packing.has_kernel and (row_by_row or chunk.count == 1):
+        if has_alone and (row_by_row or chunk.count == 1):
             alone += [(sequence.pages, at + 1) for at in range(chunk.start, end)]
         elif row_by_row:
             pages = torch.tensor(sequence.pages[: -(-end // size)], device=device)
@@ -142,7 +161,8 @@ def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> Ste
         rows_W=None if is_whole else torch.tensor(wanted + [0] * wanted_padding, device=device),
         lanes_W=(*lanes_W, *(BASE,) * wanted_padding),
         segments=tuple(segments),
-        decode=_decode_rows(alone, device) if alone else None,
+        decode=_decode_rows(alone, device) if alone and packing.has_kernel else None,
+        groups=() if packing.has_kernel else _groups(alone, size, device),
         pool=pool,
     )
 
@@ -154,3 +174,25 @@ def _decode_rows(rows: list[tuple[list[int], int]], device: torch.device) -> Dec
         page_table_BN=torch.tensor(table, dtype=torch.int32, device=device),
         lengths_B=torch.tensor([length for _, length in rows], dtype=torch.int32, device=device),
     )
+
+
+def _groups(rows: list[tuple[list[int], int]], page_size: int, device: torch.device) -> tuple[DecodeGroup, ...]:
+    """Rows in the order of their lengths, cut where a context is more than twice the shortest of its group."""
+    order = sorted(range(len(rows)), key=lambda row: rows[row][1])
+    cuts: list[list[int]] = []
+    for row in order:
+        if not cuts or rows[row][1] > 2 * rows[cuts[-1][0]][1] + 4 * page_size:
+            cuts.append([])
+        cuts[-1].append(row)
+    groups = []
+    for members in cuts:
+        width = -(-rows[members[-1]][1] // page_size)
+        table = [rows[row][0][:width] + [SCRATCH_PAGE] * (width - len(rows[row][0])) for row in members]
+        groups.append(
+            DecodeGroup(
+                rows_B=torch.tensor(members, device=device),
+                page_table_BN=torch.tensor(table, device=device),
+                lengths_B=torch.tensor([rows[row][1] for row in members], device=device),
+            )
+        )
+    return tuple(groups)

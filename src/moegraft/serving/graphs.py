@@ -140,6 +140,7 @@ def _static_step(pool: KVPool, size: int, width: int) -> StepBatch:
         lanes_W=(),
         segments=(),
         decode=rows,
+        groups=(),
         pool=pool,
     )
 

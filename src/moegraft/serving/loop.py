@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from moegraft.core.errors import MoegraftError
 from moegraft.serving.adapters import AdapterStore, AdapterVersion
 from moegraft.serving.requests import FinishReason, Request, TokenEvent, TokenLogprobs, Usage
 from moegraft.serving.runner import Runner
@@ -190,7 +191,8 @@ class EngineLoop:
         rows = [chunk.sequence.owner for chunk in plan.chunks if chunk.samples]
         try:
             logits = self.runner.run(plan)
-            ready = [live for live in rows if self._prepare(live, logits.shape[1])]
+            is_finite = logits[: len(rows)].amax(-1).isfinite().tolist()
+            ready = [live for live, ok in zip(rows, is_finite, strict=True) if self._prepare(live, logits.shape[1], ok)]
             if len(ready) < len(rows):
                 logits = logits[[i for i, live in enumerate(rows) if live in ready]]
             drawn = sample(logits[: len(ready)], [live.row for live in ready]) if ready else None
@@ -205,9 +207,11 @@ class EngineLoop:
             for live, token, logprobs in zip(ready, drawn.tokens, drawn.logprobs, strict=True):
                 self._accept(live, token, logprobs, now)
 
-    def _prepare(self, live: Live, vocabulary: int) -> bool:
-        """What the row brings to its draw; False where its grammar has failed, which ends it alone."""
+    def _prepare(self, live: Live, vocabulary: int, is_finite: bool) -> bool:
+        """What the row brings to its draw; False where its logits or its grammar are broken, which ends it alone."""
         try:
+            if not is_finite:
+                raise MoegraftError("the model gave logits that are not finite under this adapter")
             live.row.prepare(vocabulary)
         except Exception as error:
             self._end(live, FinishReason.ERROR, error=str(error))

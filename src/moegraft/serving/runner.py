@@ -82,7 +82,12 @@ class Runner:
         """
         self.pool = KVPool(self.shapes, num_pages=num_pages, page_size=page_size, device=self.device)
         has_kernel = self.device.type == "cuda" and DeviceTarget.of(self.device).has_triton
-        self._packing = Packing(pool=self.pool, row_by_row=self._row_by_row, has_kernel=has_kernel)
+        self._packing = Packing(
+            pool=self.pool,
+            row_by_row=self._row_by_row,
+            has_kernel=has_kernel,
+            is_grouped=not has_kernel and not self._row_by_row and not self._sizes,
+        )
         self._probe.check(self)
 
     def open_graphs(self, longest: int) -> None:

@@ -181,7 +181,7 @@ def _write_lanes(lists, tables, first_lane, granules, slot, slot_first, index, h
             live = in_list & (j[None, :] < rank[:, None])
             element = rank_row_elements(
                 tables.pages + (slot * tables.stride_pages)[:, None], first_page[:, None], offset[:, None],
-                (index * stride)[:, None] + j[None, :], live, COLUMNS, PAGE_ELEMS,
+                (index * stride)[:, None] + j[None, :], live, COLUMNS, PAGE_ELEMS, 1,
             )  # fmt: skip
             # A granule that is dead for this factor reads columns that are sure to be written.
             in_rank = (j // GRANULE * GRANULE)[None, :] < rank[:, None]

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 # A BLAS picks its kernel, and with it the order of a row's sum, by the number of rows. Blocks of these sizes keep a
 # row's bits independent of how many rows share its expert (docs/numerics.md has the measurement).
-ROW_GRANULE = {torch.float32: 4}
+ROW_GRANULE = {torch.float32: 16}
 ROW_GRANULE_LOW_PRECISION = 2
-SMALL_BLOCK = 8
+SMALL_GRANULE, SMALL_BLOCK = 4, 8  # of the form for few rows an expert
+FEW_ROWS = 16
 # cuBLAS has no such sizes but one: on CUDA every block has as many rows.
 CUDA_BLOCK = 32
 
@@ -152,8 +153,9 @@ def _plan_rows(
     # The choice looks at the size of the batch only: with the routing it would change the bits of a base row.
     num_choices = len(expert_N) if expected_choices is None else expected_choices
     is_cuda = device.type == "cuda"
-    is_small = dtype == torch.float32 and num_choices < SMALL_BLOCK * num_experts and not is_cuda
-    granule = CUDA_BLOCK if is_cuda else ROW_GRANULE.get(dtype, ROW_GRANULE_LOW_PRECISION)
+    is_small = dtype == torch.float32 and num_choices < FEW_ROWS * num_experts and not is_cuda
+    granule = SMALL_GRANULE if is_small else ROW_GRANULE.get(dtype, ROW_GRANULE_LOW_PRECISION)
+    granule = CUDA_BLOCK if is_cuda else granule
     sources: list[int] = []
     padding: list[int] = []
     ends_E: list[int] = []
