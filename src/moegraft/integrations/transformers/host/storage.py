@@ -190,12 +190,14 @@ class PlainHostExperts(HostExperts):
         return None
 
     def _unsupported_dtype(self) -> str | None:
-        for param in (self.w13_param, "down_proj"):
-            dtype = getattr(self.module, param).dtype
-            if dtype not in WEIGHT_DTYPES:
-                expected = "float32, bfloat16, float16, or float8_e4m3fn with scales"
-                return f"is quantised: '{param}' is {dtype}; expected {expected}"
-        return None
+        dtypes = {param: getattr(self.module, param).dtype for param in (self.w13_param, "down_proj")}
+        odd = [param for param, dtype in dtypes.items() if dtype not in WEIGHT_DTYPES]
+        if not odd:
+            return None
+        # Of one parameter in fp8 beside another that is not, the other is what is wrong.
+        param = next((param for param in odd if not _is_scaled_fp8(self.module, param)), odd[0])
+        expected = "float32, bfloat16, float16, or float8_e4m3fn with scales, both"
+        return f"is quantised: '{param}' is {dtypes[param]}; expected {expected}"
 
 
 class Fp8HostExperts(PlainHostExperts):
