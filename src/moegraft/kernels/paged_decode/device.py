@@ -39,16 +39,17 @@ class Partial(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Sizes. GROUP: query heads of a head of keys, BLOCK_G of them a program · BLOCK_C, BLOCK_V: powers of two."""
+    """Sizes, plain numbers. GROUP: query heads of a head of keys, BLOCK_G of them a program · BLOCK_C, BLOCK_V: powers of
+    two. Each kernel makes constants of them first, which Triton 3.6 does not do by itself."""
 
-    Q: tl.constexpr
-    K: tl.constexpr
-    GROUP: tl.constexpr
-    C: tl.constexpr
-    V: tl.constexpr
-    BLOCK_G: tl.constexpr
-    BLOCK_C: tl.constexpr
-    BLOCK_V: tl.constexpr
+    Q: int
+    K: int
+    GROUP: int
+    C: int
+    V: int
+    BLOCK_G: int
+    BLOCK_C: int
+    BLOCK_V: int
 
 
 @triton.jit
@@ -56,8 +57,16 @@ def decode_kernel(q_ptr, pool, partial, scale, softcap, stride_q, HEADS: tl.cons
                   WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """One part of one row's tokens, for the query heads of one head of keys."""
+    Q: tl.constexpr = HEADS.Q
+    K: tl.constexpr = HEADS.K
+    GROUP: tl.constexpr = HEADS.GROUP
+    C: tl.constexpr = HEADS.C
+    V: tl.constexpr = HEADS.V
+    BLOCK_G: tl.constexpr = HEADS.BLOCK_G
+    BLOCK_C: tl.constexpr = HEADS.BLOCK_C
+    BLOCK_V: tl.constexpr = HEADS.BLOCK_V
     row = tl.program_id(0)
-    group_blocks: tl.constexpr = (HEADS.GROUP + HEADS.BLOCK_G - 1) // HEADS.BLOCK_G
+    group_blocks: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     head = tl.program_id(1) // group_blocks
     split = tl.program_id(2)
     length = tl.load(pool.lengths + row)
@@ -69,26 +78,26 @@ def decode_kernel(q_ptr, pool, partial, scale, softcap, stride_q, HEADS: tl.cons
     start = first + split * per_split * BLOCK_L
     stop = tl.minimum(start + per_split * BLOCK_L, length)
 
-    g = tl.program_id(1) % group_blocks * HEADS.BLOCK_G + tl.arange(0, HEADS.BLOCK_G)
-    c = tl.arange(0, HEADS.BLOCK_C)
-    v_column = tl.arange(0, HEADS.BLOCK_V)
-    q_head = head * HEADS.GROUP + g
-    q_live = g < HEADS.GROUP
-    q_ptrs = q_ptr + row.to(tl.int64) * stride_q + q_head[:, None] * HEADS.C + c[None, :]
-    q = tl.load(q_ptrs, mask=q_live[:, None] & (c < HEADS.C)[None, :], other=0.0)
-    best = tl.full([HEADS.BLOCK_G], NOTHING, tl.float32)
-    total = tl.zeros([HEADS.BLOCK_G], tl.float32)
-    acc = tl.zeros([HEADS.BLOCK_G, HEADS.BLOCK_V], tl.float32)
+    g = tl.program_id(1) % group_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    c = tl.arange(0, BLOCK_C)
+    v_column = tl.arange(0, BLOCK_V)
+    q_head = head * GROUP + g
+    q_live = g < GROUP
+    q_ptrs = q_ptr + row.to(tl.int64) * stride_q + q_head[:, None] * C + c[None, :]
+    q = tl.load(q_ptrs, mask=q_live[:, None] & (c < C)[None, :], other=0.0)
+    best = tl.full([BLOCK_G], NOTHING, tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
     table_ptr = pool.page_table + row.to(tl.int64) * pool.stride_table
     for at in range(start, stop, BLOCK_L):
         token = at + tl.arange(0, BLOCK_L)
         live = token < stop
         page = tl.load(table_ptr + token // PAGE_SIZE, mask=live, other=0)
-        slot = (page.to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE) * HEADS.K + head
-        k_mask = live[:, None] & (c < HEADS.C)[None, :]
-        k = tl.load(pool.k + slot[:, None] * HEADS.C + c[None, :], mask=k_mask, other=0.0)
-        v_mask = live[:, None] & (v_column < HEADS.V)[None, :]
-        v = tl.load(pool.v + slot[:, None] * HEADS.V + v_column[None, :], mask=v_mask, other=0.0)
+        slot = (page.to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE) * K + head
+        k_mask = live[:, None] & (c < C)[None, :]
+        k = tl.load(pool.k + slot[:, None] * C + c[None, :], mask=k_mask, other=0.0)
+        v_mask = live[:, None] & (v_column < V)[None, :]
+        v = tl.load(pool.v + slot[:, None] * V + v_column[None, :], mask=v_mask, other=0.0)
         scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
         if HAS_SOFTCAP:
             scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * scores / softcap)))
@@ -99,21 +108,24 @@ def decode_kernel(q_ptr, pool, partial, scale, softcap, stride_q, HEADS: tl.cons
         total = total * shrunk + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrunk[:, None], input_precision=PRECISION)
         best = new_best
-    place = (row.to(tl.int64) * HEADS.Q + q_head) * SPLITS + split
+    place = (row.to(tl.int64) * Q + q_head) * SPLITS + split
     tl.store(partial.best + place, best, mask=q_live)
     tl.store(partial.total + place, total, mask=q_live)
-    acc_mask = q_live[:, None] & (v_column < HEADS.V)[None, :]
-    tl.store(partial.acc + place[:, None] * HEADS.V + v_column[None, :], acc, mask=acc_mask)
+    acc_mask = q_live[:, None] & (v_column < V)[None, :]
+    tl.store(partial.acc + place[:, None] * V + v_column[None, :], acc, mask=acc_mask)
 
 
 @triton.jit
 def sum_kernel(out_ptr, partial, sinks_ptr, HEADS: tl.constexpr, SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr):
     """The parts of one row and query head, in their order; a sink adds to the sum of weights alone."""
+    Q: tl.constexpr = HEADS.Q
+    V: tl.constexpr = HEADS.V
+    BLOCK_V: tl.constexpr = HEADS.BLOCK_V
     row = tl.program_id(0)
     head = tl.program_id(1)
-    column = tl.arange(0, HEADS.BLOCK_V)
-    live = column < HEADS.V
-    place = (row.to(tl.int64) * HEADS.Q + head) * SPLITS
+    column = tl.arange(0, BLOCK_V)
+    live = column < V
+    place = (row.to(tl.int64) * Q + head) * SPLITS
     best = NOTHING + 0.0
     if HAS_SINKS:
         best = tl.load(sinks_ptr + head).to(tl.float32)
@@ -122,11 +134,11 @@ def sum_kernel(out_ptr, partial, sinks_ptr, HEADS: tl.constexpr, SPLITS: tl.cons
     total = 0.0
     if HAS_SINKS:
         total = tl.exp(tl.load(sinks_ptr + head).to(tl.float32) - best)
-    acc = tl.zeros([HEADS.BLOCK_V], tl.float32)
+    acc = tl.zeros([BLOCK_V], tl.float32)
     for split in range(SPLITS):
         weight = tl.exp(tl.load(partial.best + place + split) - best)
         total += tl.load(partial.total + place + split) * weight
-        acc += tl.load(partial.acc + (place + split) * HEADS.V + column, mask=live, other=0.0) * weight
+        acc += tl.load(partial.acc + (place + split) * V + column, mask=live, other=0.0) * weight
     acc = tl.where(total > 0.0, acc / tl.where(total > 0.0, total, 1.0), 0.0)
-    out_ptrs = out_ptr + (row.to(tl.int64) * HEADS.Q + head) * HEADS.V + column
+    out_ptrs = out_ptr + (row.to(tl.int64) * Q + head) * V + column
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live)
