@@ -88,7 +88,7 @@ def test_random_cases(seed: int) -> None:
 
 def random_case(rng: random.Random) -> MoECase:
     num_experts, kind = rng.randint(1, 9), rng.choice(list(ActivationKind))
-    is_gated = kind is ActivationKind.SWIGLU_OAI or rng.random() < 0.7
+    is_gated = kind.needs_gate or rng.random() < 0.7
     config = MoEConfig(
         num_experts=num_experts,
         top_k=rng.randint(1, num_experts),
@@ -350,3 +350,5 @@ def test_every_activation_is_in_the_case_table() -> None:
     """A new activation without a case would go unproved."""
     assert {case.config.activation.kind for case in MOE_CASES} == set(ActivationKind)
     assert Activation(gated=False).num_halves == 1
+    with pytest.raises(ValueError, match="silu_clamped is of gate and up"):
+        Activation(kind=ActivationKind.SILU_CLAMPED, gated=False)

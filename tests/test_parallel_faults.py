@@ -103,9 +103,9 @@ def _step(dispatch: Dispatch, where: str, fault: str) -> Survivor:
     elif groups.rank == VICTIM:
         apply = TorchExperts.apply
 
-        def go_wrong(*args: Any) -> Any:
+        def go_wrong(*args: Any, **options: Any) -> Any:
             FAULTS[fault]()
-            return apply(*args)
+            return apply(*args, **options)
 
         TorchExperts.apply = go_wrong  # type: ignore[method-assign]
     return endure(lambda: layer.run(layer.names), lambda: layer.run(None), layer.bank.bank)

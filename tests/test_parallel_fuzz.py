@@ -79,7 +79,7 @@ def draw_config(rng: random.Random, ep: int, packing: str) -> MoEConfig:
         intermediate_size=rng.choice(inter),
         # In bfloat16 another order of a sum moves activations to other codes of fp8, each by 2^-3 of itself.
         dtype=torch.float32 if packing.startswith("fp8") else dtype,
-        activation=Activation(kind=kind, gated=kind is ActivationKind.SWIGLU_OAI or rng.random() < 0.8),
+        activation=Activation(kind=kind, gated=kind.needs_gate or rng.random() < 0.8),
         has_bias=rng.random() < 0.4,
         apply_router_weight_on_input=top_k == 1 and rng.random() < 0.3,
     )

@@ -180,27 +180,12 @@ def test_what_the_model_can_and_cannot(tmp_path: Path, caplog: pytest.LogCapture
     assert torch.equal(halved, moegraft.load_quantised(checkpoint.path)(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("layout", ["gptq", "fp8 blocks"])
-def test_a_model_that_attach_moves_takes_its_experts_along(layout: str, tmp_path: Path) -> None:
-    """The device decides on the backend, and packed weights that move are new tensors."""
-    model = moegraft.load_quantised(write_checkpoint(layout, tmp_path).path)
-    module = model.model.layers[1].mlp.experts
-    with moegraft.attach(model, adapter_memory="1MiB", device="meta") as graft:
-        assert {choice.device for choice in graft.explain()} == {"meta"}
-        packed, site = packed_experts(module), graft._fittings.sites["model.layers.1.mlp.experts"]
-        assert packed is not None and packed.weights.device.type == "meta"
-        assert site.base.method.experts.weights is packed.weights
-        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-
-
 def test_a_backend_that_cannot_serve_leaves_the_model_where_it_is(tmp_path: Path) -> None:
     checkpoint = write_checkpoint("gptq", tmp_path)
     model, ids = moegraft.load_quantised(checkpoint.path), random_ids()
     expected = model(input_ids=ids).logits
-    for device, name in ((None, "cpu"), ("cpu", "cpu"), ("meta", "meta")):
-        with pytest.raises(
-            NoBackendError, match=f"^MarlinExperts cannot serve int4 experts on {name}: it runs on CUDA"
-        ):
+    for device in (None, "cpu"):
+        with pytest.raises(NoBackendError, match=r"^MarlinExperts cannot serve int4 experts on cpu: it runs on CUDA"):
             moegraft.attach(model, adapter_memory="1MiB", backend="MarlinExperts", device=device)
         assert torch.equal(model(input_ids=ids).logits, expected)
     assert moegraft.attach(model, adapter_memory="1MiB").detach() is model

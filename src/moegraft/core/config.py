@@ -29,18 +29,31 @@ class ActivationKind(enum.StrEnum):
     SILU_CLAMPED = "silu_clamped"  # DeepSeek-V4: silu(min(gate, limit)) * clamp(up, -limit, limit)
     SILU_SOFTCAPPED = "silu_softcapped"  # Inkling 2: softcap(gate, alpha) * sigmoid(gate) * softcap(up, limit)
 
+    @property
+    def needs_gate(self) -> bool:
+        """Whether the formula is of gate and up together."""
+        return self in _OF_BOTH_HALVES
+
+
+_OF_BOTH_HALVES = frozenset({ActivationKind.SWIGLU_OAI, ActivationKind.SILU_CLAMPED, ActivationKind.SILU_SOFTCAPPED})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
     """``h = kind(gate) * up`` where ``gated``, else ``h = kind(u)``.
 
-    ``alpha``: read by SWIGLU_OAI and SILU_SOFTCAPPED; ``limit``: by those and SILU_CLAMPED.
+    ``alpha``: read by SWIGLU_OAI and SILU_SOFTCAPPED; ``limit``: by those and SILU_CLAMPED. Raises ValueError for a
+    kind that needs a gate and has none.
     """
 
     kind: ActivationKind = ActivationKind.SILU
     gated: bool = True
     alpha: float = 1.702
     limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        if self.kind.needs_gate and not self.gated:
+            raise ValueError(f"activation {self.kind.value} is of gate and up: found gated=False")
 
     @property
     def num_halves(self) -> int:

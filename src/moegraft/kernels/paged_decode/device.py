@@ -39,8 +39,9 @@ class Partial(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Sizes, plain numbers. GROUP: query heads of a head of keys, BLOCK_G of them a program · BLOCK_C, BLOCK_V: powers of
-    two. Each kernel makes constants of them first, which Triton 3.6 does not do by itself."""
+    """Sizes, plain numbers: each kernel makes constants of them first, which Triton 3.6 does not do by itself.
+
+    GROUP: query heads of a head of keys, BLOCK_G of them a program · BLOCK_C, BLOCK_V: powers of two."""
 
     Q: int
     K: int
