@@ -39,7 +39,7 @@ def test_rows_in_fp8_arrive_as_the_layer_would_quantise_them(packing: str, dtype
     case = replace(CASE, config=replace(CONFIG, dtype=dtype))
     weights = pack(dense_weights(case, make_inputs(case)))
     codec, x_SD = codec_for(weights), torch.randn(S, 300).mul(torch.logspace(-6, 6, S)[:, None]).to(dtype)
-    packed = pack_routed_rows(codec, x_SD, torch.full((S, 2), 3), torch.rand(S, 2), torch.arange(S))
+    packed = pack_routed_rows(codec, x_SD, torch.rand(S, 2), torch.full((S, 2), 3), torch.arange(S))
     rows = unpack_routed_rows(codec, packed, top_k=2, hidden_size=300, dtype=dtype)
     decoded_SD = codec.decode(rows.encoded, dtype)
     assert torch.equal(decoded_SD, weights.quantise_input(x_SD))
