@@ -131,7 +131,9 @@ class Engine:
         self.max_model_len = min(config.max_model_len or longest_context(model), (num_pages - 1) * config.page_size)
         runner.open_pool(num_pages, config.page_size)
         # Captured decode steps have sizes of their own: a request's bits would follow how many others run.
-        if config.cuda_graphs and not config.batch_invariant and runner.device.type == "cuda":
+        # Experts in torch's own operations copy their plan from the host, which no graph may capture.
+        is_capturable = all(choice.backend != "TorchExperts" for choice in graft.explain())
+        if config.cuda_graphs and is_capturable and not config.batch_invariant and runner.device.type == "cuda":
             runner.open_graphs(self.max_model_len)
         pages = PagePool(num_pages, config.page_size, prefix_cache=config.prefix_cache)
         scheduler = Scheduler(pages, self._store, max_rows=config.max_rows, chunk_tokens=config.chunk_tokens)
