@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -52,6 +53,8 @@ def run_on_ranks(
     context = multiprocessing.get_context("spawn")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a free port, held from here on
     ranks: list[tuple[Any, Connection]] = []
+    # Starting it unblocks Ctrl-C, which would reach the first rank while it imports.
+    resource_tracker.ensure_running()
     try:
         for rank in range(size):
             ours, theirs = context.Pipe(duplex=False)
