@@ -139,7 +139,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     for changed, message in (
         ({"token_slots_T": strided}, r"token_slots .* strides \[2\], expected \[\d+\] torch.int32, contiguous"),
         ({"token_slots_T": lora.token_slots_T.long()}, r"token_slots .* torch.int64"),
-        ({"x_TD": inputs.x_TD.T.contiguous().T}, "rows that LoRA reads must be contiguous"),
+        ({"x_TD": inputs.x_TD.T.contiguous().T}, "LoRA reads rows with strides .*, expected contiguous rows"),
         ({"x_TD": inputs.x_TD[:1]}, r"LoRA reads rows \[1, \d+\]"),
         ({"rank2": 2**30}, r"low-rank columns, expected fewer than 2\^31 elements"),
     ):

@@ -192,6 +192,9 @@ class AdapterCall:
                 return self.token_rows(forward.num_sequences, 1), 0
             if tuple(shape[:2]) == (1, forward.num_tokens):
                 return forward.tokens, 1
+        if forward is not None and forward.tokens.num_rows and shape[0] % forward.tokens.num_rows == 0:
+            # Norms of heads see several rows a token, one token after the other; a sweep over all models holds that.
+            return _repeated(forward.tokens, shape[0] // forward.tokens.num_rows), 0
         return self.rows(module, shape[:1]), 0
 
     def _state(self, B: int, S: int) -> AdapterRows:
@@ -317,6 +320,8 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _repeated(rows: AdapterRows, times: int) -> AdapterRows:
     """Each row ``times`` times."""
+    if times == 1:
+        return rows
     if rows.host is None:
         return AdapterRows.on_device(rows.slots_M.repeat_interleave(times), run_length=rows.run_length * times)
     return AdapterRows.of(rows.host, device=rows.slots_M.device, lengths=times, factors=rows.factors)

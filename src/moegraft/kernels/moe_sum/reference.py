@@ -9,7 +9,7 @@ def moe_sum_reference(y_ND: torch.Tensor, topk_ids_TK: torch.Tensor, *, num_expe
     """Semantics: see ``host.moe_sum``. out [T, D]."""
     T, K = topk_ids_TK.shape
     is_local_TK = (topk_ids_TK >= 0) & (topk_ids_TK < num_experts)
-    y_TKD = y_ND.float().view(T, K, -1).masked_fill(~is_local_TK[:, :, None], 0.0)
+    y_TKD = y_ND.float().view(T, K, y_ND.shape[1]).masked_fill(~is_local_TK[:, :, None], 0.0)
     out_TD = torch.zeros_like(y_TKD[:, 0])
     for k in range(K):
         out_TD += y_TKD[:, k]
