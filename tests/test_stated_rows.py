@@ -210,7 +210,7 @@ class TestArguments:
             (["a", 5], "has an entry 5"),
             ([["a"], None], r"has an entry \['a'\]"),
         ],
-        ids=str,
+        ids=["set", "frozenset", "dict", "int", "string", "number in it", "list in it"],
     )
     def test_what_is_no_list_of_names(self, kinds: GraftedModel, adapters: Any, message: str) -> None:
         with pytest.raises(BatchError, match=message):
