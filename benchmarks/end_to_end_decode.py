@@ -221,7 +221,7 @@ class DecodeStep:
         self.position_11.add_(1)
 
     def logits(self) -> torch.Tensor:
-        """Of the next token of each row; the cache has grown by one token afterwards."""
+        """Logits of the next token of each row; the cache has grown by one token afterwards."""
         mask = (self.columns <= self.position_11).view(1, 1, 1, -1).expand(self.ids_B1.shape[0], 1, 1, -1)
         logits: torch.Tensor = self.model(
             input_ids=self.ids_B1,

@@ -43,7 +43,7 @@ def make_bank(in_features: int, out_features: int, ranks: list[int]) -> AdapterB
 
 
 def microseconds(call: Callable[[int], None]) -> float:
-    """Of one call, from replays of a graph of one call a map."""
+    """Time of one call, from replays of a graph of one call a map."""
     for i in range(MAPS):
         call(i)
     graph = torch.cuda.CUDAGraph()

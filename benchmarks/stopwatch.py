@@ -109,7 +109,7 @@ class Ceilings:
 
 
 def measure_ceilings(format_name: str = "bf16") -> Ceilings:
-    """Of the current card: a copy of 2 GiB, and a product of 8192 x 8192 x 8192 in what the format multiplies in."""
+    """Ceilings of this card: a copy of 2 GiB, and a product of 8192 x 8192 x 8192 in the format's own dtype."""
     copied_us, product_us = graph_us(_copy()), graph_us(_product(format_name))
     return Ceilings(bytes_per_s=1e6 * 2 * CEILING_BYTES / copied_us, flops_per_s=1e6 * 2 * 8192**3 / product_us)
 

@@ -304,7 +304,7 @@ def canonical(ptx: str) -> str:
     for text in lines:
         if product := COMMUTATIVE.fullmatch(text):
             head, *operands = product.groups()
-            # Of two new operands the first is named first, as they stand; else the order says nothing.
+            # The first of two new operands is named first, as they stand; else the order says nothing.
             first, second = sorted(operands, key=lambda operand: operand not in names)
             text = f"{head}, {', '.join(sorted((named(first), named(second))))};"
             text = named(head) + text.removeprefix(head)

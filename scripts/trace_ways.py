@@ -42,7 +42,7 @@ WAYS = ("cpu_forward", "gpu_layer", "load_adapter", "attach_ep2", "call_ep2")
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of one way."""
+    """Figures of one way."""
 
     calls: int
     changes: int

@@ -174,7 +174,7 @@ def put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
 
 
 def every(suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
-    """Of all experts, so that none differs from its neighbours."""
+    """The change is one of all experts, so that none differs from its neighbours."""
 
     def edit(tensors: Tensors) -> None:
         for name in [name for name in tensors if ".experts." in name and name.endswith(suffix)]:

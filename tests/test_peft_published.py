@@ -35,7 +35,7 @@ EXPERTS = "model.layers.1.mlp.experts"
 
 
 def served_logits(model: PreTrainedModel, folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
-    """Of the first row, through attach; the second has no adapter and stays as it was."""
+    """The effect on the first row, through attach; the second has no adapter and stays as it was."""
     with moegraft.attach(copy.deepcopy(model), adapter_memory="8MiB") as graft:
         base = graft(input_ids=input_ids).logits
         report = graft.load_adapter(folder, "a")
@@ -68,7 +68,7 @@ class TestTrainedTokens:
         assert weights.num_bytes == 4 * (VOCAB_SIZE + 32)
 
     def test_a_rank_holds_its_part(self, tmp_path: Path) -> None:
-        """Of a vocabulary that ranks share out, and of a head whose columns they share."""
+        """A vocabulary that ranks share out, and a head whose columns they share."""
         targets = discover_targets(build("qwen3_moe"))
         name = f"{PREFIX}{{}}.token_adapter.trainable_tokens_delta"
         tensors = {name.format("model.embed_tokens"): torch.ones(2, 32), name.format("lm_head"): torch.ones(1, 32)}
@@ -246,7 +246,7 @@ class TestNames:
         torch.testing.assert_close(linear_delta(weights, today), 2 * factory.deltas[then])
 
     def test_tinker_calls_the_only_first_projection_w1(self, tmp_path: Path) -> None:
-        """Of experts without a gate; w3 is there, and empty."""
+        """Experts without a gate; w3 is there, and empty."""
         name = "model.layers.0.mixer.experts"
         target = ExpertsTarget(
             name=name, num_experts=3, hidden_size=6, intermediate_size=4, has_gate=False, w13_param="up_proj"

@@ -54,7 +54,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 
 
 def rank_slices(targets: ModelTargets, world: dict[str, Any]) -> Iterator[RankSlice]:
-    """Of every rank."""
+    """The slices of every rank."""
     tp, ep = world.get("tp", 1), world.get("ep", 1)
     for ep_rank in range(ep):
         experts = None

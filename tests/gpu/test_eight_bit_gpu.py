@@ -24,7 +24,7 @@ DEVICE = "cuda"
 CONFIG = MoEConfig(num_experts=8, top_k=2, hidden_size=384, intermediate_size=192, dtype=torch.bfloat16)
 RANKS = tuple(LoRASpec(r_gate=r, r_up=r, r2=r) for r in (1, 8, 24, 64))
 NAMES = ("int8", "fp8 block", "fp8 channel", "fp8 static")
-# Of opcheck's tests, that of the schema compares arguments by multiplying them, which torch cannot with fp8.
+# The schema test of opcheck compares arguments by multiplying them, which torch cannot with fp8.
 OP_CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 # Two outputs rounded to half precision, their difference as large as each of them. Where rows are quantised, one number
 # in thirty lies near the edge of two codes and goes over it in the kernel or in the reference alone.

@@ -176,7 +176,7 @@ def test_refused_parameters(field: str, value: Any) -> None:
 
 @pytest.fixture(scope="module")
 def compiler() -> tuple[GrammarCompiler, Any]:
-    """Of the demo's tokenizer: bytes and their pairs."""
+    """The vocabulary of the demo's tokenizer: bytes and their pairs."""
     tokenizer = _make_tokenizer()
     return GrammarCompiler(tokenizer, len(tokenizer) + 5, (tokenizer.eos_token_id,)), tokenizer
 

@@ -63,7 +63,7 @@ class ParallelCase:
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult:
-    """Of the rank's own rows: out [T, D] without and with adapters; what it sent meanwhile; what its bank holds."""
+    """The rank's own rows: out [T, D] without and with adapters; what it sent meanwhile; what its bank holds."""
 
     without: torch.Tensor
     found: torch.Tensor

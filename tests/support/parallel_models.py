@@ -52,7 +52,7 @@ class ModelCase:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """Of a rank's rows: logits without and with adapters, generated tokens; what the rank holds, what serves it."""
+    """A rank's rows: logits without and with adapters, generated tokens; what the rank holds, what serves it."""
 
     plain: torch.Tensor
     mixed: torch.Tensor

@@ -94,7 +94,7 @@ def _places(targets: ModelTargets) -> list[str]:
 
 
 def mixed_batch_error(model_type: str, inputs: Inputs) -> float:
-    """Of two adapters on everything beside a base row, each against PEFT's live model with that adapter alone.
+    """Errors of two adapters on everything beside a base row, each against PEFT's live model with that adapter alone.
 
     Infinite where the base row has other bits than in a batch without adapters.
     """

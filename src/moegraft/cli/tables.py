@@ -256,7 +256,7 @@ def _indented(text: Text) -> Padding:
 
 
 def _least_width(header: Sequence[str], lines: Sequence[Sequence[Text]]) -> int:
-    """Of a table that cuts no word: a space on either side, one behind each column."""
+    """Width of a table that cuts no word: a space on either side, one behind each column."""
     widths = []
     for column, *cells in zip(header, *lines, strict=True):
         whole = column in _WHOLE

@@ -255,7 +255,7 @@ def state_path(output: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a kernel's time."""
+    """A digest of what decides a kernel's time."""
     found = {"torch": str(torch.__version__)}
     for package in ("triton", "moegraft"):
         try:

@@ -168,7 +168,7 @@ class AdapterCall:
         self._forwards[threading.get_ident()].pop()
 
     def rows(self, module: str, shape: Sequence[int]) -> AdapterRows:
-        """Of a module whose input has these leading dimensions: all tokens of the forward pass, [B, S] or flattened,
+        """Rows of a module whose input has these leading dimensions: all tokens of the pass, [B, S] or flattened,
         or what a head sees of them. Raises BatchError for anything else, by the module's name."""
         if self._static is not None and math.prod(shape) == self._static.num_rows:
             return self._static  # without a look at the thread: this path is traced
@@ -293,7 +293,7 @@ class AdapterCall:
         return self.group is not None and bool(self.group.ids)
 
     def experts_bounds(self, module: str, num_halves: int) -> RankBounds:
-        """Of an experts module with ``num_halves`` halves; zeros where no adapter touches it."""
+        """Bounds of an experts module with ``num_halves`` halves; zeros where no adapter touches it."""
         bounds = self._memory.experts_bounds.get(module)
         if bounds is None:
             bounds = RankBounds.of(self._bounding.max_ranks(module))
@@ -303,7 +303,7 @@ class AdapterCall:
         return bounds
 
     def linear_bound(self, module: str) -> int:
-        """Of the rank on a linear map or embedding, at least 1 where an adapter touches it; else 0."""
+        """Bound of the rank on a linear map or embedding, at least 1 where an adapter touches it; else 0."""
         if self.rank_bound is not None:
             return self.rank_bound
         bound = self._memory.linear_bounds.get(module)

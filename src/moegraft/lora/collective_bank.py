@@ -35,7 +35,7 @@ class GroupBatch:
 
     @property
     def has_adapters(self) -> bool:
-        """Of any rank's rows: the same on every rank."""
+        """Whether any rank's rows have one: the same on every rank."""
         return bool(self.group.ids)
 
     def release(self) -> None:

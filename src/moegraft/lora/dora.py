@@ -39,7 +39,7 @@ class UnfinishedDora:
 
     @property
     def num_bytes(self) -> int:
-        """Of the factors and the gain that it will be."""
+        """Bytes of the factors and of the gain that it will be."""
         return (self.a.numel() + self.b.numel() + self.b.shape[1]) * self.dtype.itemsize
 
     def finish(self, square_sums_O: torch.Tensor) -> LinearLoRA:

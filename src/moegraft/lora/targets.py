@@ -148,7 +148,7 @@ class AdapterWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors in it, once it is finished."""
+        """Bytes of all tensors in it, once it is finished."""
         records = (*self.experts.values(), *self.linears.values(), *self.embeddings.values())
         factors = [value for record in records for value in vars(record).values() if isinstance(value, torch.Tensor)]
         factors += [tensor for params in self.saved.values() for tensor in params.values()]

@@ -98,7 +98,7 @@ class AdapterStore:
             batch.release()
         self._held.clear()
 
-    # Of requests
+    # Requests
 
     def use(self, name: str) -> AdapterVersion:
         """The version that a new request runs on, loading or ready, counted as used until ``done``.
@@ -144,7 +144,7 @@ class AdapterStore:
     def let_go(self, lane: int) -> None:
         self._held.pop(lane).release()
 
-    # Of administrators
+    # Administrators
 
     def load(self, name: str, source: Source, *, replace: bool = False) -> AdapterVersion:
         """Waits until the adapter is loaded. Raises AdapterError."""

@@ -91,5 +91,5 @@ def layer_shapes(model: PreTrainedModel, device: torch.device) -> dict[int, Laye
 
 
 def bytes_per_page(shapes: Mapping[int, LayerShape], page_size: int) -> int:
-    """Of all layers together."""
+    """Bytes of all layers together."""
     return page_size * sum(shape.bytes_per_token for shape in shapes.values())

@@ -57,7 +57,7 @@ class LiveRequest:
 
 
 class Counters:
-    """Of one adapter, since the start."""
+    """Counts of one adapter, since the start."""
 
     def __init__(self) -> None:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
@@ -99,7 +99,7 @@ class EngineLoop:
     def start(self) -> None:
         self._thread.start()
 
-    # Of other threads
+    # Other threads
 
     def submit(self, request: LiveRequest) -> None:
         self._inbox.put(partial(self._begin, request))

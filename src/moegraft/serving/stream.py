@@ -26,7 +26,7 @@ class TokenStream:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, event: TokenEvent) -> None:
-        """Of the engine. An event with a finish reason is the last of its sequence."""
+        """For the engine. An event with a finish reason is the last of its sequence."""
         with self._ready:
             self._events.append(event)
             self._ready.notify()

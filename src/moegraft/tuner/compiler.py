@@ -18,7 +18,7 @@ from moegraft.tuner.timer import Batch, TunedLayer, empty_bank, empty_weights, r
 from moegraft.tuning.tiles import MoETiles, TuningShape
 
 _CONTEXT_BYTES = 1 << 30
-"""Of device memory, for a process and what one call needs beside the layer."""
+"""Bytes of device memory for a process and what one call needs beside the layer."""
 
 
 class TileCompiler:

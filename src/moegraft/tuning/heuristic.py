@@ -52,7 +52,7 @@ def gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
 
 
 def _dense_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:
-    """Of an H200. Decode keeps many bytes of weights in flight; prefill has tiles that feed two warp groups."""
+    """Tiles of an H200. Decode keeps many bytes of weights in flight; prefill has tiles that feed two warp groups."""
     if block_m == 16:
         num_rows, block_l = shape.num_tokens * shape.top_k, 64 if shape.rank13 > 32 else 32
         return (

@@ -114,7 +114,7 @@ class Layer(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Of a product: LENGTH inputs, COLUMNS outputs of one half, and how the weights are stored.
+    """Sizes of a product: LENGTH inputs, COLUMNS outputs of one half, and how the weights are stored.
 
     ``PAIRED``: dense columns of gate and up alternate. ``SCALE_GROUP``: inputs that share a scale, 0: all of a column.
     """

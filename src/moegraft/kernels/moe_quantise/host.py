@@ -8,7 +8,7 @@ from moegraft.kernels.moe_quantise.device import quantise_kernel
 from moegraft.kernels.records import cdiv, next_power_of_2, pdl_options
 
 TILE_ELEMENTS = 8192
-"""Of x a program: with whole rows, those of most models in one."""
+"""Elements of x a program: with whole rows, those of most models in one."""
 
 
 def moe_quantise(

@@ -21,7 +21,7 @@ from moegraft.tuning.tiles import MoETiles
 
 BLOCK_R = 8
 BLOCK_ELEMENTS = 8192
-"""Of A, that a program has in flight."""
+"""Elements of A that a program has in flight."""
 
 
 def route_token(

@@ -31,7 +31,7 @@ class Pool(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Of each part: the sum of weighted values [B, Hq, SPLITS, Cv], the largest score and the sum [B, Hq, SPLITS]."""
+    """By part: the sum of weighted values [B, Hq, SPLITS, Cv], the largest score and the sum [B, Hq, SPLITS]."""
 
     acc: tl.tensor
     best: tl.tensor

@@ -238,7 +238,7 @@ def _digest(config: bytes, tensors: WeightFolder) -> str:
 
 
 def _num_elems(plan: LinearPlan | EmbeddingPlan, mine: LinearSlice) -> int:
-    """Of A and B, without padding."""
+    """Elements of A and B, without padding."""
     if mine is WHOLE_LINEAR:
         return math.prod(plan.pair.a.shape) + math.prod(plan.pair.b.shape)
     size_in, size_out = plan.pair.a.shape[1], plan.pair.b.shape[0]

@@ -87,7 +87,7 @@ def pack_rows(fields: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _bytes_of(field: torch.Tensor) -> torch.Tensor:
-    # Of no rows, or of one, contiguous() leaves the strides of an expanded tensor as they are, and a view refuses them.
+    # For no row, or one, contiguous() leaves the strides of an expanded tensor as they are, and a view refuses them.
     if field.numel() == 0:
         return field.new_empty(field.shape[0], field.shape[1] * field.itemsize, dtype=torch.uint8)
     if field.stride(-1) != 1:

@@ -67,7 +67,7 @@ class _Choice:
 
 
 Events = AsyncIterator[tuple[int, TokenEvent]]
-"""Of all requests of an answer: (number of the choice, event)."""
+"""Events of all requests of an answer: (number of the choice, event)."""
 
 
 async def whole(answer: Answer, events: Events) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Of prometheus_client's interface of collectors."""
+        """What prometheus_client asks a collector for."""
         stats = self._engine.stats()
         for name, what, value in (
             ("running", "Sequences that run", stats.running),

@@ -48,9 +48,9 @@ class ApiError(Exception):
 
 
 def first_problem(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Of what pydantic found: 400 with the field, what was found and what was expected."""
+    """What pydantic found as an answer: 400 with the field, what was found and what was expected."""
     error = errors[0]
-    # Of a union pydantic names the member too, behind the field; a field's own name never has brackets.
+    # pydantic names the member of a union too, behind the field; a field's own name never has brackets.
     path = [str(part) for part in error["loc"] if "[" not in str(part) and part not in _UNION_MEMBERS]
     field = ".".join(path)
     if error["type"] == "extra_forbidden":

@@ -106,7 +106,7 @@ class Scheme:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of ``weight``, where the layout has a tensor of that name."""
+        """The name of ``weight``, where the layout has a tensor of that name."""
         return torch.int8 if self.layout is Layout.INT8 else torch.float8_e4m3fn
 
     @property
@@ -258,7 +258,7 @@ def _read_compressed_tensors(fields: _Fields) -> tuple[Scheme, ...]:
     return tuple(schemes)
 
 
-# Of compressed-tensors' actorder: what sorts the inputs of a matrix, and what sorts them for the calibration alone.
+# compressed-tensors' actorder: what sorts the inputs of a matrix, and what sorts them for the calibration alone.
 _SORTED = ("group", "dynamic")
 _UNSORTED = ("weight", "static")
 

@@ -45,7 +45,7 @@ class LayerReader:
         return any(holders.values())
 
     def name(self, expert: int, projection: str, part: str) -> str:
-        """Of a tensor in the checkpoint."""
+        """Facts of a tensor in the checkpoint."""
         return self.layer.matrices[expert, projection][part]
 
     def one(self, expert: int, projection: str, part: str) -> torch.Tensor:

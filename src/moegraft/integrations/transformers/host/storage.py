@@ -82,7 +82,7 @@ class HostExperts(ABC):
 
     @abstractmethod
     def dtype(self, model: PreTrainedModel) -> torch.dtype:
-        """Of the activations."""
+        """Dtype of the activations."""
 
     @abstractmethod
     def unsupported(self) -> str | None:
@@ -194,7 +194,7 @@ class PlainHostExperts(HostExperts):
         odd = [param for param, dtype in dtypes.items() if dtype not in WEIGHT_DTYPES]
         if not odd:
             return None
-        # Of one parameter in fp8 beside another that is not, the other is what is wrong.
+        # One parameter in fp8 beside another that is not: the other is what is wrong.
         param = next((param for param in odd if not _is_scaled_fp8(self.module, param)), odd[0])
         expected = "float32, bfloat16, float16, or float8_e4m3fn with scales, both"
         return f"is quantised: '{param}' is {dtypes[param]}; expected {expected}"

@@ -188,7 +188,7 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Sequence[st
 
 
 def _checksums(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Of the bits of each, in their order; one wait for the device."""
+    """Checksums of the bits of each, in their order; one wait for the device."""
     sums = []
     for x in tensors:
         bits = x.detach().contiguous().view(_BITS[x.dtype.itemsize]).reshape(-1).long()

@@ -47,7 +47,7 @@ _WHOLE = frozenset(
         "local_params",
     }
 )
-# Of them, those whose LoRA is shared out all the same where it is as large as the vocabulary.
+# Those of them whose LoRA is shared out all the same where it is as large as the vocabulary.
 _GATHERED = frozenset({"colwise_gather_output", "colwise_rep"})
 _EMBEDDING_BY_ROWS = "embedding_rowwise"
 # Styles that sum the partial outputs of an experts module over the ranks, and bring every rank every row.

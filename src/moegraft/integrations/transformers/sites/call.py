@@ -56,7 +56,7 @@ class CallState:
         self.number = compiled.register(self)
 
     def refuse_batch(self) -> None:
-        """Of a graph that was traced to compute gradients. Raises BatchError inside a batch of adapters."""
+        """What a graph that was traced to compute gradients calls. Raises BatchError inside a batch of adapters."""
         if self.current() is not None:
             raise BatchError(
                 "the model was compiled where gradients were wanted, and such a graph has no adapters: call it under "

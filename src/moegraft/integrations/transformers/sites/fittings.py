@@ -219,7 +219,7 @@ class Fittings:
             parent = child
 
     def _seam_parameters(self, key: Key, seam: Seam) -> Iterator[_Spot]:
-        """Of a router, the weight that the seam has put there; what accelerate moves to and fro is left alone."""
+        """What must stay; of a router, the weight that the seam has put there. What accelerate moves is left alone."""
         name, kind = key
         target = self.targets.linears.get(name)
         router_param = target.param if target is not None and target.router else None

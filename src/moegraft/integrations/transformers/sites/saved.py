@@ -88,7 +88,7 @@ class SavedSeam(HookSeam):
                 _put(output, self._variant(handle)(*mine_args, **mine_kwargs), rows_L, rows.num_rows, dim)
 
     def _variant(self, handle: AdapterHandle) -> nn.Module:
-        """Of an adapter that a batch holds. Made anew where its pages or tensors of the module were replaced."""
+        """The copy for a held adapter. Made anew where its pages or tensors of the module were replaced."""
         own = self.module.__dict__.get("forward")
         sources = (*self.module._parameters.values(), *self.module._buffers.values(), own)
         variant = self._variants.get(handle)
