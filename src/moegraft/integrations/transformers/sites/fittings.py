@@ -78,7 +78,8 @@ class Fittings:
         self._vocabulary = [name for name, module in self._modules.items() if module in vocabulary]
         self._hooks = ForwardHooks(state, model, token_modules(model, targets))
         self._seams: dict[Key, Seam] = {}
-        self._watched: dict[object, list[_Spot]] = {}
+        self._watched: dict[object, list[_Spot]] = {}  # replaced, never changed: other threads read it
+        self._distinct: tuple[dict[object, list[_Spot]], tuple[_Spot, ...]] = (self._watched, ())
         self._weights: list[tuple[str, torch.Tensor, torch.dtype, torch.device]] = []
         self._previous: dict[str, str | None] = {}
         self._experts_configs: list[Any] = []
@@ -102,7 +103,7 @@ class Fittings:
             packed = module._modules.get("packed")
             if packed is not None:
                 spots.append(_Spot(vars(packed), "weights", vars(packed)["weights"], f"{name}.packed"))
-            self._watched[name] = spots
+            self._watched = {**self._watched, name: spots}
             # One is enough: they move together.
             first = next((param for param in module._parameters.values() if param is not None), None)
             if first is not None:
@@ -120,10 +121,9 @@ class Fittings:
                     f"the experts implementation of the grafted model was set to {config._experts_implementation!r}, "
                     f"under which adapters would be lost; call model.set_experts_implementation({IMPLEMENTATION!r})"
                 )
-        for spots in self._watched.copy().values():
-            for spot in spots:
-                if spot.entries.get(spot.key) is not spot.expected:
-                    raise UnsupportedModelError(f"{spot.name!r} was replaced after attach; {_AGAIN}")
+        for spot in self._spots():
+            if spot.entries.get(spot.key) is not spot.expected:
+                raise UnsupportedModelError(f"{spot.name!r} was replaced after attach; {_AGAIN}")
         for name, weight, dtype, device in self._weights:
             if weight.dtype is not dtype or weight.device != device:
                 raise UnsupportedModelError(
@@ -134,17 +134,26 @@ class Fittings:
             if any((name, kind) in self._seams for kind in (EmbeddingSeam, LinearSeam, SavedSeam)):
                 self._check_shape(name)
 
+    def _spots(self) -> tuple[_Spot, ...]:
+        """All that is watched, each once: modules share most of the way that leads to them, and every batch asks."""
+        watched, spots = self._distinct
+        if watched is not self._watched:
+            watched = self._watched
+            spots = tuple({(id(spot.entries), spot.key): spot for each in watched.values() for spot in each}.values())
+            self._distinct = watched, spots
+        return spots
+
     def fit(self) -> None:
         """Exactly the seams are installed that the bank's adapters need, those among them that have no name yet.
 
         May be called from any thread and at any time: what an interrupt left half done is done the next time.
         """
         with self._lock:
-            wanted = list(self._wanted())
-            if self._seams.keys() != set(wanted):
+            wanted = dict.fromkeys(self._wanted())
+            if self._seams.keys() != wanted.keys():
                 self.state.hooks_changed()  # before they do: an interrupt may come
             for key in [key for key in self._seams if key not in wanted]:
-                self._watched.pop(key, None)
+                self._watched = {other: spots for other, spots in self._watched.items() if other != key}
                 self._seams[key].remove()
                 del self._seams[key]
             for key in wanted:
@@ -152,7 +161,8 @@ class Fittings:
                     seam = self._seams[key] = self._seams.get(key) or self._make_seam(*key)
                     seam.remove()  # what an interrupt has left of it
                     seam.install()
-                    self._watched[key] = [*self._path(key[0]), *self._seam_parameters(key, seam)]
+                    spots = [*self._path(key[0]), *self._seam_parameters(key, seam)]
+                    self._watched = {**self._watched, key: spots}
 
     def remove(self) -> None:
         """Takes everything out again, whatever of it is there."""
