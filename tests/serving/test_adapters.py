@@ -69,6 +69,7 @@ def test_a_load_that_fails_ends_the_requests_that_wait_for_it(mixed: MixedBatch,
             engine.load_adapter("bad", tmp_path / "bad")
         with pytest.raises(AdapterFileError, match="no such folder"):
             engine.load_adapter("gone", tmp_path / "gone")
+        assert not engine._store._keys, "versions that failed are kept"
         engine.check_integrity()
 
 

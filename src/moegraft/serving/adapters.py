@@ -280,6 +280,7 @@ class AdapterStore:
             version.error = error
             if error is not None:
                 version.state = "failed"
+                del self._keys[version.uid]
                 if version.name not in self._current:
                     self._failed[version.name] = version
                     while len(self._failed) > 64:
