@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,9 @@ def _punica_class() -> type:
 
         punica_gpu.LoRAKernelMeta = LoRAKernelMeta
 
-    def rows_of(slots: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        return [(slot, slots == slot) for slot in sorted(set(slots.tolist())) if slot >= 0]
+    def rows_of(slots: torch.Tensor, stacked: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        # Rows of prompts, where their logprobs are asked for, are more than vLLM maps: the rest holds anything.
+        return [(slot, slots == slot) for slot in range(stacked.shape[0]) if bool((slots == slot).any())]
 
     class TestPunica(punica_gpu.PunicaWrapperGPU):
         def _slots(self, num_rows: int, meta: Any) -> torch.Tensor:
@@ -140,18 +142,18 @@ def _punica_class() -> type:
         def add_lora_linear(
             self, y: Any, x: Any, a_stacked: Any, b_stacked: Any, scale: float, slices: Any, **rest: Any
         ) -> None:
-            for slot, mine in rows_of(self._slots(x.shape[0], self.token_mapping_meta)):
+            for slot, mine in rows_of(self._slots(x.shape[0], self.token_mapping_meta), a_stacked[0]):
                 first = 0
                 for a, b, width in zip(a_stacked, b_stacked, slices, strict=True):
                     y[mine, first : first + width] += scale * (x[mine] @ a[slot, 0].T) @ b[slot, 0].T
                     first += width
 
         def add_lora_logits(self, y: Any, x: Any, a: Any, b: Any, scale: float, **rest: Any) -> None:
-            for slot, mine in rows_of(self._slots(x.shape[0], self.prompt_mapping_meta)):
+            for slot, mine in rows_of(self._slots(x.shape[0], self.prompt_mapping_meta), a):
                 y[mine] += scale * (x[mine] @ a[slot, 0].T) @ b[slot, 0].T
 
         def add_lora_embedding(self, y: Any, x: Any, b: Any, **rest: Any) -> None:
-            for slot, mine in rows_of(self._slots(x.shape[0], self.token_mapping_meta)):
+            for slot, mine in rows_of(self._slots(x.shape[0], self.token_mapping_meta), b):
                 y[mine] += x[mine] @ b[slot, 0].T
 
     return TestPunica
@@ -180,7 +182,7 @@ def replace_operators() -> None:
 def _map_slots(starts_R: Any, positions_T: Any, block_table_RB: Any, slots_T: Any, block_size: int) -> None:
     starts = starts_R.tolist()
     slots_T[starts[-1] :] = -1
-    for request, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for request, (begin, end) in enumerate(pairwise(starts)):
         at = positions_T[begin:end].long()
         slots_T[begin:end] = block_table_RB[request][at // block_size].long() * block_size + at % block_size
 
@@ -198,7 +200,7 @@ def _attend(
     *, query: Any, key_cache: Any, value_cache: Any, output: Any, query_start_loc: Any, seq_lens: Any, scale: float,
     block_table: Any, sliding_window: Any = -1, s_aux: Any = None, **rest: Any,
 ) -> None:  # fmt: skip
-    """Causal attention of each request over its own blocks; ``s_aux``: a logit a head that takes part and gives zero."""
+    """Causal attention of each request over its own blocks; ``s_aux``: of each head, a logit that gives zero."""
     import torch
 
     starts, size = query_start_loc.tolist(), key_cache.shape[2]
@@ -229,9 +231,7 @@ def _attend(
         output[rows] = result.reshape(output[rows].shape)
 
 
-def _topk_softmax(
-    weights: Any, ids: Any, token_expert: Any, logits: Any, renormalize: bool = False, *rest: Any
-) -> None:
+def _topk_softmax(weights: Any, ids: Any, order: Any, logits: Any, renormalize: bool = False, *rest: Any) -> None:
     chosen, index = logits.float().softmax(-1).topk(ids.shape[1], dim=-1)
     weights.copy_(chosen / chosen.sum(-1, keepdim=True) if renormalize else chosen)
     ids.copy_(index)

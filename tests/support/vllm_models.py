@@ -136,8 +136,14 @@ class Case:
         command = [sys.executable, "-m", "support.vllm_run", str(self.folder)]
         with open(self.folder / "log.txt", "w") as log:
             done = subprocess.run(
-                command, env=environment(self.folder, **self.extra), cwd=ROOT, stdout=log, stderr=log, timeout=280
-            )  # fmt: skip
+                command,
+                check=False,
+                env=environment(self.folder, **self.extra),
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                timeout=280,
+            )
         if done.returncode != 0:
             raise AssertionError(f"vLLM ended with {done.returncode}:\n{self.log[-6000:]}")
         return json.loads((self.folder / "result.json").read_text())

@@ -1,4 +1,4 @@
-"""One process of real vLLM: reads a plan, generates greedily, writes tokens and logprobs. ``python -m support.vllm_run``.
+"""One process of real vLLM (``python -m support.vllm_run``): reads a plan, generates greedily, writes logprobs.
 
 plan: {"options": arguments of LLM, "adapters": {name: folder}, "stages": [[[name or null, prompt], ...], ...]} ·
 result: {"stages": [[{"tokens", "logprobs"}, ...], ...], "layers": names of the LoRA layers' classes, "pages": pages in

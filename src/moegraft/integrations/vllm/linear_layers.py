@@ -162,7 +162,7 @@ class PagedLinear:
         return output.view(shape)
 
 
-def _paged(theirs: type) -> type:
+def _paged(theirs: Any) -> Any:
     """vLLM's class with pages, under vLLM's name."""
 
     def can_replace_layer(cls: type, source_layer: Any, *args: Any, **kwargs: Any) -> bool:

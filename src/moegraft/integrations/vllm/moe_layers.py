@@ -185,11 +185,11 @@ def _is_served(source_layer: Any) -> bool:
     return kernel is not None and isinstance(kernel.fused_experts, MoegraftExperts)
 
 
-def _in_place_of(ours: type, theirs: type) -> None:
+def _in_place_of(ours: Any, theirs: Any) -> None:
     def can_replace_layer(cls: type, source_layer: Any, *args: Any, **kwargs: Any) -> bool:
         return _is_served(source_layer) and theirs.can_replace_layer(source_layer, *args, **kwargs)
 
-    ours.can_replace_layer = classmethod(can_replace_layer)  # type: ignore[attr-defined]
+    ours.can_replace_layer = classmethod(can_replace_layer)
     ours.__name__ = theirs.__name__  # vLLM compares names of these classes
 
 

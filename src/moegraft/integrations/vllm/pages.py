@@ -51,8 +51,9 @@ class SlotPages:
         dtype: torch.dtype,
         device: torch.device,
         capacity_bytes: int | None = None,
+        page_bytes: int | None = None,
     ) -> None:
-        self.layout = BankLayout(targets, dtype=dtype)
+        self.layout = BankLayout(targets, dtype=dtype, page_bytes=page_bytes)
         self._num_experts = {name: target.num_experts for name, target in targets.experts.items()}
         # First fit may take a page more for a smaller adapter than for a larger one.
         self.pages_of_largest = place_factors(self.layout, self._sizes(largest))[1] + 1
