@@ -111,16 +111,19 @@ class Runner:
         return 0 if self._graphs is None else self._graphs.captures
 
     @torch.no_grad()
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        """Logits [W, vocabulary] float32: the chunks that sample, in the plan's order, come first."""
+    def run(self, plan: StepPlan, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [W, vocabulary], which the next step overwrites: the chunks that sample, in the plan's order, come
+        first. ids: on the device, the token of each chunk, which the host does not know yet."""
         assert self._packing is not None
         if self._graphs is not None and all(chunk.samples and chunk.count == 1 for chunk in plan.chunks):
-            found = self._graphs.run(plan)
+            found = self._graphs.run(plan, ids)
             if found is not None:
-                return found.float()
+                return found
         step = pack(plan, self._packing, padded_to=self._padded(plan))
+        if ids is not None:
+            step.ids_T[: ids.shape[0]] = ids
         with self._adapters(step.lanes, step.lengths), self._stack:
-            return self._forward(step).float()
+            return self._forward(step)
 
     def _forward(self, step: StepBatch) -> torch.Tensor:
         self._step = step
@@ -209,7 +212,7 @@ class _Probe:
         sequence = SequenceState(tokens=self.ids, lane=BASE, pages=_probe_pages(runner.pool))
         half = self.TOKENS // 2
         runner.run(StepPlan((Chunk(sequence, 0, half, samples=False),)))
-        found_V = runner.run(StepPlan((Chunk(sequence, half, self.TOKENS - half, samples=True),)))[0]
+        found_V = runner.run(StepPlan((Chunk(sequence, half, self.TOKENS - half, samples=True),)))[0].float()
         error = (found_V - self.expected_V).norm() / self.expected_V.norm()
         # Half precision may send a token to other experts; a lost state leaves nothing of the logits.
         bound = 1e-3 if runner.model.dtype == torch.float32 else 0.3
