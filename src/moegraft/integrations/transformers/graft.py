@@ -200,23 +200,33 @@ class GraftedModel:
         return MappingProxyType(self.bank.infos())
 
     def load_adapter(
-        self, path: str | os.PathLike[str], name: str | None = None, *, resident: bool = True
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        resident: bool = True,
+        skip_unserved: bool = False,
     ) -> LoadReport:
         """Read a PEFT adapter folder and make it usable as ``name`` (default: the folder's name).
 
         resident: whether it takes its place on the device now, and may evict others, or when a batch first names it.
+        skip_unserved: leaves out what the adapter has on modules that the model has and that are not served (a vision
+        tower, say), and lists them in the report's ``left_out``: its outputs are then those of the rest alone.
 
         Raises AdapterError of the kind that fits; nothing has changed then, on no rank.
         """
         self._check_attached()
         name = name if name is not None else os.path.basename(os.path.normpath(path))
-        read = partial(self._read, path, name)
+        read = partial(self._read, path, name, skip_unserved)
         return self._adapters.load(name, read, source=os.fspath(path), resident=resident)
 
-    def _read(self, path: str | os.PathLike[str], name: str, step: Step) -> tuple[AdapterWeights, LoadReport]:
+    def _read(
+        self, path: str | os.PathLike[str], name: str, skip_unserved: bool, step: Step
+    ) -> tuple[AdapterWeights, LoadReport]:
         """This rank's slice of an adapter."""
-        with PeftAdapter(path, self._targets, name=name) as adapter:
+        with PeftAdapter(path, self._targets, name=name, skip_unserved=skip_unserved) as adapter:
             step.same(f"the files of adapter {name!r}", adapter.digest, error=AdapterFileError)
+            step.same("skip_unserved=", lambda: skip_unserved)
             weights, report = adapter.build(
                 dtype=self.bank.layout.dtype, rank_slice=self.layout.mine, max_bytes=self.bank.pool.capacity_bytes
             )

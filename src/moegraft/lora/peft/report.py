@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 class LoadReport:
     """The result of loading one adapter.
 
-    ``tensors_applied`` equals ``tensors_in_file`` less ``tensors_elsewhere``, which belong to experts of other ranks: a
-    tensor that cannot be applied is an error. ``bytes_in_file``: of the weight files. ``bytes_read``: of tensors, by
+    ``tensors_applied`` equals ``tensors_in_file`` less ``tensors_elsewhere``, which belong to experts of other ranks, and
+    less ``tensors_left_out``, which load_adapter(..., skip_unserved=True) has left out: any other tensor that cannot be
+    applied is an error. ``left_out``: the modules of those -> why they are not served. ``bytes_in_file``: of the weight files. ``bytes_read``: of tensors, by
     this rank. ``bytes_held``: of what it keeps. ``experts``: module -> projection (``gate``, ``up``, ``gate_up``,
     ``down``) -> rank of one expert, the largest where they differ. ``linears``, ``embeddings``: module -> rank.
     ``tokens``: module -> rows that are replaced. ``saved``: module -> parameters that are replaced. Modules by their
@@ -25,6 +26,7 @@ class LoadReport:
     tensors_applied: int
     bytes_in_file: int
     tensors_elsewhere: int = 0
+    tensors_left_out: int = 0
     bytes_read: int = 0
     bytes_held: int = 0
     experts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -32,4 +34,5 @@ class LoadReport:
     embeddings: Mapping[str, int] = field(default_factory=dict)
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     saved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
