@@ -151,9 +151,7 @@ class AdapterStore:
 
     # Administrators
 
-    def load(
-        self, name: str, source: Source, *, replace: bool = False, skip_unserved: bool = False
-    ) -> AdapterVersion:
+    def load(self, name: str, source: Source, *, replace: bool = False, skip_unserved: bool = False) -> AdapterVersion:
         """Waits until the adapter is loaded. Raises AdapterError."""
         if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME_CHARACTERS:
             raise AdapterNameError(f"name: found {name!r}, expected 1 to {MAX_NAME_CHARACTERS} characters")
