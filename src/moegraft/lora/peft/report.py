@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 class LoadReport:
     """The result of loading one adapter.
 
-    ``tensors_applied`` equals ``tensors_in_file`` less ``tensors_elsewhere``, which belong to experts of other ranks, and
-    less ``tensors_left_out``, which load_adapter(..., skip_unserved=True) has left out: any other tensor that cannot be
-    applied is an error. ``left_out``: the modules of those -> why they are not served. ``bytes_in_file``: of the weight files. ``bytes_read``: of tensors, by
-    this rank. ``bytes_held``: of what it keeps. ``experts``: module -> projection (``gate``, ``up``, ``gate_up``,
-    ``down``) -> rank of one expert, the largest where they differ. ``linears``, ``embeddings``: module -> rank.
-    ``tokens``: module -> rows that are replaced. ``saved``: module -> parameters that are replaced. Modules by their
-    names in the base model. ``notes``: decisions worth knowing.
+    ``tensors_applied`` equals ``tensors_in_file`` less ``tensors_elsewhere``, which belong to experts of other ranks,
+    and less ``tensors_left_out``, on modules that are not served and that ``skip_unserved`` has left out: any other
+    tensor that cannot be applied is an error. ``left_out``: those modules -> why they are not served.
+    ``bytes_in_file``: of the weight files. ``bytes_read``: of tensors, by this rank. ``bytes_held``: of what it keeps.
+    ``experts``: module -> projection (``gate``, ``up``, ``gate_up``, ``down``) -> rank of one expert, the largest where
+    they differ. ``linears``, ``embeddings``: module -> rank. ``tokens``: module -> rows that are replaced. ``saved``:
+    module -> parameters that are replaced. Modules by their names in the base model. ``notes``: decisions worth
+    knowing.
     """
 
     name: str
