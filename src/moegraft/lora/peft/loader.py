@@ -301,6 +301,7 @@ def _build(
         }
         | {module: lora for module, lora in tokens.items() if isinstance(lora, EmbeddingLoRA)},
         saved=saved,
+        tokens=frozenset(tokens),
     )
     return weights, notes
 
