@@ -293,14 +293,17 @@ class Engine:
         """Names under ``adapters_from`` that a request may use though they are not loaded yet."""
         return self._store.available()
 
-    def load_adapter(self, name: str, source: Source, *, replace: bool = False) -> AdapterStatus:
+    def load_adapter(
+        self, name: str, source: Source, *, replace: bool = False, skip_unserved: bool = False
+    ) -> AdapterStatus:
         """Waits until an adapter is loaded and checked; other requests go on meanwhile.
 
         source: a folder, an fsspec URL, or the two files of one from memory: ``{"adapter_config.json": ...,
         "adapter_model.safetensors": ...}``. replace: a name that is taken gets a new version; requests that run finish
-        on the old one. Raises AdapterError of the kind that fits; nothing has changed then.
+        on the old one. skip_unserved: leaves out what the adapter has on modules that are not served (a vision tower),
+        which its status lists. Raises AdapterError of the kind that fits; nothing has changed then.
         """
-        self._store.load(name, source, replace=replace)
+        self._store.load(name, source, replace=replace, skip_unserved=skip_unserved)
         return self.adapters[name]
 
     def unload_adapter(self, name: str, *, force: bool = False) -> None:

@@ -34,7 +34,8 @@ class AdapterStatus:
 
     version: 1 for the first; replaced in place counts up · residency: where its factors lie · ranks: module -> largest
     rank · running, waiting: sequences now, of all its versions · draining: versions that serve their last requests ·
-    load_seconds: that reading and checking took · error: why the last load failed.
+    load_seconds: that reading and checking took · left_out: modules that are not served, where they might be left out ·
+    error: why the last load failed.
     """
 
     name: str
@@ -49,6 +50,7 @@ class AdapterStatus:
     waiting: int
     draining: int
     load_seconds: float
+    left_out: tuple[str, ...] = ()
     error: str | None = None
 
 
