@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, SupportsIndex, cast
@@ -333,6 +333,12 @@ class GraftedModel:
             all_threads=all_threads,
         ) as call:
             yield call
+
+    def part(self, first: int, num_sequences: int, num_tokens: int) -> AbstractContextManager[None]:
+        """Inside the block layers see [B, S] tokens, which are rows [first, first + B * S) of the pass that runs: for
+        engines that call a module of the model with a part of a batch."""
+        call = self._state.current()
+        return nullcontext() if call is None else call.part(first, num_sequences, num_tokens)
 
     @contextmanager
     def _batch(

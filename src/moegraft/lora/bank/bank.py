@@ -110,6 +110,7 @@ class AdapterBank:
         self._unsettled = False
         self._uids = itertools.count(1)
         self._clock = 0
+        self.evictions = 0  # since the start, of adapters that stayed loaded
         self._side_stream: torch.cuda.Stream | None = None
         self._other_streams: dict[int, torch.cuda.Event] = {}
 
@@ -482,6 +483,7 @@ class AdapterBank:
                 handle.image = image
         for handle in handles:
             self._leave_pool(handle)
+            self.evictions += 1
 
     def _enter_pool(self, handle: AdapterHandle, *, is_aside: bool) -> None:
         assert handle.image is not None, "an adapter outside the pool has its image"
