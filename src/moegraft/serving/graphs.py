@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from moegraft.core.errors import BatchError
@@ -163,9 +162,9 @@ class _Staging:
     def __init__(self, pool: KVPool, *, rows: int, width: int) -> None:
         is_pinned = pool.device.type == "cuda"
         self._page_size = pool.page_size
-        self._table_BN = np.zeros((rows, width), dtype=np.int32)
+        self._table_BN = torch.zeros(rows, width, dtype=torch.int32)
         self._pages: list[list[int] | None] = [None] * rows  # a sequence that lost its pages comes back with a new list
-        self._known = [0] * rows  # pages of each row that stand in the table
+        self._known: list[list[int]] = [[] for _ in range(rows)]  # what of each row stands in the table
         self._buffers = [
             (
                 torch.zeros(4, rows, dtype=torch.long, pin_memory=is_pinned),
@@ -184,16 +183,16 @@ class _Staging:
         if event is not None:
             event.synchronize()  # the step before the last has read it
         size, count, page = step.ids_T.shape[0], len(plan.chunks), self._page_size
-        rows = whole.numpy()
-        rows[:, :size] = 0
         width = 1
+        rows: list[tuple[int, int, int, int]] = []
         for i, chunk in enumerate(plan.chunks):
             sequence, at = chunk.sequence, chunk.start
             slot = sequence.pages[at // page] * page + at % page
-            rows[:, i] = (sequence.tokens[at] if ids is None else 0, at, slot, at + 1)
+            rows.append((sequence.tokens[at] if ids is None else 0, at, slot, at + 1))
             self._keep_pages(i, sequence.pages)
-            width = max(width, self._known[i])
-        table.numpy()[:count, :width] = self._table_BN[:count, :width]
+            width = max(width, len(sequence.pages))
+        whole[:, :size] = torch.tensor(rows + [(0, 0, 0, 0)] * (size - count)).T
+        table[:count, :width] = self._table_BN[:count, :width]
         for i, buffer in enumerate((step.ids_T, step.positions_T, step.slots_T, step.decode.lengths_B)):
             buffer.copy_(whole[i, :size], non_blocking=True)
         step.decode.page_table_BN[:count, :width].copy_(table[:count, :width], non_blocking=True)
@@ -204,8 +203,11 @@ class _Staging:
 
     def _keep_pages(self, row: int, pages: list[int]) -> None:
         if self._pages[row] is not pages:
-            self._pages[row], self._known[row] = pages, 0
+            self._pages[row], self._known[row] = pages, []
+        known = self._known[row]
+        if len(known) == len(pages) and known[-1] == pages[-1]:
+            return
         # The last one known may have been replaced by an equal one that others share.
-        first = max(0, self._known[row] - 1)
-        self._table_BN[row, first : len(pages)] = pages[first:]
-        self._known[row] = len(pages)
+        first = max(0, len(known) - 1)
+        self._table_BN[row, first : len(pages)] = torch.tensor(pages[first:], dtype=torch.int32)
+        self._known[row] = known[:first] + pages[first:]
