@@ -33,8 +33,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
         logits = self._forward(step)
         return lambda: logits.copy_(self._forward(step)), logits
 
-    def open_pool(self: Runner, num_pages: int, page_size: int) -> None:
-        opened(self, num_pages, page_size)
+    def open_pool(self: Runner, *sizes: int) -> None:
+        opened(self, *sizes)
         assert self._packing is not None
         object.__setattr__(self._packing, "has_kernel", True)
         self.open_graphs(40)
