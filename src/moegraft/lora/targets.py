@@ -47,7 +47,8 @@ class LinearTarget:
     ``param`` is the Parameter's name inside the module (``weight``); ``weight`` gives it on demand (DoRA norms).
     ``router``: what multiplies with ``param`` does not call the module as an nn.Linear (a router that keeps a
     Parameter), so the weight itself gets the delta. ``lane_shares``: A holds one of so many shares of its rank rows
-    (fully sharded).
+    (fully sharded). ``has_bias``: where ``ModelTargets.saveable`` has a ``bias`` of the map, whether the model has one;
+    otherwise it stands there as zeros, for what an adapter adds.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LinearTarget:
     router: bool = False
     weight: Callable[[], torch.Tensor] | None = None
     lane_shares: int = 1
+    has_bias: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,8 @@ class ModelTargets:
     """All that adapters can touch, by full module name (as in ``model.named_modules()``).
 
     ``saveable``: parameters that ``modules_to_save`` may replace: module name -> {parameter or buffer name: tensor}
-    (routers, norms, embeddings, lm_head; never experts). ``model_type`` is transformers' ``config.model_type``.
+    (routers, norms, embeddings, lm_head, biases of linear maps; never experts). ``model_type`` is transformers'
+    ``config.model_type``.
     ``left_out``: modules that exist and that no adapter may touch, by name, with the reason ("belongs to ...").
     """
 
