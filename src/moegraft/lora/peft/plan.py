@@ -7,7 +7,7 @@ data is touched. Problems are collected, one per module or stray tensor.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moegraft.core.errors import (
@@ -155,6 +155,7 @@ def plan_adapter(
         except AdapterError as error:
             problems.append(error)
     planner.tie_tokens()
+    problems += planner.biases_beside_dora()
     experts, notes = _settle_orientation(planner.experts, config)
     return AdapterPlan(
         experts=experts,
@@ -303,6 +304,15 @@ class _Planner:
             )
         self.tokens[module] = TokensPlan(target=target, param=param, info=info, tokens=tokens)
 
+    def biases_beside_dora(self) -> Iterator[AdapterError]:
+        """DoRA scales what the base gives less its bias, and knows the base's own."""
+        for module, params in self.saved.items():
+            linear = self.linears.get(module)
+            if "bias" in params and linear is not None and linear.magnitude is not None:
+                yield AdapterConfigError(
+                    f"bias {self._config.bias!r}: {params['bias'].where}: a trained bias beside DoRA; not supported"
+                )
+
     def tie_tokens(self) -> None:
         """Rows of an embedding that is the head's weight too are the head's, where the file has none of its own."""
         for plan in [plan for plan in self.tokens.values() if isinstance(plan.target, EmbeddingTarget)]:
@@ -325,8 +335,6 @@ class _Planner:
             linear = self._targets.linears.get(module)
             if linear is not None and param == "bias" and not linear.has_bias:
                 raise AdapterMismatchError(f"{info.where}: {module} of the base model has no bias")
-            if linear is not None and param == "bias" and self._config.use_dora:
-                raise AdapterConfigError(f"bias {self._config.bias!r}: {info.where}: a bias beside DoRA; not supported")
             if info.shape != tuple(base.shape):
                 raise AdapterTensorError(
                     f"{info.where}: shape {list(info.shape)}, expected {list(base.shape)} as {module}.{param} of the "
