@@ -135,7 +135,8 @@ class AdapterWeights:
     """One adapter, parsed and checked against the base model; on the CPU, in the bank's dtype.
 
     ``saved``: module name -> {parameter name: full replacement tensor} (``modules_to_save``). ``unfinished``: maps that
-    wait for ``finish_dora``, on ranks that have only some columns of their base weights.
+    wait for ``finish_dora``, on ranks that have only some columns of their base weights. ``tokens``: modules whose LoRA
+    puts rows in place of the base's. ``is_combined``: made of loaded adapters, and listed by no one.
     """
 
     experts: Mapping[str, ExpertsLoRA] = field(default_factory=dict)
@@ -143,6 +144,8 @@ class AdapterWeights:
     embeddings: Mapping[str, EmbeddingLoRA] = field(default_factory=dict)
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     unfinished: Mapping[str, UnfinishedDora] = field(default_factory=dict)
+    tokens: frozenset[str] = frozenset()
+    is_combined: bool = False
 
     @property
     def num_bytes(self) -> int:

@@ -73,6 +73,10 @@ class DecodeGraphs:
         except BatchError:
             return None
 
+    def captured(self, size: int, has_adapters: bool) -> CapturedStep | None:
+        """The step of a padded size, where it was captured."""
+        return self._captured.get((size, has_adapters))
+
     def _with_adapters(self, plan: StepPlan, lanes: list[int], call: AdapterCall) -> CapturedStep:
         """The captured step, with the slots of ``call``; captured anew where its adapters touch more modules."""
         found = self._captured.get((len(lanes), True))

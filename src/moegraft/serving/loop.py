@@ -19,7 +19,14 @@ from moegraft.serving.requests import FinishReason, Request, TokenEvent, TokenLo
 from moegraft.serving.runner import Runner
 from moegraft.serving.sampler import SamplingRow, sample
 from moegraft.serving.scheduler import Scheduler, SequenceState, State, StepPlan
-from moegraft.serving.status import BETWEEN_TOKENS_BUCKETS, FIRST_TOKEN_BUCKETS, AdapterCounters, Observations
+from moegraft.serving.status import (
+    BETWEEN_TOKENS_BUCKETS,
+    FIRST_TOKEN_BUCKETS,
+    MAX_NAMED,
+    OTHERS,
+    AdapterCounters,
+    Observations,
+)
 from moegraft.serving.stream import TokenStream
 from moegraft.serving.text import TextGrowth
 
@@ -64,6 +71,14 @@ class Counters:
         self.finished: Counter[str] = Counter()
         self.first_token = Observations(FIRST_TOKEN_BUCKETS)
         self.between_tokens = Observations(BETWEEN_TOKENS_BUCKETS)
+
+    def merge(self, other: Counters) -> None:
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.generated_tokens += other.generated_tokens
+        self.finished.update(other.finished)
+        self.first_token.merge(other.first_token)
+        self.between_tokens.merge(other.between_tokens)
 
     def snapshot(self, running: int, waiting: int) -> AdapterCounters:
         return AdapterCounters(
@@ -272,11 +287,16 @@ class EngineLoop:
         live.last_token_at = now
 
     def counters_of(self, request: LiveRequest) -> Counters:
+        """Where a request counts. Names are bounded: of adapters that are gone, and then new ones, count together."""
         name = request.request.adapter or ""
-        found = self.counters.get(name)
-        if found is None:
-            found = self.counters[name] = Counters()
-        return found
+        if name not in self.counters and len(self.counters.keys() - {"", OTHERS}) >= MAX_NAMED:
+            others = self.counters.setdefault(OTHERS, Counters())
+            gone = [each for each in self.counters if each not in ("", OTHERS) and not self.store.is_loaded(each)]
+            for each in gone:
+                others.merge(self.counters.pop(each))
+            if not gone:
+                return others
+        return self.counters.setdefault(name, Counters())
 
     # Ends
 

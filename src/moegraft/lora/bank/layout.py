@@ -320,6 +320,21 @@ def new_image(layout: BankLayout, space: AddressSpace, *, pin: bool) -> torch.Te
     return torch.empty(space.num_pages, layout.page_elems, dtype=layout.dtype, pin_memory=pin)
 
 
+def read_rows(image: torch.Tensor, placement: Placement, row_len: int, rows_per_page: int) -> torch.Tensor:
+    """A copy of the rows [copies * rank, row_len] that ``build_image`` has written."""
+    num_rows = placement.rank * placement.copies
+    rows = image.new_empty(num_rows, row_len)
+    first, offset = placement.first_page, placement.offset
+    full_pages = 0 if offset else num_rows // rows_per_page
+    done = full_pages * rows_per_page
+    full = image[first : first + full_pages, : rows_per_page * row_len]
+    rows[:done].view(full_pages, rows_per_page, row_len).copy_(full.view(full_pages, rows_per_page, row_len))
+    if done < num_rows:
+        size = (num_rows - done) * row_len
+        rows[done:].copy_(image[first + full_pages, offset : offset + size].view(-1, row_len))
+    return rows
+
+
 def _write_rows(image: torch.Tensor, placement: Placement, rows: torch.Tensor, rows_per_page: int) -> None:
     num_rows, row_len = rows.shape
     first, offset = placement.first_page, placement.offset

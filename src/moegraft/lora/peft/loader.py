@@ -55,12 +55,13 @@ def load_peft_adapter(
     name: str | None = None,
     rank_slice: RankSlice = _WHOLE,
     max_bytes: int | None = None,
+    skip_unserved: bool = False,
 ) -> tuple[AdapterWeights, LoadReport]:
     """Reads an adapter that PEFT saved and fits it to a base model: ``PeftAdapter`` and its ``build`` in one.
 
     Raises what they raise.
     """
-    with PeftAdapter(path, targets, name=name) as adapter:
+    with PeftAdapter(path, targets, name=name, skip_unserved=skip_unserved) as adapter:
         return adapter.build(dtype=dtype, rank_slice=rank_slice, max_bytes=max_bytes)
 
 
@@ -69,7 +70,9 @@ class PeftAdapter:
 
     ``path``: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or its shards with their index.
     ``targets``: the whole model, also where a rank holds a slice. ``name``: for messages and the report; the folder's
-    name by default. What was checked is what is digested and read, through the same handles.
+    name by default. What was checked is what is digested and read, through the same handles. ``skip_unserved``: what
+    the adapter has on modules that the model has and that are not served (``targets.left_out``) is left out, and listed
+    in the report.
 
     Raises:
         AdapterFileError: a file is missing, malformed, a pickle, or outside the folder.
@@ -78,7 +81,14 @@ class PeftAdapter:
         AdapterMismatchError: a tensor names a module that the base model does not have.
     """
 
-    def __init__(self, path: str | os.PathLike[str], targets: ModelTargets, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        targets: ModelTargets,
+        *,
+        name: str | None = None,
+        skip_unserved: bool = False,
+    ) -> None:
         with open_folder(path) as folder:
             if name is not None and (not isinstance(name, str) or not name):
                 raise AdapterNameError(f"name {name!r}, expected a string that is not empty")
@@ -89,7 +99,7 @@ class PeftAdapter:
             self._tensors = open_weights(folder, targets)
         try:
             self._targets = targets
-            self.plan = plan_adapter(self._tensors.infos, self.config, targets)
+            self.plan = plan_adapter(self._tensors.infos, self.config, targets, skip_unserved=skip_unserved)
             _raise_first(self.plan.problems)
         except BaseException:
             self.close()
@@ -115,7 +125,8 @@ class PeftAdapter:
         """
         self._check_size(dtype, rank_slice, max_bytes)
         infos = self._tensors.infos
-        self._tensors.unread = set(infos) - set(self.plan.unused)
+        left_out = self.plan.left_out
+        self._tensors.unread = set(infos) - set(self.plan.unused) - left_out.keys()
         with as_adapter_error():
             check_twins(self.plan.twins, self._tensors.read)
             weights, notes = _build(self.plan, self._targets, self._tensors.read, dtype, rank_slice)
@@ -129,8 +140,9 @@ class PeftAdapter:
             path=str(self.path),
             peft_version=self.config.peft_version,
             tensors_in_file=len(infos),
-            tensors_applied=len(infos) - len(unread),
+            tensors_applied=len(infos) - len(unread) - len(left_out),
             tensors_elsewhere=len(elsewhere),
+            tensors_left_out=len(left_out),
             bytes_in_file=self._tensors.nbytes,
             bytes_read=self._tensors.bytes_read,
             bytes_held=weights.num_bytes,
@@ -139,6 +151,7 @@ class PeftAdapter:
             embeddings={module: plan.pair.rank for module, plan in self.plan.embeddings.items()},
             tokens={module: plan.tokens for module, plan in self.plan.tokens.items()},
             saved={module: tuple(params) for module, params in weights.saved.items()},
+            left_out={module: self._targets.left_out[module] for module in sorted(set(left_out.values()))},
             notes=(*self.config.notes, *self.plan.notes, *_cast_notes(infos.values(), dtype), *notes),
         )
         return weights, report
@@ -206,6 +219,7 @@ def open_weights(folder: Folder, targets: ModelTargets | None = None) -> WeightF
     if targets is not None:
         of_experts = sum([6 * target.num_experts for target in targets.experts.values()])
         others = 3 * len(targets.linears) + 3 * len(targets.embeddings) + sum(map(len, targets.saveable.values()))
+        others += 3 * len(targets.left_out)
         most = min(most, limits.LEAST_TENSORS + 2 * (of_experts + others))
     with as_adapter_error():
         return WeightFolder(folder, ADAPTER_FILES, max_tensors=most)
@@ -286,6 +300,7 @@ def _build(
         }
         | {module: lora for module, lora in tokens.items() if isinstance(lora, EmbeddingLoRA)},
         saved=saved,
+        tokens=frozenset(tokens),
     )
     return weights, notes
 

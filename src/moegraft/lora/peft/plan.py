@@ -10,7 +10,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from moegraft.core.errors import AdapterConfigError, AdapterError, AdapterFileError, AdapterTensorError
+from moegraft.core.errors import (
+    AdapterConfigError,
+    AdapterError,
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterTensorError,
+    UnservedModuleError,
+)
 from moegraft.files import TensorInfo, limits, shorten
 from moegraft.lora.peft import fused
 from moegraft.lora.peft.config import PeftConfig
@@ -97,7 +104,8 @@ class AdapterPlan:
     """The whole adapter; ``saved``: module -> parameter -> tensor.
 
     ``tokens``: modules of which rows are replaced. ``twins``: tensors that must be equal, since both are one parameter.
-    ``unused``: names of tensors that change nothing.
+    ``unused``: names of tensors that change nothing. ``left_out``: name of a tensor -> module of the base model that is
+    not served, where such tensors may be left out.
     """
 
     experts: Mapping[str, ExpertsPlan]
@@ -107,6 +115,7 @@ class AdapterPlan:
     saved: Mapping[str, Mapping[str, TensorInfo]]
     twins: tuple[tuple[TensorInfo, TensorInfo], ...]
     unused: tuple[str, ...]
+    left_out: Mapping[str, str]
     problems: tuple[AdapterError, ...]
     notes: tuple[str, ...]
 
@@ -118,12 +127,21 @@ class _Member:
     info: TensorInfo
 
 
-def plan_adapter(infos: Mapping[str, TensorInfo], config: PeftConfig, targets: ModelTargets) -> AdapterPlan:
-    """Sorts every tensor into a plan or into ``problems``; it raises nothing."""
+def plan_adapter(
+    infos: Mapping[str, TensorInfo], config: PeftConfig, targets: ModelTargets, *, skip_unserved: bool = False
+) -> AdapterPlan:
+    """Sorts every tensor into a plan or into ``problems``; it raises nothing.
+
+    ``skip_unserved``: what lies on modules that the base model has and that are not served goes into ``left_out``.
+    """
     problems: list[AdapterError] = []
     if not infos:
         problems.append(AdapterFileError("the weight files hold no tensors"))
-    groups = _sort_by_module(infos, targets, problems)
+    left_out: dict[str, str] = {}
+    groups = _sort_by_module(infos, targets, problems, left_out if skip_unserved else None)
+    if left_out and len(left_out) == len(infos):
+        stray = next(iter(left_out.values()))
+        problems.append(AdapterMismatchError(f"all of its modules are unserved, such as {shorten(stray)}"))
     planner = _Planner(config, targets)
     for (kind, module), members in groups.items():
         try:
@@ -140,13 +158,17 @@ def plan_adapter(infos: Mapping[str, TensorInfo], config: PeftConfig, targets: M
         saved={module: params for module, params in planner.saved.items() if params},
         twins=tuple(planner.twins),
         unused=tuple(planner.unused),
+        left_out=left_out,
         problems=tuple(problems),
         notes=(*notes, *planner.notes()),
     )
 
 
 def _sort_by_module(
-    infos: Mapping[str, TensorInfo], targets: ModelTargets, problems: list[AdapterError]
+    infos: Mapping[str, TensorInfo],
+    targets: ModelTargets,
+    problems: list[AdapterError],
+    left_out: dict[str, str] | None,
 ) -> dict[tuple[Kind, str], list[_Member]]:
     groups: dict[tuple[Kind, str], list[_Member]] = {}
     finder = SiteFinder(targets)
@@ -154,8 +176,12 @@ def _sort_by_module(
         key = parse_key(info.name)
         try:
             site = finder.find(key)
-        except AdapterError as error:
-            problems.append(type(error)(f"{info.file}: {error}"))
+        except AdapterMismatchError as error:
+            if left_out is not None and isinstance(error, UnservedModuleError):
+                left_out[info.name] = error.module
+                continue
+            error.args = (f"{info.file}: {error}",)
+            problems.append(error)
             if len(problems) >= limits.MAX_STRAY:
                 break
         else:
