@@ -146,7 +146,7 @@ def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> Ste
         else:
             pages = torch.tensor(sequence.pages[: -(-end // size)], device=device)
             segments.append(Segment(row=len(ids), count=chunk.count, context=end, pages=pages))
-        ids += sequence.tokens[chunk.start : end]
+        ids += sequence.tokens[chunk.start : end] or [0]  # not known yet
         positions += range(chunk.start, end)
         slots += [sequence.pages[at // size] * size + at % size for at in range(chunk.start, end)]
         if chunk.samples:

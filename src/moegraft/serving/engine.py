@@ -139,7 +139,8 @@ class Engine:
         # Pages alone do not bring a prefix back where layers carry a state.
         pages = PagePool(num_pages, config.page_size, prefix_cache=config.prefix_cache and runner.states is None)
         scheduler = Scheduler(pages, self._store, max_rows=max_rows, chunk_tokens=config.chunk_tokens)
-        self._loop = EngineLoop(runner, scheduler, self._store)
+        overlap = runner.device.type == "cuda" if config.overlap is None else config.overlap
+        self._loop = EngineLoop(runner, scheduler, self._store, runs_ahead=overlap)
         self._grammars = None
         if self.text.has_tokenizer:
             self._grammars = GrammarCompiler(self.text.tokenizer, self._vocab_size, tuple(self._end_ids))

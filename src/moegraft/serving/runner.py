@@ -121,18 +121,21 @@ class Runner:
         return 0 if self._graphs is None else self._graphs.captures
 
     @torch.no_grad()
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        """Logits [W, vocabulary] float32: the chunks that sample, in the plan's order, come first."""
+    def run(self, plan: StepPlan, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [W, vocabulary], which the next step overwrites: the chunks that sample, in the plan's order, come
+        first. ids: on the device, the token of each chunk, which the host does not know yet."""
         assert self._packing is not None
         if self._graphs is not None and all(chunk.samples and chunk.count == 1 for chunk in plan.chunks):
-            found = self._graphs.run(plan)
+            found = self._graphs.run(plan, ids)
             if found is not None:
-                return found.float()
+                return found
         step = pack(plan, self._packing, padded_to=self._padded(plan))
+        if ids is not None:
+            step.ids_T[: ids.shape[0]] = ids
         if self.states is not None:
             self.states.clear([chunk.sequence.slot for chunk in plan.chunks if chunk.start == 0])
         with self._adapters(step.lanes, step.lengths), self._stack:
-            return self._forward(step).float()
+            return self._forward(step)
 
     def _forward(self, step: StepBatch) -> torch.Tensor:
         self._step = step

@@ -9,7 +9,7 @@ gives its own up and is computed again later. The oldest sequence thus always ad
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -165,10 +165,31 @@ class Scheduler:
             budget -= chunk.count
         return StepPlan(chunks=tuple(sorted(chosen.values(), key=lambda c: (c.count > 1, c.sequence.arrival))))
 
+    def plan_ahead(self, plan: StepPlan, goes_on: Callable[[SequenceState], bool]) -> StepPlan | None:
+        """The step behind ``plan``, which has been begun and whose new tokens are not known yet: its rows again, those
+        of sequences that go on. None where that is not certain: others may be let in, or pages are short."""
+        alive = [chunk.sequence for chunk in plan.chunks if chunk.sequence.state is State.RUNNING]
+        is_decode = all(chunk.samples for chunk in plan.chunks) and len(alive) == len(self.running)
+        if not is_decode or (self._queues and len(self.running) < self.max_rows):
+            return None
+        chunks = []
+        for sequence in alive:
+            if not goes_on(sequence):
+                continue
+            pages = self.pages.allocate(max(0, self.pages.pages_for(sequence.computed + 1) - len(sequence.pages)))
+            if pages is None:
+                return None  # what was allocated for others is theirs: they need it next
+            sequence.pages += pages
+            chunks.append(Chunk(sequence, sequence.computed, 1, samples=True))
+        self.steps += 1
+        return StepPlan(tuple(chunks)) if chunks else None
+
     def advance(self, plan: StepPlan) -> None:
-        """After the plan has run: its tokens are computed, and full pages can be found by others."""
+        """After the plan was begun, and its tokens are known: full pages can be found by those that run behind it."""
         for chunk in plan.chunks:
             sequence = chunk.sequence
+            if sequence.state is not State.RUNNING:
+                continue
             sequence.computed = chunk.start + chunk.count
             size = self.pages.page_size
             for at in range(sequence.published, sequence.computed // size):
