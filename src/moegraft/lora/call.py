@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,7 @@ class AdapterCall:
         self.modules = frozenset(modules)
         self._heads, self._growth = heads, growth
         self._forwards: dict[int, list[ForwardRows | None]] = {}
+        self._parts: dict[tuple[ForwardRows, int, int, int], ForwardRows] = {}
 
     @property
     def is_static(self) -> bool:
@@ -166,6 +168,24 @@ class AdapterCall:
     def end(self) -> None:
         """The forward pass that began last on this thread is over."""
         self._forwards[threading.get_ident()].pop()
+
+    @contextmanager
+    def part(self, first: int, num_sequences: int, num_tokens: int) -> Iterator[None]:
+        """Inside the block layers see [B, S] tokens alone, rows [first, first + B * S) of the pass that runs."""
+        forwards = self._forwards.get(threading.get_ident(), [])
+        whole = forwards[-1] if forwards else None
+        if whole is None:
+            raise BatchError("no forward pass of the model runs that this could be a part of")
+        key = (whole, first, num_sequences, num_tokens)
+        found = self._parts.get(key)
+        if found is None:
+            rows = whole.tokens.part(first, num_sequences * num_tokens)
+            found = self._parts[key] = ForwardRows(num_sequences, num_tokens, rows)
+        forwards.append(found)
+        try:
+            yield
+        finally:
+            forwards.pop()
 
     def rows(self, module: str, shape: Sequence[int]) -> AdapterRows:
         """Rows of a module whose input has these leading dimensions: all tokens of the pass, [B, S] or flattened,

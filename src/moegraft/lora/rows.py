@@ -90,6 +90,13 @@ class AdapterRows:
             raise BatchError(f"slots {list(slots_M.shape)} {slots_M.dtype}, expected [M] torch.int32, contiguous")
         return cls(slots_M=slots_M, host=None, run_length=run_length)
 
+    def part(self, first: int, count: int) -> AdapterRows:
+        """Rows [first, first + count)."""
+        if self.host is None:
+            return AdapterRows.on_device(self.slots_M[first : first + count], run_length=min(self.run_length, count))
+        host = self.host[first : first + count]
+        return AdapterRows.of(host, device=self.slots_M.device, factors=self.factors)
+
     @property
     def num_rows(self) -> int:
         return self.slots_M.shape[0]

@@ -127,6 +127,10 @@ class AdapterStore:
                 known = ", ".join(repr(each) for each in self._current) or "none"
                 raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {known}")
 
+    def is_loaded(self, name: str) -> bool:
+        with self._lock:
+            return name in self._current
+
     def done(self, version: AdapterVersion) -> None:
         """A request has ended."""
         with self._lock:

@@ -11,6 +11,7 @@ from moegraft.serving.attention.gathered import attend_gathered, attend_together
 from moegraft.serving.kv_pool import KVPool, LayerKV
 from moegraft.serving.pages import SCRATCH_PAGE
 from moegraft.serving.scheduler import BASE, StepPlan
+from moegraft.serving.states import StatePiece, pieces_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class StepBatch:
     ids_T, positions_T, slots_T (page * S + offset) int64 · lanes, lengths: the adapter of each chunk and its rows, BASE
     for padding · rows_W: those whose logits are wanted, ``lanes_W`` their adapters; None for all rows ·
     decode: rows that the paged kernel takes, where there is one · groups: the same without one · segments: the other
-    rows, by sequence.
+    rows, by sequence · states: rows as recurrent mixers see them, where the model has such.
     """
 
     ids_T: torch.Tensor
@@ -61,6 +62,7 @@ class StepBatch:
     decode: DecodeRows | None
     groups: tuple[DecodeGroup, ...]
     pool: KVPool
+    states: tuple[StatePiece, ...] = ()
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
@@ -108,12 +110,14 @@ def _decode(q_THC: torch.Tensor, kv: LayerKV, rows: DecodeRows, options: Attenti
 class Packing:
     """How plans become rows. row_by_row: every row is a segment, or decode row, of its own, so that a prompt's
     attention has the bits of decode steps · has_kernel: rows that stand alone go to the paged kernel · is_grouped:
-    without one, they are gathered together, and a row's bits follow the longest context among them."""
+    without one, they are gathered together, and a row's bits follow the longest context among them · has_states: the
+    model has recurrent mixers."""
 
     pool: KVPool
     row_by_row: bool
     has_kernel: bool
     is_grouped: bool
+    has_states: bool = False
 
 
 def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> StepBatch:
@@ -142,7 +146,7 @@ def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> Ste
         else:
             pages = torch.tensor(sequence.pages[: -(-end // size)], device=device)
             segments.append(Segment(row=len(ids), count=chunk.count, context=end, pages=pages))
-        ids += sequence.tokens[chunk.start : end]
+        ids += sequence.tokens[chunk.start : end] or [0]  # not known yet
         positions += range(chunk.start, end)
         slots += [sequence.pages[at // size] * size + at % size for at in range(chunk.start, end)]
         if chunk.samples:
@@ -164,6 +168,7 @@ def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> Ste
         decode=_decode_rows(alone, device) if alone and packing.has_kernel else None,
         groups=() if packing.has_kernel else _groups(alone, size, device),
         pool=pool,
+        states=pieces_of(plan.chunks, device, padded_to=padded_to[0]) if packing.has_states else (),
     )
 
 

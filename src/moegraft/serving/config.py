@@ -15,8 +15,10 @@ class EngineConfig:
     of a sequence, None as the model's config says · max_waiting: requests that wait before the next is refused ·
     prefix_cache: whether prompts that begin alike, under the same version of an adapter, share pages ·
     batch_sizes: rows are padded to the next of these (none: not padded on the CPU, chosen by the engine on a GPU) ·
-    cuda_graphs: decode steps as CUDA graphs where kernels run the experts · batch_invariant: a request gets the same
-    tokens and log-probabilities whatever else runs; every step then has the same padded size ·
+    cuda_graphs: decode steps as CUDA graphs where kernels run the experts · overlap: a decode step begins before the
+    tokens of the one before are read, so that the host works while the device runs (None: on a GPU) ·
+    batch_invariant: a request gets the same tokens and log-probabilities whatever else runs; every step then has the
+    same padded size ·
     backend: an experts class by name.
     """
 
@@ -31,6 +33,7 @@ class EngineConfig:
     prefix_cache: bool = True
     batch_sizes: tuple[int, ...] = ()
     cuda_graphs: bool = True
+    overlap: bool | None = None
     batch_invariant: bool = False
     backend: str | None = None
 

@@ -31,7 +31,6 @@ from moegraft.core.errors import (
     UnknownAdapterError,
 )
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, LinearFactor, LinearTables
-from moegraft.lora.bank.address_space import build_image, new_image, plan_address_space
 from moegraft.lora.bank.factors import collect_factors
 from moegraft.lora.bank.handle import (
     AdapterBatch,
@@ -44,7 +43,7 @@ from moegraft.lora.bank.handle import (
     module_ranks,
 )
 from moegraft.lora.bank.integrity import check_bank
-from moegraft.lora.bank.layout import BankLayout
+from moegraft.lora.bank.layout import BankLayout, build_image, new_image, plan_address_space
 from moegraft.lora.bank.pool import DeviceTables, PagePool, factor_tensor, saved_tensor
 from moegraft.lora.targets import AdapterWeights
 
@@ -110,6 +109,7 @@ class AdapterBank:
         self._unsettled = False
         self._uids = itertools.count(1)
         self._clock = 0
+        self.evictions = 0  # since the start, of adapters that stayed loaded
         self._side_stream: torch.cuda.Stream | None = None
         self._other_streams: dict[int, torch.cuda.Event] = {}
 
@@ -482,6 +482,7 @@ class AdapterBank:
                 handle.image = image
         for handle in handles:
             self._leave_pool(handle)
+            self.evictions += 1
 
     def _enter_pool(self, handle: AdapterHandle, *, is_aside: bool) -> None:
         assert handle.image is not None, "an adapter outside the pool has its image"

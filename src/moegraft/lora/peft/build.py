@@ -10,9 +10,8 @@ import torch
 from moegraft.core.cuts import Cuts, cut_axis, cut_tensor
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
 from moegraft.files import TensorInfo, shorten
-from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair, TokensPlan
-from moegraft.lora.targets import EmbeddingLoRA, EmbeddingTarget, LinearLoRA
+from moegraft.lora.targets import EmbeddingLoRA, EmbeddingTarget, LinearLoRA, UnfinishedDora
 from moegraft.parallel.slices import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
 
 # Rows of a base weight that are widened to float32 at a time (DoRA): bounds the memory for a large vocabulary.

@@ -10,7 +10,7 @@ from typing import Any
 
 from moegraft.core.errors import AdapterConfigError
 from moegraft.files import limits, shorten
-from moegraft.files.strict_json import StrictJSONError, parse_object
+from moegraft.files.folder import StrictJSONError, parse_object
 from moegraft.lora.peft.patterns import Budget, ModulePatterns
 
 CONFIG_FILE = "adapter_config.json"

@@ -23,7 +23,6 @@ from moegraft.core.errors import (
     StoredTensorError,
 )
 from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
-from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.build import (
     Read,
     build_bias,
@@ -38,7 +37,7 @@ from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_e
 from moegraft.lora.peft.config import CONFIG_FILE, read_config
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
-from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModelTargets
+from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModelTargets, UnfinishedDora
 from moegraft.parallel.slices import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
 
 ADAPTER_FILES = WeightFiles(

@@ -16,8 +16,7 @@ from torch import nn
 
 from moegraft.core.errors import BatchError, UnsupportedModelError
 from moegraft.integrations.transformers.host.dtensors import whole
-from moegraft.integrations.transformers.sites import compiled
-from moegraft.integrations.transformers.sites.call import CallState
+from moegraft.integrations.transformers.sites.call import CallState, register
 from moegraft.integrations.transformers.sites.seams import HookSeam
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.bank.handle import AdapterHandle, Residency
@@ -46,7 +45,7 @@ class SavedSeam(HookSeam):
         super().__init__(name, module, bank, state)
         self.is_planned = is_planned
         self._variants: WeakKeyDictionary[AdapterHandle, _Variant] = WeakKeyDictionary()
-        self._number = compiled.register(self)
+        self._number = register(self)
 
     def install(self) -> None:
         """Raises UnsupportedModelError where a copy of the module could not run what the module runs."""
