@@ -1,13 +1,14 @@
 """Norms and rotary embeddings of a model as single launches, where these are what its own code gives.
 
-transformers writes both as a dozen operations of torch each, a third of a decode step's kernels. A module or function is
-taken over only after a trial: on random values, in the dtype of the model, the kernel must give what the model's own
-code gives. Whatever it does not take, other shapes or gradients, still goes to that code.
+transformers writes both as a dozen operations of torch each. A module or function is taken over only after a trial: on
+random values, in the dtype of the model, the kernel must give what the model's own code gives. Whatever it does not
+take, other shapes or gradients, still goes to that code.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class FusedParts:
         files = {type(module).__module__: None for module in model.modules()}
         for name in files:
             file = sys.modules[name]
-            if callable(file.__dict__.get(_ROTARY)) and name.startswith("transformers."):
+            if name.startswith("transformers.") and _is_rotary(file.__dict__.get(_ROTARY)):
                 self.rotaries.append(_Rotary(file, device))
 
     def remove(self) -> None:
@@ -109,6 +110,10 @@ def _norm_like(module: nn.Module, eps: float, device: torch.device) -> MethodOf 
         return rms_norm(x, weight, eps, adds_one=adds_one, rounds_first=rounds_first)
 
     return lambda module: MethodType(forward, module)  # a copy of the module rebinds a method to itself
+
+
+def _is_rotary(function: Any) -> bool:
+    return callable(function) and list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]
 
 
 class _Rotary:
