@@ -17,7 +17,7 @@ from moegraft.cli.launch import run_on_ranks
 from moegraft.cli.loading import encode_prompts, load_model, load_tokenizer, quiet_transformers, resolve_device
 from moegraft.integrations.transformers import attach, init_parallel
 from moegraft.parallel import ParallelConfig
-from moegraft.parallel.config import Dispatch
+from moegraft.parallel.groups import Dispatch
 
 BASE = "base"
 

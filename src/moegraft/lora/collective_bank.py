@@ -11,10 +11,9 @@ from typing import TypeVar
 from moegraft.core.errors import AdapterNameError, BatchError
 from moegraft.lora.bank import AdapterBank, AdapterBatch
 from moegraft.lora.bank.combination import combine
-from moegraft.lora.dora import finish_dora
 from moegraft.lora.rows import GroupAdapters
-from moegraft.lora.targets import AdapterWeights
-from moegraft.parallel.agreement import Agreement, Step
+from moegraft.lora.targets import AdapterWeights, finish_dora
+from moegraft.parallel.collectives import Agreement, Step
 from moegraft.parallel.groups import ParallelGroups
 
 Report = TypeVar("Report")

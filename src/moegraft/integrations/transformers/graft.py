@@ -44,7 +44,7 @@ from moegraft.lora.peft import LoadReport
 from moegraft.lora.peft.loader import PeftAdapter
 from moegraft.lora.targets import AdapterWeights, ModelTargets
 from moegraft.parallel import Agreement, ParallelConfig, Step
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.slices import ExpertMap
 
 _MARK = "_moegraft_graft"
 # Of one row: an adapter's name, None for the base, or several that add up: names, or (name, weight).
@@ -234,7 +234,8 @@ class GraftedModel:
             weights, report = adapter.build(
                 dtype=self.bank.layout.dtype, rank_slice=self.layout.mine, max_bytes=self.bank.pool.capacity_bytes
             )
-        self.layout.check_adapter(weights)
+        if self.layout.plan is not None:
+            self.layout.plan.check_adapter(weights)
         if weights.experts and not self._lora_experts:
             raise AdapterMismatchError(
                 f"adapter {name!r} has LoRA on experts ({min(weights.experts)}), of which "

@@ -31,7 +31,6 @@ from moegraft.core.errors import (
     UnknownAdapterError,
 )
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, LinearFactor, LinearTables
-from moegraft.lora.bank.address_space import build_image, new_image, plan_address_space
 from moegraft.lora.bank.factors import collect_factors
 from moegraft.lora.bank.handle import (
     AdapterBatch,
@@ -44,7 +43,7 @@ from moegraft.lora.bank.handle import (
     module_ranks,
 )
 from moegraft.lora.bank.integrity import check_bank
-from moegraft.lora.bank.layout import BankLayout
+from moegraft.lora.bank.layout import BankLayout, build_image, new_image, plan_address_space
 from moegraft.lora.bank.pool import DeviceTables, PagePool, factor_tensor, saved_tensor
 from moegraft.lora.targets import AdapterWeights
 

@@ -11,8 +11,8 @@ import torch
 from moegraft.core.errors import BatchError
 from moegraft.core.tables import ExpertsFactor, LinearFactor
 from moegraft.files import limits
-from moegraft.lora.bank.address_space import read_rows
 from moegraft.lora.bank.handle import AdapterHandle
+from moegraft.lora.bank.layout import read_rows
 from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, ExpertsLoRA, LinearLoRA
 
 if TYPE_CHECKING:

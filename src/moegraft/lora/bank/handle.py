@@ -10,8 +10,7 @@ from weakref import ReferenceType
 import torch
 
 from moegraft.core.errors import AdapterMemoryError
-from moegraft.lora.bank.address_space import AddressSpace
-from moegraft.lora.bank.layout import BankLayout
+from moegraft.lora.bank.layout import AddressSpace, BankLayout
 from moegraft.lora.bank.pool import PagePool
 
 

@@ -23,13 +23,21 @@ from moegraft.core.errors import (
     StoredTensorError,
 )
 from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
-from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved, build_tokens, check_twins
+from moegraft.lora.peft.build import (
+    Read,
+    build_bias,
+    build_embedding,
+    build_linear,
+    build_saved,
+    build_tokens,
+    check_twins,
+    lora_param,
+)
 from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
 from moegraft.lora.peft.config import CONFIG_FILE, read_config
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
-from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModelTargets
+from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModelTargets, UnfinishedDora
 from moegraft.parallel.slices import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
 
 ADAPTER_FILES = WeightFiles(
@@ -273,7 +281,7 @@ def _build(
     plan: AdapterPlan, targets: ModelTargets, read: Read, dtype: torch.dtype, mine: RankSlice
 ) -> tuple[AdapterWeights, list[str]]:
     saved, notes = _build_saved(plan, targets, read, mine)
-    merged = saved.keys() & (plan.linears.keys() | plan.embeddings.keys())
+    merged = {module for module, params in saved.items() if lora_param(plan, module) in params}
     notes += [f"{module} is another one than the base model's: LoRA was merged into it" for module in sorted(merged)]
     experts = {
         module: build_experts(item, read, dtype, mine.experts.get(module, WHOLE_EXPERTS))
@@ -322,11 +330,16 @@ def _build_saved(
     for module, params in plan.saved.items():
         for param, info in params.items():
             base = targets.saveable[module][param]
-            tensor = build_saved(plan, module, base, info, read, mine.saved.get((module, param)))
+            tensor = build_saved(plan, module, param, base, info, read, mine.saved.get((module, param)))
             if tensor is None:
                 notes.append(f"{info.name} equals the base model's {module}.{param}")
             else:
                 saved.setdefault(module, {})[param] = tensor
+    for module, linear in plan.linears.items():
+        if linear.bias is not None:
+            base = saved.get(module, {}).get("bias", targets.saveable[module]["bias"])
+            bias = build_bias(linear, base, read, mine.saved.get((module, "bias")))
+            saved.setdefault(module, {})["bias"] = bias
     return saved, notes
 
 
