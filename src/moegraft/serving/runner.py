@@ -16,6 +16,7 @@ from moegraft.core.config import DeviceTarget
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers import GraftedModel
 from moegraft.serving.attention import IMPLEMENTATION
+from moegraft.serving.attention.latents import give_back, keep_latents
 from moegraft.serving.batch import Packing, StepBatch, pack
 from moegraft.serving.fused import FusedParts
 from moegraft.serving.graphs import DecodeGraphs
@@ -32,7 +33,7 @@ _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 class Runner:
     """Owns the model's attention while it lives: ``close`` gives the model its own back.
 
-    names: lane -> the bank's name of the adapter. row_by_row and batch_sizes: see ``pack`` and EngineConfig.
+    names: lane -> the bank's name of the adapter. row_by_row, batch_sizes, latent_cache: see ``pack``, EngineConfig.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Runner:
         batch_sizes: Sequence[int] = (),
         max_rows: int = 128,
         row_by_row: bool = False,
+        latent_cache: bool | None = None,
     ) -> None:
         self.graft = graft
         self.model: PreTrainedModel = graft.model
@@ -64,10 +66,12 @@ class Runner:
         self._hook = head.register_forward_pre_hook(self._keep_wanted_rows)
         self.states: StateSlots | None = None
         self._fused: FusedParts | None = None
+        keeps_latents = self.device.type == "cpu" if latent_cache is None else latent_cache
+        self._latents = keep_latents(self.model, graft) if keeps_latents else []
         try:
             self.shapes: dict[int, LayerShape] = layer_shapes(self.model, self.device)
             run = partial(layer_shapes, self.model, self.device)
-            self.states = find_states(self.model, run, self.shapes, graft.part)
+            self.states = find_states(self.model, run, self.shapes, graft.current_call)
             if self.states is not None and row_by_row:
                 raise UnsupportedModelError(
                     f"batch_invariant: {type(self.model).__name__} has recurrent layers, whose bits follow the chunks "
@@ -83,6 +87,7 @@ class Runner:
             self.states.close()
         if self._fused is not None:
             self._fused.remove()
+        give_back(self._latents)
         self.model.set_attn_implementation(self._previous)
         self.pool = self._packing = self._graphs = None
 
