@@ -40,7 +40,7 @@ from moegraft.serving.requests import (
 from moegraft.serving.runner import Runner, longest_context
 from moegraft.serving.sampler import SamplingRow, sequence_seed
 from moegraft.serving.scheduler import BASE, Scheduler, SequenceState, State
-from moegraft.serving.status import AdapterStatus, EngineStats
+from moegraft.serving.status import OTHERS, AdapterStatus, EngineStats
 from moegraft.serving.stream import TokenStream
 from moegraft.serving.text import TextCodec, TextGrowth
 
@@ -125,19 +125,23 @@ class Engine:
             batch_sizes=sizes,
             max_rows=config.max_rows,
             row_by_row=config.batch_invariant,
+            latent_cache=config.latent_cache,
         )
         self._resources.callback(runner.close)
-        num_pages = _num_pages(config, runner, longest_context(model))
+        max_rows = _num_slots(config, runner)
+        num_pages = _num_pages(config, runner, longest_context(model), max_rows)
         self.max_model_len = min(config.max_model_len or longest_context(model), (num_pages - 1) * config.page_size)
-        runner.open_pool(num_pages, config.page_size)
+        runner.open_pool(num_pages, config.page_size, max_rows)
         # Captured decode steps have sizes of their own: a request's bits would follow how many others run.
         # Experts in torch's own operations copy their plan from the host, which no graph may capture.
-        is_capturable = all(choice.backend != "TorchExperts" for choice in graft.explain())
+        is_capturable = runner.states is None and all(choice.backend != "TorchExperts" for choice in graft.explain())
         if config.cuda_graphs and is_capturable and not config.batch_invariant and runner.device.type == "cuda":
             runner.open_graphs(self.max_model_len)
-        pages = PagePool(num_pages, config.page_size, prefix_cache=config.prefix_cache)
-        scheduler = Scheduler(pages, self._store, max_rows=config.max_rows, chunk_tokens=config.chunk_tokens)
-        self._loop = EngineLoop(runner, scheduler, self._store)
+        # Pages alone do not bring a prefix back where layers carry a state.
+        pages = PagePool(num_pages, config.page_size, prefix_cache=config.prefix_cache and runner.states is None)
+        scheduler = Scheduler(pages, self._store, max_rows=max_rows, chunk_tokens=config.chunk_tokens)
+        overlap = runner.device.type == "cuda" if config.overlap is None else config.overlap
+        self._loop = EngineLoop(runner, scheduler, self._store, runs_ahead=overlap)
         self._grammars = None
         if self.text.has_tokenizer:
             self._grammars = GrammarCompiler(self.text.tokenizer, self._vocab_size, tuple(self._end_ids))
@@ -291,14 +295,17 @@ class Engine:
         """Names under ``adapters_from`` that a request may use though they are not loaded yet."""
         return self._store.available()
 
-    def load_adapter(self, name: str, source: Source, *, replace: bool = False) -> AdapterStatus:
+    def load_adapter(
+        self, name: str, source: Source, *, replace: bool = False, skip_unserved: bool = False
+    ) -> AdapterStatus:
         """Waits until an adapter is loaded and checked; other requests go on meanwhile.
 
         source: a folder, an fsspec URL, or the two files of one from memory: ``{"adapter_config.json": ...,
         "adapter_model.safetensors": ...}``. replace: a name that is taken gets a new version; requests that run finish
-        on the old one. Raises AdapterError of the kind that fits; nothing has changed then.
+        on the old one. skip_unserved: leaves out what the adapter has on modules that are not served (a vision tower),
+        which its status lists. Raises AdapterError of the kind that fits; nothing has changed then.
         """
-        self._store.load(name, source, replace=replace)
+        self._store.load(name, source, replace=replace, skip_unserved=skip_unserved)
         return self.adapters[name]
 
     def unload_adapter(self, name: str, *, force: bool = False) -> None:
@@ -345,10 +352,14 @@ class Engine:
         """Counts and times, for metrics."""
         loop, counts = self._loop, self._counts()
         scheduler = loop.scheduler
-        adapters = {name: each.snapshot(*counts.get(name, (0, 0))) for name, each in list(loop.counters.items())}
+        running, waiting = (sum(numbers) for numbers in zip(*counts.values(), strict=True)) if counts else (0, 0)
+        counters = dict(loop.counters)
+        unnamed = [here for name, here in counts.items() if name not in counters]
+        counts[OTHERS] = (sum(running for running, _ in unnamed), sum(waiting for _, waiting in unnamed))
+        adapters = {name: each.snapshot(*counts.get(name, (0, 0))) for name, each in counters.items()}
         return EngineStats(
-            running=sum(running for running, _ in counts.values()),
-            waiting=sum(waiting for _, waiting in counts.values()),
+            running=running,
+            waiting=waiting,
             pages_total=scheduler.pages.capacity,
             pages_used=scheduler.pages.num_held,
             pages_cached=scheduler.pages.num_cached,
@@ -359,6 +370,7 @@ class Engine:
             graph_captures=loop.runner.graph_captures,
             adapters=adapters,
             load_seconds=self._store.load_times.snapshot(),
+            evictions=self._graft.bank.evictions,
         )
 
     @property
@@ -432,14 +444,30 @@ def _is_pair(prompt: tuple[Any, ...]) -> bool:
     return len(prompt) == 2 and (prompt[1] is None or isinstance(prompt[1], str))
 
 
-def _num_pages(config: EngineConfig, runner: Runner, longest: int) -> int:
+def _num_slots(config: EngineConfig, runner: Runner) -> int:
+    """Sequences that run at once: ``max_rows``, or as many as have room for their states in half of the memory."""
+    if runner.states is None:
+        return config.max_rows
+    memory, slot_bytes = parse_bytes(config.kv_memory), runner.states.bytes_per_slot
+    slots = min(config.max_rows, memory // 2 // slot_bytes - 1)  # one is scratch
+    if slots < 1:
+        raise UnsupportedModelError(
+            f"kv_memory is {format_bytes(memory)}, expected at least {format_bytes(4 * slot_bytes)}: recurrent layers "
+            f"keep {format_bytes(slot_bytes)} a sequence"
+        )
+    return slots
+
+
+def _num_pages(config: EngineConfig, runner: Runner, longest: int, max_rows: int) -> int:
     """Pages that the memory has room for, scratch included, and no more than all rows at full length could fill."""
     page_bytes = bytes_per_page(runner.shapes, config.page_size)
-    room = parse_bytes(config.kv_memory) // page_bytes
-    if room < 2:
+    memory = parse_bytes(config.kv_memory)
+    if runner.states is not None:
+        memory -= (max_rows + 1) * runner.states.bytes_per_slot
+    if memory // page_bytes < 2:
         raise UnsupportedModelError(
-            f"kv_memory is {format_bytes(parse_bytes(config.kv_memory))}, expected room for at least 2 pages of "
+            f"kv_memory leaves {format_bytes(memory)} for pages, expected room for at least 2 pages of "
             f"{config.page_size} tokens, each of {format_bytes(page_bytes)}"
         )
     pages_a_row = -(-min(config.max_model_len or longest, longest) // config.page_size)
-    return min(room, 1 + config.max_rows * pages_a_row)
+    return min(memory // page_bytes, 1 + max_rows * pages_a_row)
