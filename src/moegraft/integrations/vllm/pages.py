@@ -10,9 +10,7 @@ import torch
 from moegraft.core.errors import AdapterMemoryError
 from moegraft.core.memory import format_bytes
 from moegraft.core.tables import ExpertsFactor, LinearFactor
-from moegraft.lora.bank.address_space import Placement, place_factors, plan_address_space
-from moegraft.lora.bank.factors import FactorRows
-from moegraft.lora.bank.layout import BankLayout
+from moegraft.lora.bank.layout import BankLayout, FactorRows, Placement, place_factors, plan_address_space
 from moegraft.lora.bank.pool import DeviceTables, PagePool
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets
 
