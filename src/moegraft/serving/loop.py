@@ -13,18 +13,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from moegraft.core.errors import MoegraftError
+from moegraft.core.errors import MoegraftError, ParallelError
 from moegraft.serving.adapters import AdapterStore, AdapterVersion
 from moegraft.serving.requests import FinishReason, Request, TokenEvent, TokenLogprobs, Usage
 from moegraft.serving.runner import Runner
 from moegraft.serving.sampler import SamplingRow, sample
 from moegraft.serving.scheduler import Scheduler, SequenceState, State, StepPlan
+from moegraft.serving.spread import SpreadScheduler
 from moegraft.serving.status import BETWEEN_TOKENS_BUCKETS, FIRST_TOKEN_BUCKETS, AdapterCounters, Observations
 from moegraft.serving.stream import TokenStream
 from moegraft.serving.text import TextGrowth
 
 logger = logging.getLogger("moegraft.serving")
 T = TypeVar("T")
+
+ABANDON_SECONDS = 2.0
+"""For the thread to notice by itself that a rank is lost."""
 
 
 @dataclass(eq=False)
@@ -81,7 +85,16 @@ class Counters:
 class EngineLoop:
     """Owns the scheduler and runs the model. Other threads only put messages into its inbox."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, store: AdapterStore) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler | SpreadScheduler,
+        store: AdapterStore,
+        *,
+        on_failure: Callable[[str], object],
+    ) -> None:
+        """on_failure: is told, in one line, why the thread ends before ``close``: a rank is lost."""
+        self._on_failure = on_failure
         self.runner = runner
         self.scheduler = scheduler
         self.store = store
@@ -93,6 +106,7 @@ class EngineLoop:
         self.all_done = threading.Condition(self.lock)
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._loading: dict[AdapterVersion, list[LiveRequest]] = {}
+        self.failure: str | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._main, name="moegraft-engine", daemon=True)
 
@@ -126,12 +140,27 @@ class EngineLoop:
                 future.set_exception(error)
 
         self._inbox.put(answer)
-        return future.result()
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if future.done():
+                    raise
+                if not self._thread.is_alive():
+                    return run()
+
+    def abandon(self, message: str) -> None:
+        """All requests end with an error now, and the thread when it can: it may wait for a rank that is lost."""
+        self.failure, self._is_closing = message, True
+        self._inbox.put(lambda: None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(ABANDON_SECONDS)
+        self._end_all()
 
     def close(self) -> None:
         """Cancels everything and ends the thread."""
         self._inbox.put(self._set_closing)
-        self._thread.join()
+        self._thread.join(None if self.failure is None else ABANDON_SECONDS)
 
     def _set_closing(self) -> None:
         self._is_closing = True
@@ -139,24 +168,34 @@ class EngineLoop:
     # The thread
 
     def _main(self) -> None:
-        while not self._is_closing:
-            self._receive()
-            plan = self.scheduler.plan()
-            if plan.chunks:
-                self._step(plan)
-            elif not self.scheduler.running and self.scheduler.num_waiting:
-                self._refuse_oldest()
-        for request in list(self.live.values()):
-            self._end_request(request, FinishReason.CANCELLED)
+        try:
+            while not self._is_closing:
+                self._receive()
+                plan = self.scheduler.plan()
+                if plan.chunks:
+                    self._step(plan)
+                elif not self.scheduler.running and self.scheduler.num_waiting:
+                    self._refuse_oldest()
+        except ParallelError as error:
+            logger.error("the engine ends: %s", error)
+            self._on_failure(str(error))
+        self._end_all()
         while not self._inbox.empty():
             self._inbox.get()()
+        self._end_all()
+
+    def _end_all(self) -> None:
+        reason = FinishReason.CANCELLED if self.failure is None else FinishReason.ERROR
         for request in list(self.live.values()):
-            self._end_request(request, FinishReason.CANCELLED)
+            self._end_request(request, reason, self.failure)
 
     def _receive(self) -> None:
         """All messages that are there; waits for one where there is nothing to do."""
-        if self.scheduler.is_idle:
-            self._inbox.get()()
+        while self.scheduler.is_idle and not self._is_closing:
+            try:
+                self._inbox.get(timeout=self.runner.beat_seconds)()
+            except queue.Empty:
+                self.runner.beat()
         while not self._inbox.empty() and not self._is_closing:
             self._inbox.get()()
 
@@ -191,11 +230,15 @@ class EngineLoop:
         rows = [chunk.sequence.owner for chunk in plan.chunks if chunk.samples]
         try:
             logits = self.runner.run(plan)
+            if self.failure is not None:
+                return  # all have been told
             is_finite = logits[: len(rows)].amax(-1).isfinite().tolist()
             ready = [live for live, ok in zip(rows, is_finite, strict=True) if self._prepare(live, logits.shape[1], ok)]
             if len(ready) < len(rows):
                 logits = logits[[i for i, live in enumerate(rows) if live in ready]]
             drawn = sample(logits[: len(ready)], [live.row for live in ready]) if ready else None
+        except ParallelError:
+            raise
         except Exception as error:
             self._fail(plan, error)
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, SupportsIndex
@@ -285,6 +285,7 @@ class GraftedModel:
         run_length: int = 1,
         rank_bound: int | None = None,
         all_threads: bool = False,
+        agreed: Sequence[str | None] | None = None,
     ) -> Iterator[AdapterCall | None]:
         """Inside the block the model runs with these adapters, whoever calls it.
 
@@ -304,6 +305,9 @@ class GraftedModel:
         ``rank_bound``; ``captured.take_rows(call)`` checks it and copies its slots over. BatchError where an adapter of
         the batch has a larger rank, where a loaded one replaces parameters (``modules_to_save``), and where rows travel
         between ranks.
+
+        ``agreed``: on several ranks, the adapters of all ranks' rows, where the caller has seen to it that the ranks
+        run the same batch and have these adapters resident: nothing is sent to find that out.
         """
         with self._batch(
             adapters,
@@ -313,6 +317,7 @@ class GraftedModel:
             run_length=run_length,
             rank_bound=rank_bound,
             all_threads=all_threads,
+            agreed=agreed,
         ) as call:
             yield call
 
@@ -324,10 +329,11 @@ class GraftedModel:
         *,
         all_threads: bool = False,
         rank_bound: int | None = None,
+        agreed: Sequence[str | None] | None = None,
         **stated: Any,
     ) -> Iterator[AdapterCall | None]:
         self._check_attached()
-        with self._ranks.refusing(names_given=adapters is not None):
+        with nullcontext() if agreed is not None else self._ranks.refusing(names_given=adapters is not None):
             names = _check_rows(adapters, rows, self.bank.names())
             if rank_bound is not None:
                 self._check_bounded(rank_bound)
@@ -336,7 +342,7 @@ class GraftedModel:
         call = None
         with ExitStack() as stack:
             if names is not None:
-                held, group = stack.enter_context(self._ranks.acquire(names))
+                held, group = stack.enter_context(self._ranks.acquire(names, agreed))
                 if rank_bound is not None:
                     _check_ranks(held, rank_bound, self._targets)
                 call = AdapterCall(
