@@ -15,8 +15,7 @@ import torch
 
 from moegraft.core.config import Activation
 from moegraft.core.tables import NUM_FIELDS, ExpertsFactor, ExpertsTables, Field
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts, ExpertsWeights
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.formats.int4 import Int4Experts, Int4Matrix
 from moegraft.formats.int8 import Int8Experts

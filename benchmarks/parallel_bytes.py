@@ -32,8 +32,7 @@ import torch
 from moegraft.build import build_fused_moe_with_lora, build_parallel_moe, take_slice
 from moegraft.cli.launch import run_on_ranks
 from moegraft.core.config import MoEConfig
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts, ExpertsWeights
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.collective_bank import CollectiveBank
@@ -41,8 +40,7 @@ from moegraft.lora.rows import AdapterRows, RankBounds
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ExpertsTarget, ModelTargets, local_targets
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
 from moegraft.parallel import ParallelConfig, ParallelGroups
-from moegraft.parallel.expert_map import ExpertMap
-from moegraft.parallel.slices import RankSlice, Share, experts_slice
+from moegraft.parallel.slices import ExpertMap, RankSlice, Share, experts_slice
 from moegraft.testing import LoRASpec, make_lora, relative_error
 
 MODULE = "experts"
@@ -158,14 +156,14 @@ class RankLayer:
                 MODULE: experts_slice(
                     num_experts=shape.E,
                     intermediate_size=shape.F,
-                    tp=Share(groups.tp.size, groups.tp_rank),
-                    ep=Share(groups.ep.size, groups.ep_rank),
-                    experts=expert_map.experts_of_rank[groups.ep_rank],
+                    tp=Share(groups.tp.size, groups.tp.rank),
+                    ep=Share(groups.ep.size, groups.ep.rank),
+                    experts=expert_map.experts_of_rank[groups.ep.rank],
                     fully_sharded=groups.config.fully_sharded,
                 )
             }
         )
-        local = take_slice(weights, mine.experts[MODULE], adds_bias=groups.tp_rank == 0)
+        local = take_slice(weights, mine.experts[MODULE], adds_bias=groups.tp.rank == 0)
         self.base: FusedMoE = build_parallel_moe(shape.config, local, groups, expert_map)[0]
         layout = BankLayout(local_targets(targets, mine), dtype=DTYPE)
         self.bank = CollectiveBank(

@@ -40,9 +40,8 @@ from grid_problem import (
 from stopwatch import Ceilings, graph_us, measure_ceilings, run_facts
 
 from moegraft.kernels.records import MoEWeights
-from moegraft.parallel.dispatch import ranks_needed
-from moegraft.parallel.expert_map import NOWHERE, ExpertMap, ExpertPlacement
-from moegraft.parallel.slices import shard
+from moegraft.moe.expert_parallel.all_to_all import ranks_needed
+from moegraft.parallel.slices import NOWHERE, ExpertMap, ExpertPlacement, shard
 
 RANKS = 8
 LAYOUTS = ("whole", "tp8", "ep8")

@@ -69,8 +69,8 @@ class Rank:
         mine = experts_slice(
             num_experts=NUM_EXPERTS,
             intermediate_size=INTER,
-            tp=Share(config.tp, self.groups.tp_rank),
-            ep=Share(config.ep, self.groups.ep_rank),
+            tp=Share(config.tp, self.groups.tp.rank),
+            ep=Share(config.ep, self.groups.ep.rank),
         )
         self.targets = TARGETS
         self.slice = RankSlice(experts={EXPERTS: mine})

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts
 
 E, D, F = 3, 6, 5
 LAYOUTS = list(itertools.product([1, 2], [False, True], [False, True]))

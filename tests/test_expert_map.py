@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moegraft.parallel.dispatch import combine_partials, local_choices, plan_routes, ranks_needed
-from moegraft.parallel.expert_map import NOWHERE, ExpertMap, ExpertPlacement
+from moegraft.moe.expert_parallel.all_to_all import combine_partials, local_choices, plan_routes, ranks_needed
+from moegraft.parallel.slices import NOWHERE, ExpertMap, ExpertPlacement
 
 CPU = torch.device("cpu")
 

@@ -30,8 +30,8 @@ from moegraft.lora.targets import AdapterWeights
 from moegraft.moe.experts import TritonExperts, torch_experts
 from moegraft.moe.layer import FusedMoE, FusedMoEModularMethod
 from moegraft.parallel import ParallelConfig
-from moegraft.parallel.config import Dispatch
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.groups import Dispatch
+from moegraft.parallel.slices import ExpertMap
 from moegraft.testing import LoRASpec, MoECase, Popularity, Routing, assert_close, assert_close_delta
 from moegraft.testing.cases import MOE_CASES
 

@@ -25,8 +25,7 @@ from support.sweep import mixed_batch_error, stray_rows
 from support.zoo import image_inputs, text_inputs, tiny_model
 
 import moegraft
-from moegraft.integrations.transformers.host.scope import TextScope
-from moegraft.integrations.transformers.host.targets import discover_targets
+from moegraft.integrations.transformers.host.targets import TextScope, discover_targets
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.lora.targets import ModelTargets
 

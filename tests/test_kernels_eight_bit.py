@@ -16,8 +16,7 @@ from support.kernels import DEVICE, make_lora_batch, reference, run_poisoned
 from support.layers import dense_weights, dequantised
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts, ExpertsWeights
 from moegraft.kernels.moe_forward.host import fused_moe_lora, op_args
 from moegraft.kernels.moe_quantise.host import moe_quantise
 from moegraft.kernels.moe_quantise.reference import moe_quantise_reference

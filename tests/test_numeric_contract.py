@@ -13,9 +13,9 @@ from support.mixed import ROWS, MixedBatch
 
 import moegraft
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora
-from moegraft.core.activation import apply_activation
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
-from moegraft.formats.dense import DenseExperts
+from moegraft.core.halves import apply_activation
+from moegraft.formats.base import DenseExperts
 from moegraft.lora.rows import AdapterRows, RankBounds
 from moegraft.testing import ExpertsFactors, LoRASpec, MoECase, poison_allocations
 

@@ -13,7 +13,7 @@ from moegraft.build import build_fused_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import NoBackendError
 from moegraft.formats import FORMAT_NAMES
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts
 from moegraft.lora.context import LoRAExpertsMixin, MoELoRAContext
 from moegraft.moe.experts import FusedMoEExpertsModular
 from moegraft.moe.layer import ExpertsOutput, PreparedRows

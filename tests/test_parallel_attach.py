@@ -35,7 +35,7 @@ import moegraft
 from moegraft.core.errors import AdapterFileError, AdapterTensorError, BatchError, ParallelError, UnsupportedModelError
 from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.parallel import ParallelConfig
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.slices import ExpertMap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -52,7 +52,7 @@ def run_quantised(case: ModelCase, packing: str) -> Logits:
     with moegraft.attach(model, adapter_memory="64MiB", parallel=case.config) as graft:
         for name, path in case.adapters.items():
             graft.load_adapter(path, name=name)
-        rows = case.rows(0 if case.config is None else graft.layout.groups.ep_rank)
+        rows = case.rows(0 if case.config is None else graft.layout.groups.ep.rank)
         batch = {key: tensor[rows] for key, tensor in make_batch(len(case.names)).items()}
         return tuple(
             graft(**batch, adapters=names).logits for names in ([None] * len(rows), [case.names[r] for r in rows])

@@ -21,8 +21,8 @@ from moegraft.core.errors import ParallelError
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.moe.experts import TorchExperts
 from moegraft.parallel import ParallelConfig, ParallelGroups
-from moegraft.parallel.config import Dispatch
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.groups import Dispatch
+from moegraft.parallel.slices import ExpertMap
 
 TIMEOUT = 2.0
 VICTIM = 1

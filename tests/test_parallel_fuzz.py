@@ -13,7 +13,7 @@ from support.formats import PACKS
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.parallel import ParallelConfig
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.slices import ExpertMap
 from moegraft.testing import LoRASpec, MoECase, Popularity, Routing
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def _places(config: ParallelConfig) -> dict[str, Any]:
     groups = ParallelGroups.create(config)
     places = {
-        "ranks": (groups.rank, groups.tp_rank, groups.ep_rank),
+        "ranks": (groups.rank, groups.tp.rank, groups.ep.rank),
         "tp": groups.tp.ranks,
         "ep": groups.ep.ranks,
         "sum": groups.tp.all_reduce(torch.tensor([1 << groups.rank])).item(),
@@ -110,7 +110,7 @@ def test_a_group_of_one_sends_nothing() -> None:
     comm.barrier()
     assert comm.traffic.total_bytes == 0
     alone = ParallelGroups.create(ParallelConfig())
-    assert (alone.rank, alone.tp_rank, alone.ep_rank, alone.world.size) == (0, 0, 0, 1)
+    assert (alone.rank, alone.tp.rank, alone.ep.rank, alone.world.size) == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(

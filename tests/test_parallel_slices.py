@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts
 from moegraft.parallel.slices import (
     Shard,
     contiguous_experts,

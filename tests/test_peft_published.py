@@ -21,10 +21,11 @@ from support.adapters import (
     write_adapter,
 )
 from support.families import VOCAB_SIZE, build
+from support.zoo import tiny_model
 from transformers import PreTrainedModel
 
 import moegraft
-from moegraft.core.errors import AdapterMismatchError, AdapterTensorError
+from moegraft.core.errors import AdapterError, AdapterMismatchError, AdapterTensorError, UnservedModuleError
 from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import inspect_peft_adapter, load_peft_adapter
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
@@ -282,3 +283,84 @@ def test_an_embedding_is_scaled_with_its_trained_rows(tmp_path: Path) -> None:
     lora = load_peft_adapter(folder, targets, dtype=torch.float32)[0].embeddings["model.embed_tokens"]
     torch.testing.assert_close(3 * weight[4] + lora.b.T @ lora.a[:, 4], 3 * torch.ones(4))
     assert not lora.a[:, [0, 1, 2, 3, 5, 6, 7, 8]].any()
+
+
+class TestModulesThatAreNotServed:
+    """An adapter of a vision-language model that was trained on its tower too: text meets no part of it."""
+
+    def test_the_rest_is_loaded_where_that_is_asked_for(self, tmp_path: Path) -> None:
+        model = tiny_model("qwen3_vl_moe")
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "qkv", "linear_fc1"])
+        input_ids = torch.tensor([[1, 5, 9, 2, 7, 3, 11]] * 2)
+        expected = save_with_peft(model, config, tmp_path, input_ids)
+        with moegraft.attach(model, adapter_memory="8MiB") as graft:
+            base = graft(input_ids=input_ids).logits
+            with pytest.raises(UnservedModuleError, match=r"visual.*exists in the base model.*skip_unserved=True"):
+                graft.load_adapter(tmp_path, "a")
+            report = graft.load_adapter(tmp_path, "a", skip_unserved=True)
+            found = graft(input_ids=input_ids, adapters=["a", None]).logits
+        assert all(name.startswith("model.visual.") and "rows" in why for name, why in report.left_out.items())
+        assert report.tensors_left_out == 2 * len(report.left_out) > 0
+        assert report.tensors_applied + report.tensors_left_out == report.tensors_in_file
+        torch.testing.assert_close(found[0], expected[0], atol=ATOL, rtol=0)
+        assert (found[0] - base[0]).abs().max() > 100 * ATOL
+
+    def test_nothing_else_is_skipped(self, tmp_path: Path) -> None:
+        targets = discover_targets(tiny_model("qwen3_vl_moe"))
+        tower = {f"{PREFIX}model.visual.blocks.0.attn.qkv.lora_{ab}.weight": torch.ones(2, 2) for ab in "AB"}
+        unknown = {f"{PREFIX}model.visual.blocks.9.attn.qkv.lora_{ab}.weight": torch.ones(2, 2) for ab in "AB"}
+        with pytest.raises(AdapterMismatchError, match="has no module"):
+            load_peft_adapter(
+                write_adapter(tmp_path / "a", tower | unknown), targets, dtype=torch.float32, skip_unserved=True
+            )
+        with pytest.raises(AdapterMismatchError, match="all of its modules are unserved"):
+            load_peft_adapter(write_adapter(tmp_path / "b", tower), targets, dtype=torch.float32, skip_unserved=True)
+
+
+class TestBiases:
+    """Trained biases of linear maps, and a bias on lora_B: both are constants that an adapter adds."""
+
+    @pytest.mark.parametrize(
+        ("family", "options"),
+        [
+            ("qwen2_moe", {"bias": "all"}),
+            ("qwen2_moe", {"bias": "lora_only", "lora_bias": True}),
+            ("qwen3_moe", {"lora_bias": True, "use_rslora": True}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "+".join(value),
+    )
+    def test_against_peft(self, family: str, options: dict[str, Any], tmp_path: Path) -> None:
+        model = build(family)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj"], **options)
+        input_ids = random_ids()
+        expected = save_with_peft(model, config, tmp_path, input_ids)
+        assert any(name.endswith("bias") for name in load_file(tmp_path / "adapter_model.safetensors"))
+        torch.testing.assert_close(served_logits(model, tmp_path, input_ids), expected[0], atol=ATOL, rtol=0)
+        without = {k: v for k, v in load_file(tmp_path / "adapter_model.safetensors").items() if "bias" not in k}
+        folder = write_adapter(tmp_path / "without", without, use_rslora="use_rslora" in options)
+        assert (served_logits(model, folder, input_ids) - expected[0]).abs().max() > 100 * ATOL
+        inspection = inspect_peft_adapter(tmp_path, discover_targets(model))
+        assert inspection.ok, inspection.problems
+
+    @pytest.mark.parametrize(
+        ("tensors", "config", "words"),
+        [
+            ({"self_attn.q_proj.lora_B.bias": 32}, {}, "lora_bias is false"),
+            ({}, {"lora_bias": True}, "lora_bias is true"),
+            ({"self_attn.q_proj.lora_B.bias": 31}, {"lora_bias": True}, r"shape \[31\], expected \[32\]"),
+            ({"self_attn.q_proj.bias": 32}, {"bias": "all"}, "q_proj of the base model has no bias"),
+            ({"mlp.experts.down_proj_bias": 32}, {"bias": "all"}, "bias 'all': .*down_proj_bias"),
+        ],
+    )
+    def test_refused_by_the_field(
+        self, tensors: dict[str, int], config: dict[str, Any], words: str, tmp_path: Path
+    ) -> None:
+        layer, factory = "model.layers.1", TensorFactory()
+        factory.linear(f"{layer}.self_attn.q_proj", 32, 32)
+        factory.tensors |= {f"{PREFIX}{layer}.{name}": torch.ones(size) for name, size in tensors.items()}
+        with pytest.raises(AdapterError, match=words):
+            load_peft_adapter(
+                write_adapter(tmp_path, factory.tensors, **config),
+                discover_targets(build("qwen3_moe")),
+                dtype=torch.float32,
+            )

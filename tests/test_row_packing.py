@@ -11,13 +11,18 @@ from support.layers import build_layer, dense_weights
 
 from moegraft.core.config import MoEConfig
 from moegraft.core.errors import BatchError
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts
 from moegraft.moe.expert_parallel import AllToAllPrepareAndFinalize
-from moegraft.moe.expert_parallel.exchange import split_rows
-from moegraft.moe.expert_parallel.packing import PlainRows, codec_for, pack_rows
-from moegraft.moe.expert_parallel.routed_rows import pack_routed_rows, unpack_routed_rows
+from moegraft.moe.expert_parallel.exchange import (
+    PlainRows,
+    codec_for,
+    pack_routed_rows,
+    pack_rows,
+    split_rows,
+    unpack_routed_rows,
+)
 from moegraft.parallel import ParallelGroups
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.slices import ExpertMap
 from moegraft.testing import MoECase, make_inputs
 
 CONFIG = MoEConfig(num_experts=7, top_k=3, hidden_size=48, intermediate_size=24)

@@ -16,8 +16,7 @@ from moegraft.core.errors import NoBackendError
 from moegraft.moe.experts import TorchExperts, TritonExperts
 from moegraft.oracle import select_experts
 from moegraft.parallel import ParallelConfig
-from moegraft.parallel.expert_map import ExpertMap
-from moegraft.parallel.slices import shards
+from moegraft.parallel.slices import ExpertMap, shards
 from moegraft.testing import LoRASpec, MoECase, assert_close, assert_close_delta
 from moegraft.testing.cases import MOE_CASES
 

@@ -35,8 +35,7 @@ from moegraft.core.errors import (
     ParallelError,
 )
 from moegraft.core.tables import ExpertsTables, LinearTables
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts, ExpertsWeights
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.formats.int4 import Int4Experts
 from moegraft.formats.int8 import Int8Experts
@@ -71,7 +70,7 @@ from moegraft.parallel import (
     Share,
     experts_slice,
 )
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.slices import ExpertMap
 
 if TYPE_CHECKING:
     from moegraft.kernels.workspace import Workspace

@@ -99,5 +99,5 @@ def test_kernels_in_bfloat16(case: ModelCase, config: ParallelConfig, gpus: Worl
 def test_a_plan_of_transformers(tmp_path: Path, gpus: WorldPool) -> None:
     """Attention and heads are shared out too."""
     case = _case("qwen3_moe", tmp_path)
-    mine = replace(case, checkpoint=tmp_path / "model", plan={"tp_plan": "auto"})
+    mine = replace(case, checkpoint=tmp_path / "model", plan={"tp_plan": "auto", "tp_size": 2})
     check_ranks(mine, gpus.run(run_rank, mine), run_alone(case))

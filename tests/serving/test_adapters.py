@@ -21,6 +21,7 @@ from moegraft.core.errors import (
     UnknownAdapterError,
 )
 from moegraft.serving.requests import FinishReason, Request
+from moegraft.serving.status import OTHERS
 
 PROMPT = draw_prompts([9])[0]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, min_tokens=6)
@@ -172,6 +173,25 @@ def test_pins_decide_who_goes_to_host_memory(mixed: MixedBatch, kinds: dict[str,
         engine.unpin_adapter("fused")
         tokens(engine, "dora")
         assert engine.adapters["fused"].residency == "host"
+        assert engine.stats().evictions == 2
+
+
+def test_counters_are_bounded(mixed: MixedBatch, kinds: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """New names count together where there is no room; those of adapters that are gone make room, and none is lost."""
+    monkeypatch.setattr("moegraft.serving.loop.MAX_NAMED", 1)
+    names = ("fused", "dora", "per_expert")
+    with Engine(mixed.model, adapters={n: kinds[n] for n in names}, **OPTIONS) as engine:
+
+        def counted() -> dict[str, int]:
+            return {name: each.generated_tokens for name, each in engine.stats().adapters.items()}
+
+        tokens(engine, "fused")
+        tokens(engine, "dora")
+        assert counted() == {"": 0, "fused": 6, OTHERS: 6}
+        engine.unload_adapter("fused")
+        tokens(engine, "per_expert")
+        assert counted() == {"": 0, OTHERS: 12, "per_expert": 6}
+        assert engine.stats().adapters[OTHERS].between_tokens_seconds.count == 10
 
 
 def test_loading_stalls_nobody(mixed: MixedBatch, kinds: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

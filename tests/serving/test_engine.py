@@ -24,6 +24,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "padded": {"batch_sizes": (16, 64), "max_rows": 16, "chunk_tokens": 64},
     "few pages": {"page_size": 4, "kv_memory": 4 * TOKEN_BYTES * 24, "max_model_len": 48},
     "few slots": {"max_adapters": 2, "page_size": 4},
+    "ahead": {
+        "overlap": True,
+        "chunk_tokens": 6,
+        "max_rows": 4,
+        "page_size": 4,
+        "kv_memory": 4 * TOKEN_BYTES * 14,
+        "max_model_len": 48,
+    },
     "no prefix cache": {"prefix_cache": False, "page_size": 4},
 }
 
@@ -44,7 +52,7 @@ def test_mixed_equals_each_alone(mixed: MixedBatch, kinds: dict[str, Path], trut
         assert tokens(again) == expected
         stats = engine.stats()
     assert stats.pages_used == stats.running == stats.waiting == stats.failed_steps == 0
-    assert (stats.preemptions > 0) == (way == "few pages")
+    assert (stats.preemptions > 0) == (way in ("few pages", "ahead"))
     hits = sum(each.usage.cached_tokens for each in again)
     assert (hits > 0) == (way not in ("no prefix cache",))
     base, others = truth([(prompt, None) for prompt, _ in requests], 8), NAMES

@@ -1,4 +1,4 @@
-"""Families through the engine: what crosses from token to token goes through pages, or is refused by name."""
+"""Families through the engine: what crosses from token to token goes through pages and state slots."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from support.serving import draw_prompts
 import moegraft
 from moegraft import Engine, SamplingParams
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.serving.runner import Runner
 
 NEW = 14
-RECURRENT = {
+# Delta nets, state spaces that continue chunks and one that does not, a short convolution, a plain linear attention.
+RECURRENT = (
     "qwen3_next",
     "qwen3_5_moe_text",
     "granitemoehybrid",
@@ -23,19 +25,19 @@ RECURRENT = {
     "nemotron_h",
     "lfm2_moe",
     "jamba",
-}
+)
 # Sliding windows and sinks; latent attention; a window by layer and a router's softcap; a gate behind attention.
 HANDFUL = ("gpt_oss", "deepseek_v3", "gemma4_text", "afmoe")
-REST = sorted(FAMILIES.keys() - RECURRENT - set(HANDFUL))
+REST = sorted(FAMILIES.keys() - set(RECURRENT) - set(HANDFUL))
 
 
-def serve(family: str, folder: Path) -> None:
+def serve(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of prompts, preemption and prefix hits, all at once, against each request alone."""
     adapters = {
         "everything": save_everything(family, folder / "everything").path,
         "part": save_part(family, folder / "part").path,
     }
-    prompts = draw_prompts((9, 5, 13, 9, 3))
+    prompts = draw_prompts((9, 5, 13, 9, 1))
     prompts[3] = prompts[0]
     requests = list(zip(prompts, ("everything", None, "part", "everything", None), strict=True))
     expected = []
@@ -51,42 +53,71 @@ def serve(family: str, folder: Path) -> None:
     model = build(family)
     sizes = {"page_size": 4, "max_rows": 4, "chunk_tokens": 9, "max_model_len": 32}
     with Engine(model, adapters=adapters, adapter_memory="64MiB", **sizes) as engine:
-        token_bytes = sum(shape.bytes_per_token for shape in engine._loop.runner.shapes.values())
         found = list(engine.generate(requests, params))
         again = list(engine.generate(requests, params))
-        assert again[0].usage.cached_tokens > 0
+        assert (again[0].usage.cached_tokens > 0) == (family not in RECURRENT)
+        engine.check_integrity()
     assert [each.token_ids for each in found] == expected
     assert [each.token_ids for each in again] == expected
-    with Engine(model, adapters=adapters, adapter_memory="64MiB", kv_memory=4 * token_bytes * 14, **sizes) as engine:
+    monkeypatch.setattr("moegraft.serving.engine._num_pages", lambda *args: 14)
+    with Engine(model, adapters=adapters, adapter_memory="64MiB", **sizes) as engine:
         assert [each.token_ids for each in engine.generate(requests, params)] == expected
         assert engine.stats().preemptions > 0
 
 
 @pytest.mark.parametrize("family", HANDFUL)
-def test_served(family: str, tmp_path: Path) -> None:
-    serve(family, tmp_path)
+def test_served(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(family, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_state_is_served(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(family, tmp_path, monkeypatch)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("family", REST)
-def test_every_other_family_is_served(family: str, tmp_path: Path) -> None:
-    serve(family, tmp_path)
+def test_every_other_family_is_served(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(family, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("family", sorted(RECURRENT))
-def test_refused_by_name(family: str) -> None:
-    model = build(family)
+def test_a_kind_of_layer_that_is_unknown_is_refused_by_name() -> None:
+    model = build("qwen3_moe")
+    model.config.layer_types = ["full_attention", "compressed_sparse_attention"]
     attention = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match=f"{family}.*does not serve yet"):
+    with pytest.raises(UnsupportedModelError, match=r"qwen3_moe.*compressed_sparse_attention.*does not serve yet"):
         Engine(model)
     assert model.config._attn_implementation == attention
-    with moegraft.attach(model) as graft:
-        graft.generate(torch.tensor([[3, 4]]), max_new_tokens=1)
 
 
-def test_a_state_that_is_unknown_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family that nobody has named yet: its logits over pages are not its own."""
-    monkeypatch.setattr("moegraft.serving.runner.check_can_be_paged", lambda model: None)
+def test_a_state_that_is_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family whose state no cache shows: its logits are not its own."""
+    monkeypatch.setattr("moegraft.serving.runner.find_states", lambda *args: None)
     for family in ("jamba", "lfm2_moe", "qwen3_next"):
+        model = build(family)
         with pytest.raises(UnsupportedModelError, match=r"other logits over pages|sizes|shape|state"):
-            Engine(build(family))
+            Engine(model)
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_states_have_their_share_of_the_memory() -> None:
+    """Fewer sequences run at once where their states do not fit, and none where not one does."""
+    model = build("qwen3_next")
+    with Engine(model) as engine:
+        states = engine._loop.runner.states
+        assert states is not None
+        slot_bytes = states.bytes_per_slot
+    assert slot_bytes == (64 * 4 + 4 * 8 * 8) * 4
+    with Engine(model, kv_memory=8 * slot_bytes, page_size=1) as engine:
+        states = engine._loop.runner.states
+        assert states is not None
+        assert states.num_slots == 3
+        assert engine.stats().pages_total == 4 * slot_bytes // (2 * (8 + 8) * 4) - 1
+        prompts = draw_prompts((3,) * 5)
+        assert all(each.outputs[0].error is None for each in engine.generate(prompts, SamplingParams(max_tokens=3)))
+        engine.check_integrity()
+    assert not any("forward" in vars(module) for module in model.modules())
+    with pytest.raises(UnsupportedModelError, match="recurrent layers keep"):
+        Engine(model, kv_memory=3 * slot_bytes)
+    with moegraft.attach(model) as graft, pytest.raises(UnsupportedModelError, match="batch_invariant"):
+        Runner(graft, names=str, row_by_row=True)

@@ -17,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.http_server import Running, Served, eventually, make_served, running
 
 from moegraft.serving.engine import Engine
-from moegraft.serving.http import metrics as metrics_module
 from moegraft.serving.http.app import create_app
 from moegraft.serving.http.guard import ServerOptions
 
@@ -215,7 +214,7 @@ def test_a_huge_body_is_refused_before_it_is_read(served: Served) -> None:
         assert post(server, "completions", ASK).status_code == 200
 
 
-def test_metrics(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics(server: Running, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     post(server, "completions", {**ASK, "model": "experts", "max_tokens": 3})
     post(server, "completions", {**ASK, "max_tokens": 3})
 
@@ -229,9 +228,12 @@ def test_metrics(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < found["moegraft_generated_tokens_total", "_base"] <= 3
     assert found["moegraft_first_token_seconds_count", "experts"] == 1
     assert found["moegraft_kv_pages_used", ""] == 0
-    monkeypatch.setattr(metrics_module, "MAX_ADAPTERS", 0)
+    server.engine.load_adapter("second", served.adapters["experts"])
+    monkeypatch.setattr("moegraft.serving.loop.MAX_NAMED", 1)
+    post(server, "completions", {**ASK, "model": "second", "max_tokens": 3})
     bounded = {adapter for name, adapter in read() if name == "moegraft_generated_tokens_total"}
-    assert bounded == {"_base", "_other"}
+    assert bounded == {"_base", "_other", "experts"}
+    server.engine.unload_adapter("second")
 
 
 def test_the_schema_holds(served: Served) -> None:

@@ -145,7 +145,7 @@ def test_a_step_that_fails_ends_its_requests_only(engine: Engine, monkeypatch: p
     runner = engine._loop.runner
     run = runner.run
 
-    def fail(plan: Any) -> Any:
+    def fail(*_: Any) -> Any:
         raise RuntimeError("the device is on fire")
 
     monkeypatch.setattr(runner, "run", fail)
@@ -162,8 +162,8 @@ def test_a_step_that_fails_ends_its_requests_only(engine: Engine, monkeypatch: p
 def test_logits_that_are_not_finite_end_their_row_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     run = engine._loop.runner.run
 
-    def spoil(plan: Any) -> torch.Tensor:
-        logits: torch.Tensor = run(plan)
+    def spoil(plan: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
+        logits: torch.Tensor = run(plan, ids)
         for row, chunk in enumerate(chunk for chunk in plan.chunks if chunk.samples):
             if chunk.sequence.tokens[0] == 7 and len(chunk.sequence.tokens) > 5:
                 logits[row, 3] = float("nan")

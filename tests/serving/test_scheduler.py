@@ -62,17 +62,37 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not sequence.pages
         del self.total[sequence]
 
-    @rule()
-    def step(self) -> None:
+    @rule(ahead=st.integers(0, 3), stop=st.integers(0, 9))
+    def step(self, ahead: int, stop: int) -> None:
+        """``ahead`` further steps are begun before the tokens of the one before them are known; a sequence whose tokens
+        sum up to ``stop`` ends unforeseen."""
         before = {sequence: sequence.computed for sequence in self.total if sequence.state is State.RUNNING}
-        plan = self.scheduler.plan()
+        plan: StepPlan | None = self.scheduler.plan()
+        assert plan is not None
         self.check(plan, before)
         self.scheduler.advance(plan)
+        for _ in range(ahead):
+            behind = (
+                self.scheduler.plan_ahead(plan, lambda s: len(s.tokens) + 1 < self.total[s]) if plan.chunks else None
+            )
+            self.take(plan, stop)
+            if behind is None:
+                return
+            for chunk in behind.chunks:
+                if chunk.sequence.state is State.RUNNING:
+                    assert (chunk.start, chunk.count, chunk.samples) == (len(chunk.sequence.tokens) - 1, 1, True)
+                    assert len(chunk.sequence.pages) * SIZE > chunk.start
+            self.scheduler.advance(behind)
+            plan = behind
+        self.take(plan, stop)
+
+    def take(self, plan: StepPlan, stop: int) -> None:
+        """The tokens of a step."""
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            if chunk.samples:
+            if chunk.samples and sequence.state is State.RUNNING:
                 self.scheduler.append(sequence, sum(sequence.tokens) % 2)
-                if len(sequence.tokens) >= self.total[sequence]:
+                if len(sequence.tokens) >= self.total[sequence] or sum(sequence.tokens) == stop:
                     self.scheduler.finish(sequence)
                     del self.total[sequence]
         for sequence in self.total:

@@ -17,8 +17,7 @@ from moegraft.lora.rows import AdapterRows, RankBounds
 from moegraft.lora.targets import AdapterWeights, ExpertsLoRA, ModelTargets, local_targets
 from moegraft.moe.layer import FusedMoE
 from moegraft.parallel import ParallelConfig, ParallelGroups
-from moegraft.parallel.expert_map import ExpertMap
-from moegraft.parallel.slices import RankSlice, Share, experts_slice
+from moegraft.parallel.slices import ExpertMap, RankSlice, Share, experts_slice
 from moegraft.testing import MoECase, MoEInputs, assert_close, assert_close_delta, make_inputs, poison_allocations
 from support.formats import PACKS
 from support.layers import DELTA_TOL, MODULE, BuiltLayer, build_layer, dense_weights, experts_target, fields_of
@@ -123,7 +122,7 @@ def build_rank_layer(parallel: ParallelCase, groups: ParallelGroups) -> RankLaye
     if (pack := PACKS[parallel.packing].pack) is not None:
         weights = pack(weights)
     mine = rank_slice(case, parallel.expert_map, groups.config, groups.rank, weights.intermediate_granule)
-    weights = take_slice(weights, mine.experts[MODULE], adds_bias=groups.tp_rank == 0)
+    weights = take_slice(weights, mine.experts[MODULE], adds_bias=groups.tp.rank == 0)
     base, _ = build_parallel_moe(case.config, weights, groups, parallel.expert_map)
 
     targets = ModelTargets(model_type="plain", experts={MODULE: experts_target(case)})
@@ -140,7 +139,7 @@ def build_rank_layer(parallel: ParallelCase, groups: ParallelGroups) -> RankLaye
         for name in bank.ids:
             bank.bank.evict(name)
         bank.bank.ensure_resident(reversed(bank.ids))
-    tokens = parallel.tokens(groups.ep_rank)
+    tokens = parallel.tokens(groups.ep.rank)
     inputs = parallel.inputs(inputs)
     mine_only = replace(
         inputs,

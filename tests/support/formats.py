@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.formats.int4 import Int4Experts
 from moegraft.formats.int8 import Int8Experts

@@ -9,8 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts, ExpertsWeights
 from moegraft.lora.bank import AdapterBank, BankLayout
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.punica import PunicaWrapperCPU

@@ -16,7 +16,7 @@ import transformers
 
 import moegraft
 from moegraft.parallel import ParallelConfig
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.slices import ExpertMap
 from support.families import build
 from support.parallel_models import GENERATE, ModelCase, make_batch
 

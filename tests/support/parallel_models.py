@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import moegraft
 from moegraft import GraftedModel
 from moegraft.parallel import ParallelConfig
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.slices import ExpertMap
 from support.families import VOCAB_SIZE, build
 
 LENGTHS = (9, 7, 5, 8, 6)
@@ -85,7 +85,7 @@ def run_rank(case: ModelCase) -> ModelResult:
     model = case.model()
     options = {} if case.config is None else {"parallel": case.config, "expert_maps": case.expert_maps}
     with moegraft.attach(model, adapter_memory="64MiB", **options) as graft:
-        return _run(graft, case, case.rows(graft.layout.groups.ep_rank))
+        return _run(graft, case, case.rows(graft.layout.groups.ep.rank))
 
 
 def _run(graft: GraftedModel, case: ModelCase, rows: list[int]) -> ModelResult:

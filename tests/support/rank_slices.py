@@ -11,7 +11,6 @@ import torch.distributed as dist
 from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import AdapterTensorError
 from moegraft.lora.bank import AdapterBank, BankLayout
-from moegraft.lora.dora import finish_dora
 from moegraft.lora.peft import load_peft_adapter
 from moegraft.lora.targets import (
     AdapterWeights,
@@ -19,6 +18,7 @@ from moegraft.lora.targets import (
     ExpertsTarget,
     LinearTarget,
     ModelTargets,
+    finish_dora,
     local_targets,
 )
 from moegraft.parallel import (

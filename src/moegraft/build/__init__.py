@@ -1,7 +1,13 @@
 """The one place that composes: oracle, then format, then layer."""
 
-from moegraft.build.layers import build_fused_moe, build_fused_moe_with_lora, punica_for
-from moegraft.build.parallel import build_parallel_moe, linear_punica_for, take_slice
+from moegraft.build.layers import (
+    build_fused_moe,
+    build_fused_moe_with_lora,
+    build_parallel_moe,
+    linear_punica_for,
+    punica_for,
+    take_slice,
+)
 
 __all__ = [
     "build_fused_moe",

@@ -1,6 +1,9 @@
-"""From weights and sizes to a layer."""
+"""From weights and sizes to a layer, or to the layer of which this rank holds a slice."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 
@@ -8,7 +11,10 @@ from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.tables import ExpertsTables
 from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.punica import PunicaWrapperBase, PunicaWrapperCPU, PunicaWrapperGPU
-from moegraft.lora.punica.sharded import ShardedExpertsPunica
+from moegraft.lora.punica.sharded import ShardedExpertsPunica, ShardedLinearPunica
+from moegraft.moe.expert_parallel.all_gather import AllGatherPrepareAndFinalize
+from moegraft.moe.expert_parallel.all_to_all import AllToAllPrepareAndFinalize
+from moegraft.moe.expert_parallel.replicated import ReplicatedPrepareAndFinalize
 from moegraft.moe.experts.triton_experts import MIN_CAPABILITY
 from moegraft.moe.layer import (
     FusedMoE,
@@ -18,8 +24,10 @@ from moegraft.moe.layer import (
     NoDispatchPrepareAndFinalize,
 )
 from moegraft.moe.router import RouterConfig
+from moegraft.moe.tensor_parallel import TensorParallelPrepareAndFinalize
 from moegraft.oracle import Decision, select_experts
-from moegraft.parallel import ParallelConfig, ParallelGroups
+from moegraft.parallel import Communicator, ExpertsSlice, LinearSlice, ParallelConfig, ParallelGroups
+from moegraft.parallel.slices import ExpertMap
 
 
 def punica_for(device: torch.device) -> PunicaWrapperBase:
@@ -73,3 +81,72 @@ def build_fused_moe_with_lora(
     if groups is not None and groups.config.fully_sharded and groups.tp.size > 1:
         punica = ShardedExpertsPunica(groups.tp, layer.config.hidden_size)
     return FusedMoEWithLoRA(layer, tables, punica)
+
+
+@torch.no_grad()  # a graph would hold what is cut off
+def take_slice(weights: ExpertsWeights, mine: ExpertsSlice, *, adds_bias: bool) -> ExpertsWeights:
+    """What a rank holds of a layer, in memory of its own.
+
+    ``adds_bias``: of the ranks that share the F of an expert, one adds b2, since their outputs are summed.
+    """
+    if mine.experts is not None:
+        weights = weights.take_experts(mine.experts)
+    if mine.intermediate is not None:
+        part = mine.intermediate
+        weights = weights.take_intermediate(part.start, part.stop, padded_to=part.padded)
+    if weights.b2 is not None and not adds_bias:
+        weights = cast("ExpertsWeights", replace(cast("Any", weights), b2=torch.zeros_like(weights.b2)))
+    return weights
+
+
+def build_parallel_moe(
+    config: MoEConfig,
+    weights: ExpertsWeights,
+    groups: ParallelGroups,
+    expert_map: ExpertMap,
+    *,
+    backend: str | None = None,
+    lora_experts: bool = True,
+) -> tuple[FusedMoE, Decision]:
+    """A FusedMoE over a rank's slice of ``take_slice`` (kept, not copied), whose output is that of the whole layer.
+
+    ``config``: of the whole layer. ``lora_experts``: as of ``build_fused_moe``. Raises NoBackendError.
+    """
+    local = replace(config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
+    pair = expert_parallel_pair(config, weights, groups, expert_map)
+    return build_fused_moe(
+        local,
+        weights,
+        backend=backend,
+        lora_experts=lora_experts,
+        prepare_finalize=pair,
+        parallel=groups.config,
+    )
+
+
+def linear_punica_for(
+    device: torch.device, mine: LinearSlice | None, ranks: Communicator, *, gathers: bool
+) -> PunicaWrapperBase:
+    """The punica wrapper of a linear map whose host sums its output up before the delta is added.
+
+    A rank that has all inputs adds its own columns of the delta by itself, unless the host ``gathers`` them first.
+    """
+    if mine is None or (mine.inputs is None and not gathers):
+        return punica_for(device)
+    return ShardedLinearPunica(ranks, mine, is_reduced=True)
+
+
+def expert_parallel_pair(
+    config: MoEConfig, weights: ExpertsWeights, groups: ParallelGroups, expert_map: ExpertMap
+) -> FusedMoEPrepareAndFinalize:
+    """Rows that all ranks have stay where they are; data-parallel ones go as ``ParallelConfig.dispatch`` says.
+
+    ``config`` is the whole layer's, ``weights`` are this rank's.
+    """
+    if groups.ep.size == 1:
+        return TensorParallelPrepareAndFinalize(config, groups.tp)
+    if not groups.config.data_parallel:
+        return ReplicatedPrepareAndFinalize(config, weights, groups, expert_map)
+    if groups.config.dispatch == "all_gather":
+        return AllGatherPrepareAndFinalize(config, weights, groups, expert_map)
+    return AllToAllPrepareAndFinalize(config, weights, groups, expert_map)

@@ -81,6 +81,9 @@ def generate(  # noqa: PLR0913  # one parameter an option
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the tokenizer's chat template.")] = False,
+    skip_unserved: Annotated[
+        bool, typer.Option("--skip-unserved", help="Leave out what adapters have on modules that are not served.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = None,
     adapter_memory: Annotated[str, typer.Option(callback=_check_memory, help="For adapters on the device.")] = "2GiB",
@@ -108,6 +111,7 @@ def generate(  # noqa: PLR0913  # one parameter an option
         use=tuple(use.split(",")) if use is not None else None,
         max_new_tokens=max_new_tokens,
         raw=raw,
+        skip_unserved=skip_unserved,
         dtype=dtype,
         device=device,
         adapter_memory=adapter_memory,

@@ -17,7 +17,7 @@ from moegraft.cli.launch import run_on_ranks
 from moegraft.cli.loading import encode_prompts, load_model, load_tokenizer, quiet_transformers, resolve_device
 from moegraft.integrations.transformers import attach, init_parallel
 from moegraft.parallel import ParallelConfig
-from moegraft.parallel.config import Dispatch
+from moegraft.parallel.groups import Dispatch
 
 BASE = "base"
 
@@ -38,6 +38,7 @@ class GenerateRequest:
     dtype: str
     device: str | None
     adapter_memory: str
+    skip_unserved: bool = False
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
@@ -154,7 +155,10 @@ def _answer_rows(
     with attach(model, adapter_memory=memory, parallel=parallel, device=device) as graft, progress_bars() as bars:
         task = bars.add_task("Loading adapters", total=len(request.adapters), note="", visible=bool(request.adapters))
         for name, path in request.adapters.items():
-            graft.load_adapter(path, name=name)
+            report = graft.load_adapter(path, name=name, skip_unserved=request.skip_unserved)
+            if report.left_out:
+                found = f"{len(report.left_out)} modules that are not served, such as {next(iter(report.left_out))}"
+                stderr.print(f"{name}: {found}, were left out", markup=False, highlight=False, soft_wrap=True)
             bars.advance(task)
         task = bars.add_task("Generating", total=request.max_new_tokens, note="steps")
         start = time.perf_counter()

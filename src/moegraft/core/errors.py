@@ -47,6 +47,14 @@ class AdapterMismatchError(AdapterError):
     """A tensor names a module that the base model does not have: the adapter belongs to another base."""
 
 
+class UnservedModuleError(AdapterMismatchError):
+    """A tensor names a module that the base model has and that no adapter may touch; ``module``: its name there."""
+
+    def __init__(self, message: str, *, module: str) -> None:
+        super().__init__(message)
+        self.module = module
+
+
 class UnknownAdapterError(AdapterError, KeyError):
     """An adapter name that is not loaded; the message lists what is."""
 

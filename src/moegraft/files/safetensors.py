@@ -20,8 +20,7 @@ import torch
 from moegraft.core.cuts import Cuts, cut_tensor
 from moegraft.core.errors import FileError, StoredTensorError
 from moegraft.files import limits
-from moegraft.files.folder import Folder
-from moegraft.files.strict_json import StrictJSONError, parse_object, shorten
+from moegraft.files.folder import Folder, StrictJSONError, parse_object, shorten
 
 # Shorter runs are not skipped over but read along: a disk gives no less, and a call costs more than their bytes.
 MIN_RUN_BYTES = 512

@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 
 from moegraft.core.config import Activation
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts, ExpertsWeights
 from moegraft.formats.four_bit import FourBitExperts, FourBitMatrix
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.formats.scaled import BLOCK, ScaledExperts

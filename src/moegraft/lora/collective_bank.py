@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from moegraft.core.errors import AdapterNameError, BatchError
 from moegraft.lora.bank import AdapterBank, AdapterBatch
-from moegraft.lora.dora import finish_dora
+from moegraft.lora.bank.combination import combine
 from moegraft.lora.rows import GroupAdapters
-from moegraft.lora.targets import AdapterWeights
-from moegraft.parallel.agreement import Agreement, Step
+from moegraft.lora.targets import AdapterWeights, finish_dora
+from moegraft.parallel.collectives import Agreement, Step
 from moegraft.parallel.groups import ParallelGroups
 
 Report = TypeVar("Report")
@@ -201,3 +201,42 @@ class CollectiveBank:
         for words in step.told:
             used = [word | other for word, other in zip(used, words, strict=True)]
         return tuple(sorted(number for number in ids.values() if used[number // _BITS] >> number % _BITS & 1))
+
+
+class Combinations:
+    """Adapters that a row names together, as adapters of their own: built when they are first named, for the versions
+    that were loaded then, kept and evicted like others.
+
+    ``most``: how many are kept while no batch uses them. ``lock``: held from ``name_of`` until a batch has them.
+    """
+
+    def __init__(self, adapters: CollectiveBank, *, most: int) -> None:
+        self.lock = threading.RLock()
+        self._adapters = adapters
+        self._most = most
+        self._names: dict[tuple[tuple[int, float], ...], str] = {}  # the one used last comes last
+
+    def name_of(self, parts: Sequence[tuple[str, float]]) -> str:
+        """The bank's name of ``parts`` (name, weight); collective. Raises AdapterError, or what ``combine`` does."""
+        bank = self._adapters.bank
+        with self.lock:
+            key = tuple((bank.get(name).uid, weight) for name, weight in parts)
+            found = self._names.pop(key, None)
+            if found is None:
+                text = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts)
+                found = f"[{text}] of versions {', '.join(str(uid) for uid, _ in key)}, weights {[w for _, w in key]}"
+                self._adapters.load(found, lambda _: (combine(bank, parts), None), resident=False)
+            self._names[key] = found
+            self.prune()
+            return found
+
+    def prune(self) -> None:
+        """Forgets combinations of adapters that were unloaded, and the oldest of too many; collective."""
+        bank = self._adapters.bank
+        with self.lock:
+            uids = {handle.uid for handle in bank.handles()}
+            free = [key for key, name in self._names.items() if not bank.get(name).in_use]
+            stale = [key for key in free if not uids.issuperset(uid for uid, _ in key)]
+            fresh = [key for key in free if key not in stale]
+            for key in (*stale, *fresh[: max(0, len(fresh) - self._most)]):
+                self._adapters.unload(self._names.pop(key))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 
-from moegraft.core.errors import ParallelError
-from moegraft.parallel.slices import ExpertsSlice, LinearSlice, ParameterSlice, RankSlice, count
-
-if TYPE_CHECKING:
-    from moegraft.lora.dora import UnfinishedDora
+from moegraft.core.cuts import cut_tensor
+from moegraft.core.errors import AdapterTensorError, ParallelError
+from moegraft.parallel.groups import ParallelGroups
+from moegraft.parallel.slices import ExpertsSlice, LinearSlice, ParameterSlice, Pieces, RankSlice, count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,8 @@ class LinearTarget:
     ``param`` is the Parameter's name inside the module (``weight``); ``weight`` gives it on demand (DoRA norms).
     ``router``: what multiplies with ``param`` does not call the module as an nn.Linear (a router that keeps a
     Parameter), so the weight itself gets the delta. ``lane_shares``: A holds one of so many shares of its rank rows
-    (fully sharded).
+    (fully sharded). ``has_bias``: where ``ModelTargets.saveable`` has a ``bias`` of the map, whether the model has one;
+    otherwise it stands there as zeros, for what an adapter adds.
     """
 
     name: str
@@ -57,6 +56,7 @@ class LinearTarget:
     router: bool = False
     weight: Callable[[], torch.Tensor] | None = None
     lane_shares: int = 1
+    has_bias: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,8 @@ class ModelTargets:
     """All that adapters can touch, by full module name (as in ``model.named_modules()``).
 
     ``saveable``: parameters that ``modules_to_save`` may replace: module name -> {parameter or buffer name: tensor}
-    (routers, norms, embeddings, lm_head; never experts). ``model_type`` is transformers' ``config.model_type``.
+    (routers, norms, embeddings, lm_head, biases of linear maps; never experts). ``model_type`` is transformers'
+    ``config.model_type``.
     ``left_out``: modules that exist and that no adapter may touch, by name, with the reason ("belongs to ...").
     """
 
@@ -137,7 +138,8 @@ class AdapterWeights:
     """One adapter, parsed and checked against the base model; on the CPU, in the bank's dtype.
 
     ``saved``: module name -> {parameter name: full replacement tensor} (``modules_to_save``). ``unfinished``: maps that
-    wait for ``finish_dora``, on ranks that have only some columns of their base weights.
+    wait for ``finish_dora``, on ranks that have only some columns of their base weights. ``tokens``: modules whose LoRA
+    puts rows in place of the base's. ``is_combined``: made of loaded adapters, and listed by no one.
     """
 
     experts: Mapping[str, ExpertsLoRA] = field(default_factory=dict)
@@ -145,6 +147,8 @@ class AdapterWeights:
     embeddings: Mapping[str, EmbeddingLoRA] = field(default_factory=dict)
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     unfinished: Mapping[str, UnfinishedDora] = field(default_factory=dict)
+    tokens: frozenset[str] = frozenset()
+    is_combined: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -223,3 +227,56 @@ def _check(module: str, what: str, size: int) -> int:
     if size == 0:
         raise ParallelError(f"this rank would hold no {what} of {module}: more ranks than there are to share out")
     return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnfinishedDora:
+    """A row-parallel map with DoRA, as one rank reads it.
+
+    a [r, I of the rank] · b [r, O of the rank], scaled, not yet multiplied with the gain · magnitude [O] ·
+    square_sums_O: float64, of the rank's columns of each row of W + BA · outputs: of O, None for all · ``dtype`` that
+    the factors will have · ``where``: file and tensor, for messages.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    magnitude: torch.Tensor
+    square_sums_O: torch.Tensor
+    outputs: Pieces | None
+    dtype: torch.dtype
+    where: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the factors and of the gain that it will be."""
+        return (self.a.numel() + self.b.numel() + self.b.shape[1]) * self.dtype.itemsize
+
+    def finish(self, square_sums_O: torch.Tensor) -> LinearLoRA:
+        """With the sums of all ranks. Raises AdapterTensorError where a gain or a factor is out of range."""
+        gain_O = self.magnitude.double() / square_sums_O.sqrt()
+        if self.outputs is not None:
+            gain_O = cut_tensor(gain_O, {0: self.outputs})
+        factors = {"a": self.a, "b": self.b * gain_O.to(self.b.dtype), "gain": gain_O}
+        cast = {name: tensor.to(self.dtype).contiguous() for name, tensor in factors.items()}
+        for name, tensor in cast.items():
+            if not tensor.isfinite().all():
+                raise AdapterTensorError(f"{self.where}: {name}, once scaled, is outside the range of {self.dtype}")
+        return LinearLoRA(**cast)
+
+
+def finish_dora(weights: AdapterWeights, groups: ParallelGroups) -> AdapterWeights:
+    """The adapter with the norms of all ranks: what the bank takes. Nothing to do where none is missing.
+
+    Collective, one all-reduce over the control group: every rank has read its slice of the same adapter, and knows
+    that the others have. Raises AdapterTensorError as ``UnfinishedDora.finish``.
+    """
+    if not weights.unfinished:
+        return weights
+    parts = [weights.unfinished[module] for module in sorted(weights.unfinished)]
+    # The ranks of every expert-parallel place bring the same columns once more.
+    sums = groups.control.all_reduce(torch.cat([part.square_sums_O for part in parts])) / groups.ep.size
+    each = sums.split([part.square_sums_O.shape[0] for part in parts])
+    finished = {
+        module: part.finish(own) for module, part, own in zip(sorted(weights.unfinished), parts, each, strict=True)
+    }
+    return replace(weights, linears={**weights.linears, **finished}, unfinished={})

@@ -80,12 +80,13 @@ def select_experts(
 
 def why_not(cls: type[FusedMoEExpertsModular], request: BackendRequest) -> str | None:
     """Why a class cannot serve the request; None where it can, whatever the order of preference says."""
-    if request.needs_delta and cls.is_monolithic:
-        return "it is monolithic: no delta can be added inside"
-    if request.needs_delta and not cls.supports_lora():
-        return "it does not take LoRA"
-    if request.needs_delta and request.fully_sharded and not cls.adds_lora_separately():
-        return "it adds deltas inside its GEMMs, where the ranks of fully sharded LoRA cannot exchange low-rank rows"
+    if request.needs_delta:
+        if cls.is_monolithic:
+            return "it is monolithic: no delta can be added inside"
+        if not cls.supports_lora():
+            return "it does not take LoRA"
+        if request.fully_sharded and not cls.adds_lora_separately():
+            return "it adds deltas inside its GEMMs, where ranks of fully sharded LoRA cannot exchange low-rank rows"
     if request.ep_size > 1 and cls.is_monolithic:
         return f"it is monolithic: rows cannot be sent to {request.ep_size} ranks between routing and experts"
     ok, reason = cls.is_supported_config(request)

@@ -1,9 +1,7 @@
 """Several processes, one model: groups, collectives, and the law that says which slice of every tensor a rank owns."""
 
-from moegraft.parallel.agreement import Agreement, Step
-from moegraft.parallel.collectives import Communicator, Traffic
-from moegraft.parallel.config import ParallelConfig
-from moegraft.parallel.groups import ParallelGroups, backend_of
+from moegraft.parallel.collectives import Agreement, Communicator, Step, Traffic
+from moegraft.parallel.groups import ParallelConfig, ParallelGroups, backend_of
 from moegraft.parallel.slices import (
     ExpertsSlice,
     LinearSlice,

@@ -205,6 +205,8 @@ def _run_rank(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Locks of a process that may fork are nameless: none is left behind, and reported, when a rank is killed.
     multiprocessing.set_start_method("fork", force=True)
+    # As torchrun does: transformers binds its plans to the GPU of this number.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     try:
         store = TCPStore("127.0.0.1", port, is_master=False)
         if kind == "cuda":

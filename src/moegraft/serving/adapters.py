@@ -46,7 +46,10 @@ _REMOTE_FILES = (".safetensors", ".json", ".jinja")
 
 @dataclass(eq=False)
 class AdapterVersion:
-    """One version of one name. ``uid`` is never given twice; ``users`` counts the requests that it serves."""
+    """One version of one name. ``uid`` is never given twice; ``users`` counts the requests that it serves.
+
+    ``left_out``: modules that are not served, where ``skip_unserved`` allows to leave them out.
+    """
 
     name: str
     version: int
@@ -56,6 +59,8 @@ class AdapterVersion:
     users: int = 0
     pinned: bool = False
     load_seconds: float = 0.0
+    skip_unserved: bool = False
+    left_out: tuple[str, ...] = ()
     error: AdapterError | None = None
     loaded: threading.Event = field(default_factory=threading.Event)
 
@@ -130,6 +135,10 @@ class AdapterStore:
                 known = ", ".join(repr(each) for each in self._current) or "none"
                 raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {known}")
 
+    def is_loaded(self, name: str) -> bool:
+        with self._lock:
+            return name in self._current
+
     def done(self, version: AdapterVersion) -> None:
         """A request has ended."""
         with self._lock:
@@ -160,7 +169,7 @@ class AdapterStore:
 
     # Administrators
 
-    def load(self, name: str, source: Source, *, replace: bool = False) -> AdapterVersion:
+    def load(self, name: str, source: Source, *, replace: bool = False, skip_unserved: bool = False) -> AdapterVersion:
         """Waits until the adapter is loaded. Raises AdapterError."""
         if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME_CHARACTERS:
             raise AdapterNameError(f"name: found {name!r}, expected 1 to {MAX_NAME_CHARACTERS} characters")
@@ -169,7 +178,7 @@ class AdapterStore:
                 raise AdapterNameError(f"an adapter {name!r} is being loaded")
             if name in self._current and not replace:
                 raise AdapterNameError(f"an adapter {name!r} is loaded already; unload it first, or replace it")
-            version = self._start(name, source)
+            version = self._start(name, source, skip_unserved=skip_unserved)
         version.loaded.wait()
         if version.error is not None:
             raise version.error
@@ -238,6 +247,7 @@ class AdapterStore:
             waiting=counts[1],
             draining=sum(each.name == version.name for each in self._draining.values()),
             load_seconds=version.load_seconds,
+            left_out=version.left_out,
             error=None if version.error is None else str(version.error),
         )
 
@@ -250,10 +260,10 @@ class AdapterStore:
         path = self.folder / name
         return path if (path / CONFIG_FILE).is_file() else None
 
-    def _start(self, name: str, source: Source) -> AdapterVersion:
+    def _start(self, name: str, source: Source, *, skip_unserved: bool = False) -> AdapterVersion:
         number = self._versions[name] = self._versions.get(name, 0) + 1
         shown = "memory" if isinstance(source, Mapping) else os.fspath(source)
-        version = AdapterVersion(name, number, next(self._uids), shown)
+        version = AdapterVersion(name, number, next(self._uids), shown, skip_unserved=skip_unserved)
         self._failed.pop(name, None)
         self._loading[name] = version
         self._keys[version.uid] = version.key
@@ -291,7 +301,10 @@ class AdapterStore:
         template = None
         try:
             with _as_folder(source) as folder:
-                self._graft.load_adapter(folder, name=version.key, resident=False)
+                report = self._graft.load_adapter(
+                    folder, name=version.key, resident=False, skip_unserved=version.skip_unserved
+                )
+                version.left_out = tuple(report.left_out)
                 template = adapter_template(folder)
         except AdapterError as found:
             error = found

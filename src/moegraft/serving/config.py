@@ -15,8 +15,11 @@ class EngineConfig:
     of a sequence, None as the model's config says · max_waiting: requests that wait before the next is refused ·
     prefix_cache: whether prompts that begin alike, under the same version of an adapter, share pages ·
     batch_sizes: rows are padded to the next of these (none: not padded on the CPU, chosen by the engine on a GPU) ·
-    cuda_graphs: decode steps as CUDA graphs where kernels run the experts · batch_invariant: a request gets the same
-    tokens and log-probabilities whatever else runs; every step then has the same padded size ·
+    cuda_graphs: decode steps as CUDA graphs where kernels run the experts · overlap: a decode step begins before the
+    tokens of the one before are read, so that the host works while the device runs (None: on a GPU) ·
+    batch_invariant: a request gets the same tokens and log-probabilities whatever else runs; every step then has the
+    same padded size ·
+    latent_cache: whether latent attention (MLA) keeps latents, or the heads made of them; None: latents on the CPU ·
     backend: an experts class by name.
     """
 
@@ -31,7 +34,9 @@ class EngineConfig:
     prefix_cache: bool = True
     batch_sizes: tuple[int, ...] = ()
     cuda_graphs: bool = True
+    overlap: bool | None = None
     batch_invariant: bool = False
+    latent_cache: bool | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:

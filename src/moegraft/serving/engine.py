@@ -25,7 +25,7 @@ from moegraft.serving.config import EngineConfig
 from moegraft.serving.grammar import GrammarCompiler, Matcher
 from moegraft.serving.loading import end_ids, load_tokenizer
 from moegraft.serving.loop import EngineLoop, Live, LiveRequest
-from moegraft.serving.opening import Setup, follow, follow_rank, open_model
+from moegraft.serving.opening import Opened, Setup, follow, follow_rank, open_model
 from moegraft.serving.pages import PagePool
 from moegraft.serving.ranks import Leader, RankRunner
 from moegraft.serving.requests import (
@@ -40,10 +40,11 @@ from moegraft.serving.requests import (
     TokenEvent,
     Usage,
 )
+from moegraft.serving.runner import Runner
 from moegraft.serving.sampler import SamplingRow, sequence_seed
 from moegraft.serving.scheduler import BASE, Residents, Scheduler, SequenceState, State
 from moegraft.serving.spread import SharedResidents, SpreadScheduler
-from moegraft.serving.status import AdapterStatus, EngineStats
+from moegraft.serving.status import OTHERS, AdapterStatus, EngineStats
 from moegraft.serving.stream import TokenStream
 from moegraft.serving.text import TextCodec, TextGrowth
 
@@ -131,7 +132,7 @@ class Engine:
             self._followers = Followers(follow_rank, setup, size=setup.size, device=setup.target, on_end=self._fail)
             self._resources.callback(self._followers.close)
         opened = open_model(setup, self._key, self._resources.callback)
-        self._graft, runner, num_pages = opened.graft, opened.runner, opened.num_pages
+        self._graft, runner = opened.graft, opened.runner
         self.max_model_len = opened.max_model_len
         self._end_ids = frozenset(end_ids(self._graft.model))
         self._vocab_size: int = self._graft.model.get_input_embeddings().weight.shape[0]
@@ -140,8 +141,10 @@ class Engine:
             leader = Leader(self._graft.layout, opened.channel, self._graft.bank)
         self._store = AdapterStore(self._graft, self.text, folder=folder, leader=leader)
         self._resources.callback(self._store.close)
-        scheduler = self._make_scheduler(num_pages)
-        self._loop = EngineLoop(runner, scheduler, self._store, on_failure=self._lose)
+        scheduler = self._make_scheduler(opened)
+        self._loop = EngineLoop(
+            runner, scheduler, self._store, runs_ahead=self._runs_ahead(runner), on_failure=self._lose
+        )
         if leader is not None:
             assert isinstance(runner, RankRunner)
             runner.leader, leader.call = leader, self._loop.call
@@ -153,18 +156,23 @@ class Engine:
         self._loop.start()
         self._resources.callback(self._loop.close)
 
-    def _make_scheduler(self, num_pages: int) -> Scheduler | SpreadScheduler:
+    def _make_scheduler(self, opened: Opened) -> Scheduler | SpreadScheduler:
         """One; of ranks that bring rows of their own, one each."""
         config, parallel = self.config, self._setup.parallel
 
         def make(residents: Residents) -> Scheduler:
-            pages = PagePool(num_pages, config.page_size, prefix_cache=config.prefix_cache)
-            return Scheduler(pages, residents, max_rows=config.max_rows, chunk_tokens=config.chunk_tokens)
+            # Pages alone do not bring a prefix back where layers carry a state.
+            has_prefixes = config.prefix_cache and opened.runner.states is None
+            pages = PagePool(opened.num_pages, config.page_size, prefix_cache=has_prefixes)
+            return Scheduler(pages, residents, max_rows=opened.max_rows, chunk_tokens=config.chunk_tokens)
 
         if not parallel.data_parallel:
             return make(self._store)
         shared = SharedResidents(self._store)
         return SpreadScheduler([make(shared) for _ in range(parallel.ep)])
+
+    def _runs_ahead(self, runner: Runner) -> bool:
+        return runner.device.type == "cuda" if self.config.overlap is None else self.config.overlap
 
     def _key(self, lane: int) -> str:
         return self._store.key(lane)
@@ -351,14 +359,19 @@ class Engine:
         """Names under ``adapters_from`` that a request may use though they are not loaded yet."""
         return self._store.available()
 
-    def load_adapter(self, name: str, source: Source, *, replace: bool = False) -> AdapterStatus:
+    def load_adapter(
+        self, name: str, source: Source, *, replace: bool = False, skip_unserved: bool = False
+    ) -> AdapterStatus:
         """Waits until an adapter is loaded and checked; other requests go on meanwhile.
 
         source: a folder, an fsspec URL, or the two files of one from memory: ``{"adapter_config.json": ...,
         "adapter_model.safetensors": ...}``. replace: a name that is taken gets a new version; requests that run finish
-        on the old one. Raises AdapterError of the kind that fits; nothing has changed then.
+        on the old one. skip_unserved: leaves out what the adapter has on modules that are not served (a vision tower),
+        which its status lists. Raises AdapterError of the kind that fits; nothing has changed then.
         """
-        self._store.load(name, source, replace=replace)
+        if self.failure is not None:
+            raise EngineClosedError(f"the engine takes no more adapters: {self.failure}")
+        self._store.load(name, source, replace=replace, skip_unserved=skip_unserved)
         return self.adapters[name]
 
     def unload_adapter(self, name: str, *, force: bool = False) -> None:
@@ -406,10 +419,14 @@ class Engine:
         """Counts and times, for metrics."""
         loop, counts = self._loop, self._counts()
         scheduler = loop.scheduler
-        adapters = {name: each.snapshot(*counts.get(name, (0, 0))) for name, each in list(loop.counters.items())}
+        running, waiting = (sum(numbers) for numbers in zip(*counts.values(), strict=True)) if counts else (0, 0)
+        counters = dict(loop.counters)
+        unnamed = [here for name, here in counts.items() if name not in counters]
+        counts[OTHERS] = (sum(running for running, _ in unnamed), sum(waiting for _, waiting in unnamed))
+        adapters = {name: each.snapshot(*counts.get(name, (0, 0))) for name, each in counters.items()}
         return EngineStats(
-            running=sum(running for running, _ in counts.values()),
-            waiting=sum(waiting for _, waiting in counts.values()),
+            running=running,
+            waiting=waiting,
             pages_total=scheduler.pages.capacity,
             pages_used=scheduler.pages.num_held,
             pages_cached=scheduler.pages.num_cached,
@@ -420,6 +437,7 @@ class Engine:
             graph_captures=loop.runner.graph_captures,
             adapters=adapters,
             load_seconds=self._store.load_times.snapshot(),
+            evictions=self._graft.bank.evictions,
         )
 
     @property

@@ -54,22 +54,23 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, bool], CapturedStep] = {}
         self._memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._rank_bound = 0
+        self._rows = _Staging(pool, rows=max(sizes), width=width)
 
-    def run(self, plan: StepPlan) -> torch.Tensor | None:
+    def run(self, plan: StepPlan, ids: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits of a plan of decode rows, which the next step overwrites; None where only eager code can serve it:
-        more rows than the largest size, or an adapter that replaces parameters."""
+        more rows than the largest size, or an adapter that replaces parameters. ids: see ``Runner.run``."""
         at = bisect_left(self._sizes, len(plan.chunks))
         if at == len(self._sizes):
             return None
         size = self._sizes[at]
         lanes = [chunk.sequence.lane for chunk in plan.chunks] + [BASE] * (size - len(plan.chunks))
         if not any(lane != BASE for lane in lanes):
-            step = self._captured.get((size, False)) or self._capture(plan, lanes, None)
-            return self._replay(step, plan)
+            step = self._captured.get((size, False)) or self._capture(plan, lanes, None, ids)
+            return self._replay(step, plan, ids)
         self._fit_rank_bound()
         try:
             with self._batch_of(lanes, rank_bound=self._rank_bound) as call:
-                return self._replay(self._with_adapters(plan, lanes, call), plan)
+                return self._replay(self._with_adapters(plan, lanes, call, ids), plan, ids)
         except BatchError:
             return None
 
@@ -77,7 +78,9 @@ class DecodeGraphs:
         """The step of a padded size, where it was captured."""
         return self._captured.get((size, has_adapters))
 
-    def _with_adapters(self, plan: StepPlan, lanes: list[int], call: AdapterCall) -> CapturedStep:
+    def _with_adapters(
+        self, plan: StepPlan, lanes: list[int], call: AdapterCall, ids: torch.Tensor | None
+    ) -> CapturedStep:
         """The captured step, with the slots of ``call``; captured anew where its adapters touch more modules."""
         found = self._captured.get((len(lanes), True))
         if found is not None and found.call is not None:
@@ -86,7 +89,7 @@ class DecodeGraphs:
                 return found
             except BatchError:
                 pass
-        return self._capture(plan, lanes, call)
+        return self._capture(plan, lanes, call, ids)
 
     def _fit_rank_bound(self) -> None:
         """The largest rank that is loaded; what was captured under a smaller one is given up."""
@@ -98,11 +101,13 @@ class DecodeGraphs:
             self._rank_bound = 1 << (needed - 1).bit_length()
             self._captured = {key: step for key, step in self._captured.items() if not key[1]}
 
-    def _capture(self, plan: StepPlan, lanes: list[int], call: AdapterCall | None) -> CapturedStep:
+    def _capture(
+        self, plan: StepPlan, lanes: list[int], call: AdapterCall | None, ids: torch.Tensor | None
+    ) -> CapturedStep:
         """Runs the step once as it is, for what is compiled or allocated on first use, then captures it."""
         size = len(lanes)
         step = _static_step(self._pool, size, self._width)
-        _fill(step, plan, self._pool.page_size)
+        self._rows.fill(step, plan, ids)
         if call is None:
             with self._batch_of(lanes, rank_bound=None):
                 replay, logits = self._record(step)
@@ -121,8 +126,8 @@ class DecodeGraphs:
             logits = self._forward(step)
         return graph.replay, logits
 
-    def _replay(self, captured: CapturedStep, plan: StepPlan) -> torch.Tensor:
-        _fill(captured.step, plan, self._pool.page_size)
+    def _replay(self, captured: CapturedStep, plan: StepPlan, ids: torch.Tensor | None) -> torch.Tensor:
+        self._rows.fill(captured.step, plan, ids)
         captured.replay()
         return captured.logits
 
@@ -149,26 +154,64 @@ def _static_step(pool: KVPool, size: int, width: int) -> StepBatch:
     )
 
 
-def _fill(step: StepBatch, plan: StepPlan, page_size: int) -> None:
-    """Copies a plan of decode rows into the buffers; rows of padding write to the scratch page and read nothing."""
-    assert step.decode is not None
-    sequences = [chunk.sequence for chunk in plan.chunks]
-    at = [chunk.start for chunk in plan.chunks]
-    padding = [0] * (step.ids_T.shape[0] - len(at))
-    pages = [sequence.pages[start // page_size] for sequence, start in zip(sequences, at, strict=True)]
-    slots = [page * page_size + start % page_size for page, start in zip(pages, at, strict=True)]
-    ids = [sequence.tokens[start] for sequence, start in zip(sequences, at, strict=True)]
-    for buffer, values in ((step.ids_T, ids), (step.positions_T, at), (step.slots_T, slots)):
-        buffer.copy_(_staged(values + padding, torch.long, buffer.device), non_blocking=True)
-    lengths = [start + 1 for start in at] + padding
-    step.decode.lengths_B.copy_(_staged(lengths, torch.int32, step.ids_T.device), non_blocking=True)
-    width = max(len(sequence.pages) for sequence in sequences)
-    table = [sequence.pages + [0] * (width - len(sequence.pages)) for sequence in sequences]
-    rows = step.decode.page_table_BN[: len(table), :width]
-    rows.copy_(_staged(table, torch.int32, rows.device), non_blocking=True)
+class _Staging:
+    """Copies plans of decode rows into the buffers of captured steps, from pinned memory where a device reads it.
 
+    The page table of a row is kept on the host while the row stays: a step then adds at most one page to it.
+    """
 
-def _staged(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On the host, pinned where a device is to read it."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    DEPTH = 2
+    """Steps that may wait for the device at once."""
+
+    def __init__(self, pool: KVPool, *, rows: int, width: int) -> None:
+        is_pinned = pool.device.type == "cuda"
+        self._page_size = pool.page_size
+        self._table_BN = torch.zeros(rows, width, dtype=torch.int32)
+        self._pages: list[list[int] | None] = [None] * rows  # a sequence that lost its pages comes back with a new list
+        self._known: list[list[int]] = [[] for _ in range(rows)]  # what of each row stands in the table
+        self._buffers = [
+            (
+                torch.zeros(4, rows, dtype=torch.long, pin_memory=is_pinned),
+                torch.zeros(rows, width, dtype=torch.int32, pin_memory=is_pinned),
+                torch.cuda.Event() if is_pinned else None,
+            )
+            for _ in range(self.DEPTH)
+        ]
+        self._turn = 0
+
+    def fill(self, step: StepBatch, plan: StepPlan, ids: torch.Tensor | None) -> None:
+        """Rows of padding write to the scratch page and read nothing. ids: see ``Runner.run``."""
+        assert step.decode is not None
+        whole, table, event = self._buffers[self._turn]
+        self._turn = (self._turn + 1) % self.DEPTH
+        if event is not None:
+            event.synchronize()  # the step before the last has read it
+        size, count, page = step.ids_T.shape[0], len(plan.chunks), self._page_size
+        width = 1
+        rows: list[tuple[int, int, int, int]] = []
+        for i, chunk in enumerate(plan.chunks):
+            sequence, at = chunk.sequence, chunk.start
+            slot = sequence.pages[at // page] * page + at % page
+            rows.append((sequence.tokens[at] if ids is None else 0, at, slot, at + 1))
+            self._keep_pages(i, sequence.pages)
+            width = max(width, len(sequence.pages))
+        whole[:, :size] = torch.tensor(rows + [(0, 0, 0, 0)] * (size - count)).T
+        table[:count, :width] = self._table_BN[:count, :width]
+        for i, buffer in enumerate((step.ids_T, step.positions_T, step.slots_T, step.decode.lengths_B)):
+            buffer.copy_(whole[i, :size], non_blocking=True)
+        step.decode.page_table_BN[:count, :width].copy_(table[:count, :width], non_blocking=True)
+        if event is not None:
+            event.record()
+        if ids is not None:
+            step.ids_T[:count].copy_(ids)
+
+    def _keep_pages(self, row: int, pages: list[int]) -> None:
+        if self._pages[row] is not pages:
+            self._pages[row], self._known[row] = pages, []
+        known = self._known[row]
+        if len(known) == len(pages) and known[-1] == pages[-1]:
+            return
+        # The last one known may have been replaced by an equal one that others share.
+        first = max(0, len(known) - 1)
+        self._table_BN[row, first : len(pages)] = torch.tensor(pages[first:], dtype=torch.int32)
+        self._known[row] = known[:first] + pages[first:]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moegraft.core.errors import CheckpointError
@@ -36,17 +35,9 @@ def load_planned(path: Path, *, dtype: str = "auto", size: int) -> PreTrainedMod
     """
     if (path / "config.json").is_file() and is_quantised(path):
         raise CheckpointError(f"{path} is quantised: transformers' plan cuts no scales; give tp or ep without the plan")
-    # A mesh of its own world: where a variable of torchrun is missing it would look for one.
-    place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_node_local_rank(dist.get_rank()), "WORLD_SIZE": size}
-    before = {name: os.environ.get(name) for name in place}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Passing `tp_plan` directly")
-            return _from_pretrained(path, dtype=_dtype(dtype) or "auto", tp_plan="auto", tp_size=size).eval()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Passing `tp_plan` directly")
+        return _from_pretrained(path, dtype=_dtype(dtype) or "auto", tp_plan="auto", tp_size=size).eval()
 
 
 def _dtype(name: str) -> torch.dtype | None:

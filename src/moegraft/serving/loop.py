@@ -13,14 +13,23 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from moegraft.core.errors import MoegraftError, ParallelError
+import torch
+
+from moegraft.core.errors import ParallelError
 from moegraft.serving.adapters import AdapterStore, AdapterVersion
 from moegraft.serving.requests import FinishReason, Request, TokenEvent, TokenLogprobs, Usage
 from moegraft.serving.runner import Runner
-from moegraft.serving.sampler import SamplingRow, sample
+from moegraft.serving.sampler import Draw, SamplingRow, draw
 from moegraft.serving.scheduler import Scheduler, SequenceState, State, StepPlan
 from moegraft.serving.spread import SpreadScheduler
-from moegraft.serving.status import BETWEEN_TOKENS_BUCKETS, FIRST_TOKEN_BUCKETS, AdapterCounters, Observations
+from moegraft.serving.status import (
+    BETWEEN_TOKENS_BUCKETS,
+    FIRST_TOKEN_BUCKETS,
+    MAX_NAMED,
+    OTHERS,
+    AdapterCounters,
+    Observations,
+)
 from moegraft.serving.stream import TokenStream
 from moegraft.serving.text import TextGrowth
 
@@ -47,6 +56,11 @@ class Live:
     def num_new(self) -> int:
         return len(self.state.tokens) - len(self.request.request.prompt_ids)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there may be a token behind the one that is being drawn."""
+        return len(self.state.tokens) + 1 < self.max_total
+
 
 @dataclass(eq=False)
 class LiveRequest:
@@ -60,6 +74,25 @@ class LiveRequest:
     open: int = 0
 
 
+@dataclass(eq=False)
+class _Flight:
+    """A step that has been begun. ``rows``: those that get a token."""
+
+    plan: StepPlan
+    rows: list[Live]
+    started_at: float
+    drawn: Draw | None = None
+    error: Exception | None = None
+
+    def tokens_of(self, plan: StepPlan) -> torch.Tensor:
+        """On the device: the tokens of this step that the rows of the next one begin with."""
+        assert self.drawn is not None
+        places = {live.state: i for i, live in enumerate(self.rows)}
+        at = [places[chunk.sequence] for chunk in plan.chunks]
+        tokens_R = self.drawn.tokens_R
+        return tokens_R if at == list(range(len(self.rows))) else tokens_R[torch.tensor(at, device=tokens_R.device)]
+
+
 class Counters:
     """Counts of one adapter, since the start."""
 
@@ -68,6 +101,14 @@ class Counters:
         self.finished: Counter[str] = Counter()
         self.first_token = Observations(FIRST_TOKEN_BUCKETS)
         self.between_tokens = Observations(BETWEEN_TOKENS_BUCKETS)
+
+    def merge(self, other: Counters) -> None:
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.generated_tokens += other.generated_tokens
+        self.finished.update(other.finished)
+        self.first_token.merge(other.first_token)
+        self.between_tokens.merge(other.between_tokens)
 
     def snapshot(self, running: int, waiting: int) -> AdapterCounters:
         return AdapterCounters(
@@ -91,6 +132,7 @@ class EngineLoop:
         scheduler: Scheduler | SpreadScheduler,
         store: AdapterStore,
         *,
+        runs_ahead: bool,
         on_failure: Callable[[str], object],
     ) -> None:
         """on_failure: is told, in one line, why the thread ends before ``close``: a rank is lost."""
@@ -98,8 +140,9 @@ class EngineLoop:
         self.runner = runner
         self.scheduler = scheduler
         self.store = store
+        self.runs_ahead = runs_ahead
         self.steps = self.failed_steps = 0
-        self.step_seconds = 0.0
+        self.step_seconds = self._finished_at = 0.0
         self.counters: dict[str, Counters] = {"": Counters()}
         self.live: dict[str, LiveRequest] = {}
         self.lock = threading.Lock()
@@ -169,13 +212,7 @@ class EngineLoop:
 
     def _main(self) -> None:
         try:
-            while not self._is_closing:
-                self._receive()
-                plan = self.scheduler.plan()
-                if plan.chunks:
-                    self._step(plan)
-                elif not self.scheduler.running and self.scheduler.num_waiting:
-                    self._refuse_oldest()
+            self._run_steps()
         except ParallelError as error:
             logger.error("the engine ends: %s", error)
             self._on_failure(str(error))
@@ -189,9 +226,21 @@ class EngineLoop:
         for request in list(self.live.values()):
             self._end_request(request, reason, self.failure)
 
-    def _receive(self) -> None:
+    def _run_steps(self) -> None:
+        flight: _Flight | None = None
+        while not self._is_closing:
+            self._receive(has_work=flight is not None)
+            flight = flight or self._next_step()
+            if flight is not None:
+                ahead = self._step_ahead(flight) if self.runs_ahead else None
+                self._finish_step(flight)
+                if ahead is not None and ahead.error is None:
+                    self.scheduler.advance(ahead.plan)  # its tokens are known now
+                flight = ahead
+
+    def _receive(self, *, has_work: bool) -> None:
         """All messages that are there; waits for one where there is nothing to do."""
-        while self.scheduler.is_idle and not self._is_closing:
+        while self.scheduler.is_idle and not has_work and not self._is_closing:
             try:
                 self._inbox.get(timeout=self.runner.beat_seconds)()
             except queue.Empty:
@@ -225,36 +274,72 @@ class EngineLoop:
         oldest = min(self.scheduler.waiting(), key=lambda state: state.arrival)
         self._end(oldest.owner, FinishReason.ERROR, error="there is no room on the device for the request's adapter")
 
-    def _step(self, plan: StepPlan) -> None:
-        start = time.perf_counter()
-        rows = [chunk.sequence.owner for chunk in plan.chunks if chunk.samples]
+    def _next_step(self) -> _Flight | None:
+        plan = self.scheduler.plan()
+        if plan.chunks:
+            flight = self._start_step(plan)
+            if flight.error is None:
+                self.scheduler.advance(plan)
+            return flight
+        if not self.scheduler.running and self.scheduler.num_waiting:
+            self._refuse_oldest()
+        return None
+
+    def _step_ahead(self, flight: _Flight) -> _Flight | None:
+        """Begins the step behind ``flight`` before its tokens are here, which the device has: the host's work is done
+        while the device runs. A row that turns out to have ended has run in vain."""
+        if flight.error is not None or any(live.row.needs_history for live in flight.rows):
+            return None
+        plan = self.scheduler.plan_ahead(flight.plan, lambda sequence: sequence.owner.goes_on)
+        return None if plan is None else self._start_step(plan, behind=flight)
+
+    def _start_step(self, plan: StepPlan, behind: _Flight | None = None) -> _Flight:
+        """Without waiting for the device. What is raised comes with the flight: the step before it ends first."""
+        flight = _Flight(plan, [chunk.sequence.owner for chunk in plan.chunks if chunk.samples], time.perf_counter())
         try:
-            logits = self.runner.run(plan)
-            if self.failure is not None:
-                return  # all have been told
-            is_finite = logits[: len(rows)].amax(-1).isfinite().tolist()
-            ready = [live for live, ok in zip(rows, is_finite, strict=True) if self._prepare(live, logits.shape[1], ok)]
-            if len(ready) < len(rows):
-                logits = logits[[i for i, live in enumerate(rows) if live in ready]]
-            drawn = sample(logits[: len(ready)], [live.row for live in ready]) if ready else None
+            logits = self.runner.run(plan, None if behind is None else behind.tokens_of(plan))
+            ready = [live for live in flight.rows if self._prepare(live, logits.shape[1])]
+            if len(ready) < len(flight.rows):
+                logits = logits[[i for i, live in enumerate(flight.rows) if live in ready]]
+                flight.rows = ready
+            if ready:
+                ahead = 0 if behind is None else 1
+                flight.drawn = draw(logits[: len(ready)], [live.row for live in ready], ahead=ahead)
         except ParallelError:
             raise
         except Exception as error:
-            self._fail(plan, error)
+            flight.error = error
+        return flight
+
+    def _finish_step(self, flight: _Flight) -> None:
+        """Waits for the device, and gives every row its token."""
+        try:
+            if flight.error is not None:
+                raise flight.error
+            drawn = None if flight.drawn is None else flight.drawn.read()
+        except Exception as error:
+            self._fail(flight.plan, error)
             return
-        self.scheduler.advance(StepPlan(tuple(c for c in plan.chunks if c.sequence.state is State.RUNNING)))
+        if self.failure is not None:
+            return  # all have been told
         self.steps += 1
         now = time.perf_counter()
-        self.step_seconds += now - start
-        if drawn is not None:
-            for live, token, logprobs in zip(ready, drawn.tokens, drawn.logprobs, strict=True):
+        self.step_seconds += now - max(flight.started_at, self._finished_at)
+        self._finished_at = now
+        if drawn is None:
+            return
+        for live, token, logprobs, ok in zip(flight.rows, drawn.tokens, drawn.logprobs, drawn.is_finite, strict=True):
+            if live.state.state is not State.RUNNING:
+                continue  # cancelled, or at its end already when this step was begun ahead
+            if ok:
                 self._accept(live, token, logprobs, now)
+            else:
+                error_text = "the model gave logits that are not finite under this adapter"
+                self._end(live, FinishReason.ERROR, error=error_text)
 
-    def _prepare(self, live: Live, vocabulary: int, is_finite: bool) -> bool:
-        """What the row brings to its draw; False where its logits or its grammar are broken, which ends it alone."""
+    def _prepare(self, live: Live, vocabulary: int) -> bool:
+        """What the row brings to its draw; False where its grammar is broken, which ends it alone."""
         try:
-            if not is_finite:
-                raise MoegraftError("the model gave logits that are not finite under this adapter")
             live.row.prepare(vocabulary)
         except Exception as error:
             self._end(live, FinishReason.ERROR, error=str(error))
@@ -315,11 +400,16 @@ class EngineLoop:
         live.last_token_at = now
 
     def counters_of(self, request: LiveRequest) -> Counters:
+        """Where a request counts. Names are bounded: of adapters that are gone, and then new ones, count together."""
         name = request.request.adapter or ""
-        found = self.counters.get(name)
-        if found is None:
-            found = self.counters[name] = Counters()
-        return found
+        if name not in self.counters and len(self.counters.keys() - {"", OTHERS}) >= MAX_NAMED:
+            others = self.counters.setdefault(OTHERS, Counters())
+            gone = [each for each in self.counters if each not in ("", OTHERS) and not self.store.is_loaded(each)]
+            for each in gone:
+                others.merge(self.counters.pop(each))
+            if not gone:
+                return others
+        return self.counters.setdefault(name, Counters())
 
     # Ends
 

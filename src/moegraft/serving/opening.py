@@ -66,6 +66,7 @@ class Opened:
     graft: GraftedModel
     runner: Runner
     num_pages: int
+    max_rows: int
     max_model_len: int
     channel: Channel | None
 
@@ -90,21 +91,31 @@ def open_model(setup: Setup, names: Callable[[int], str], keep: Callable[[Callab
         batch_sizes=sizes,
         max_rows=config.max_rows,
         row_by_row=config.batch_invariant,
+        latent_cache=config.latent_cache,
     )
     keep(runner.close)
     longest = longest_context(graft.model)
-    with Agreement(groups.control).step([0]) as step:
+    with Agreement(groups.control).step([0, 0]) as step:
         step.same("the options of their engine", lambda: config)
-        step.words[0] = _num_pages(config, runner, longest)
-    num_pages = min(words[0] for words in step.told)
+        slots = _num_slots(config, runner)
+        step.words[:] = slots, _num_pages(config, runner, longest, slots)
+    max_rows, num_pages = (min(words[i] for words in step.told) for i in range(2))
     max_model_len = min(config.max_model_len or longest, (num_pages - 1) * config.page_size)
-    runner.open_pool(num_pages, config.page_size)
+    runner.open_pool(num_pages, config.page_size, max_rows)
     # Captured decode steps have sizes of their own: a request's bits would follow how many others run.
     # Experts in torch's own operations copy their plan from the host, which no graph may capture.
-    is_capturable = channel is None and all(choice.backend != "TorchExperts" for choice in graft.explain())
+    is_capturable = runner.states is None and all(choice.backend != "TorchExperts" for choice in graft.explain())
+    is_capturable = is_capturable and channel is None
     if config.cuda_graphs and is_capturable and not config.batch_invariant and runner.device.type == "cuda":
         runner.open_graphs(max_model_len)
-    return Opened(graft=graft, runner=runner, num_pages=num_pages, max_model_len=max_model_len, channel=channel)
+    return Opened(
+        graft=graft,
+        runner=runner,
+        num_pages=num_pages,
+        max_rows=max_rows,
+        max_model_len=max_model_len,
+        channel=channel,
+    )
 
 
 def follow(setup: Setup) -> None:
@@ -119,7 +130,6 @@ def follow(setup: Setup) -> None:
 
 def follow_rank(setup: Setup, rank: int) -> None:
     """``follow`` in a process that the engine has started."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(setup.size))  # transformers reads them
     if setup.target.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // setup.size))
     follow(setup)
@@ -148,14 +158,30 @@ def _attach(setup: Setup) -> GraftedModel:
     return attach(load_model(model, dtype=setup.dtype, device="cpu" if setup.size > 1 else setup.device), **options)
 
 
-def _num_pages(config: EngineConfig, runner: Runner, longest: int) -> int:
+def _num_slots(config: EngineConfig, runner: Runner) -> int:
+    """Sequences that run at once: ``max_rows``, or as many as have room for their states in half of the memory."""
+    if runner.states is None:
+        return config.max_rows
+    memory, slot_bytes = parse_bytes(config.kv_memory), runner.states.bytes_per_slot
+    slots = min(config.max_rows, memory // 2 // slot_bytes - 1)  # one is scratch
+    if slots < 1:
+        raise UnsupportedModelError(
+            f"kv_memory is {format_bytes(memory)}, expected at least {format_bytes(4 * slot_bytes)}: recurrent layers "
+            f"keep {format_bytes(slot_bytes)} a sequence"
+        )
+    return slots
+
+
+def _num_pages(config: EngineConfig, runner: Runner, longest: int, max_rows: int) -> int:
     """Pages that the memory has room for, scratch included, and no more than all rows at full length could fill."""
     page_bytes = bytes_per_page(runner.shapes, config.page_size)
-    room = parse_bytes(config.kv_memory) // page_bytes
-    if room < 2:
+    memory = parse_bytes(config.kv_memory)
+    if runner.states is not None:
+        memory -= (max_rows + 1) * runner.states.bytes_per_slot
+    if memory // page_bytes < 2:
         raise UnsupportedModelError(
-            f"kv_memory is {format_bytes(parse_bytes(config.kv_memory))}, expected room for at least 2 pages of "
+            f"kv_memory leaves {format_bytes(memory)} for pages, expected room for at least 2 pages of "
             f"{config.page_size} tokens, each of {format_bytes(page_bytes)}"
         )
     pages_a_row = -(-min(config.max_model_len or longest, longest) // config.page_size)
-    return min(room, 1 + config.max_rows * pages_a_row)
+    return min(memory // page_bytes, 1 + max_rows * pages_a_row)

@@ -26,6 +26,7 @@ from moegraft.core.errors import AdapterMemoryError, MoegraftError, ParallelErro
 from moegraft.integrations.transformers import GraftedModel
 from moegraft.integrations.transformers.parallel.layout import RankLayout
 from moegraft.lora.bank import AdapterBank, AdapterBatch
+from moegraft.lora.peft import LoadReport
 from moegraft.parallel import Agreement, ParallelGroups
 from moegraft.serving.pages import SCRATCH_PAGE
 from moegraft.serving.runner import Runner
@@ -62,8 +63,8 @@ def encode_plan(plan: StepPlan) -> list[tuple[Any, ...]]:
         (
             chunk.place,
             chunk.sequence.lane,
-            chunk.start,
-            chunk.samples,
+            chunk.sequence.slot,
+            (chunk.start, chunk.count, chunk.samples),
             array("q", chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]),
             array("q", chunk.sequence.pages),
         )
@@ -74,10 +75,10 @@ def encode_plan(plan: StepPlan) -> list[tuple[Any, ...]]:
 def decode_plan(said: Sequence[tuple[Any, ...]]) -> StepPlan:
     """The plan as the other ranks run it; nothing of the sequences but what the step needs."""
     chunks = []
-    for place, lane, start, samples, ids, pages in said:
+    for place, lane, slot, (start, count, samples), ids, pages in said:
         window = cast("list[int]", _Window(start, ids))
-        sequence = SequenceState(tokens=window, lane=lane, pages=pages.tolist())
-        chunks.append(Chunk(sequence, start, len(ids), samples, place))
+        sequence = SequenceState(tokens=window, lane=lane, pages=pages.tolist(), slot=slot)
+        chunks.append(Chunk(sequence, start, count, samples, place))
     return StepPlan(tuple(chunks))
 
 
@@ -125,32 +126,40 @@ class RankRunner(Runner):
         assert self.leader is not None
         self.leader.beat()
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
+    def run(self, plan: StepPlan, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of all ranks' rows, in the plan's order. Where the step fails on all ranks alike the engine goes on;
         ParallelError where the ranks have parted."""
         if self.leader is None:
-            return self.run_share(plan)
-        self.leader.channel.say("step", encode_plan(plan))
+            return super().run(plan, ids)
+        self.leader.channel.say("step", encode_plan(plan), ids is not None)
         try:
-            return self.run_share(plan)
+            return self.run_share(plan, ids)
         except ParallelError:
             raise
         except Exception as error:
             agree_on_failure(self.leader.channel, error)
             raise
 
-    def run_share(self, plan: StepPlan) -> torch.Tensor:
-        """This rank's rows of a plan, and what the head gives for those of all ranks."""
+    def hear_ids(self, plan: StepPlan) -> torch.Tensor:
+        """Room for the tokens that only the device of rank 0 knows yet."""
+        return torch.empty(len(plan.chunks), dtype=torch.long, device=self.device)
+
+    def run_share(self, plan: StepPlan, ids: torch.Tensor | None) -> torch.Tensor:
+        """This rank's rows of a plan, and what the head gives for those of all ranks. ids: of rank 0, where any."""
+        groups, places = self.graft.layout.groups, [chunk.place for chunk in plan.chunks]
         self._agreed = tuple({self._names(c.sequence.lane) for c in plan.chunks if c.sequence.lane != BASE})
-        groups = self.graft.layout.groups
-        if not groups.config.data_parallel or not any(chunk.place >= 0 for chunk in plan.chunks):
-            return super().run(plan)
-        mine = [chunk for chunk in plan.chunks if chunk.place == groups.ep_rank]
-        logits = super().run(StepPlan(tuple(mine or [_no_row()])))
+        if ids is not None:
+            ids = groups.world.broadcast(ids.long())
+        if not groups.config.data_parallel:
+            return super().run(plan, ids)
+        own = [i for i, place in enumerate(places) if place == groups.ep.rank]
+        if ids is not None:
+            ids = ids[torch.tensor(own, device=ids.device)] if own else None
+        logits = super().run(StepPlan(tuple(plan.chunks[i] for i in own) or (_no_row(),)), ids)
         counts = [0] * groups.ep.size
         for chunk in plan.chunks:
             counts[chunk.place] += chunk.samples
-        return groups.ep.all_gather(logits[: counts[groups.ep_rank]], counts)
+        return groups.ep.all_gather(logits[: counts[groups.ep.rank]], counts)
 
     def _adapters(self, lanes: tuple[int, ...], lengths: tuple[int, ...]) -> AbstractContextManager[Any]:
         names = [None if lane == BASE else self._names(lane) for lane in lanes]
@@ -196,7 +205,7 @@ class Leader:
         self.channel = channel
         self.bank = bank
         self.beat_seconds = min(5.0, channel.timeout_seconds / 4)
-        self.call: Callable[[Callable[[], None]], None] = lambda run: run()
+        self.call: Callable[[Callable[[], Any]], Any] = lambda run: run()
         self._is_closed = False
         self._is_planned = layout.plan is not None
 
@@ -206,30 +215,29 @@ class Leader:
         return hold_together(self.channel, self.bank, key)
 
     def let_go(self, lane: int) -> None:
-        self.channel.say("let go", lane)
+        with suppress(ParallelError):  # of a lost rank: its requests end, and the next step tells
+            self.channel.say("let go", lane)
 
     def beat(self) -> None:
         self.channel.say("beat")
         with self.channel.agreement.step():
             pass
 
-    def together(self, act: str, args: tuple[str, ...], own: Callable[[], object]) -> None:
+    def together(self, act: str, args: tuple[Any, ...], own: Callable[[], T]) -> T:
         """An act on adapters, on all ranks; ``own``: this rank's part. From any thread, and the steps go on.
 
         Under a plan of transformers it may gather parameters over the groups of the steps: then it is done between two
         of them.
         """
 
-        def say() -> None:
+        def say() -> T | None:
             if self._is_closed:
                 raise MoegraftError("the engine was closed")
             self.channel.say("adapters", act, args)
-            if self._is_planned:
-                own()
+            return own() if self._is_planned else None
 
-        self.call(say)
-        if not self._is_planned:
-            own()
+        found = self.call(say)
+        return cast("T", found) if self._is_planned else own()
 
     def close(self) -> None:
         """Lets the others leave. The engine's thread has ended."""
@@ -246,8 +254,12 @@ class RankedAdapters:
         self._graft = graft
         self._leader = leader
 
-    def load_adapter(self, path: str | os.PathLike[str], name: str, *, resident: bool) -> None:
-        self._act("load", os.path.abspath(path), name)
+    def load_adapter(
+        self, path: str | os.PathLike[str], name: str, *, resident: bool, skip_unserved: bool
+    ) -> LoadReport:
+        assert not resident
+        report: LoadReport = self._act("load", os.path.abspath(path), name, skip_unserved)
+        return report
 
     def unload_adapter(self, name: str) -> None:
         self._act("unload", name)
@@ -258,21 +270,23 @@ class RankedAdapters:
     def unpin_adapter(self, name: str) -> None:
         self._act("unpin", name)
 
-    def _act(self, what: str, *args: str) -> None:
-        self._leader.together(what, args, partial(act_on_adapters, self._graft, what, args))
+    def _act(self, what: str, *args: Any) -> Any:
+        return self._leader.together(what, args, partial(act_on_adapters, self._graft, what, args))
 
 
-def act_on_adapters(graft: GraftedModel, what: str, args: tuple[str, ...]) -> None:
+def act_on_adapters(graft: GraftedModel, what: str, args: tuple[Any, ...]) -> LoadReport | None:
     """One rank's part of what all do together. Raises AdapterError of the kind that fits."""
     match what:
         case "load":
-            graft.load_adapter(args[0], name=args[1], resident=False)
+            path, name, skip_unserved = args
+            return graft.load_adapter(path, name=name, resident=False, skip_unserved=skip_unserved)
         case "unload":
-            graft.unload_adapter(args[0])
+            graft.unload_adapter(*args)
         case "pin":
-            graft.pin_adapter(args[0])
+            graft.pin_adapter(*args)
         case "unpin":
-            graft.unpin_adapter(args[0])
+            graft.unpin_adapter(*args)
+    return None
 
 
 @dataclass(frozen=True)
@@ -291,7 +305,7 @@ class Follower:
         self._graft, self._runner, self._channel, self._keys = graft, runner, channel, keys
         self._held: dict[int, AdapterBatch] = {}
         self._failed: _Failed | None = None
-        self._acts: queue.SimpleQueue[tuple[str, tuple[str, ...]] | None] = queue.SimpleQueue()
+        self._acts: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._act_all, name="moegraft-adapters", daemon=True)
 
     def run(self) -> None:
@@ -311,7 +325,7 @@ class Follower:
                 raise failed.error
         match what:
             case "step":
-                self._step(decode_plan(args[0]))
+                self._step(decode_plan(args[0]), has_ids=args[1])
             case "hold":
                 self._hold(*args)
             case "let go":
@@ -328,9 +342,9 @@ class Follower:
                 _vote_on_failure(self._channel, None if failed is None else failed.error)
         return what != "close"
 
-    def _step(self, plan: StepPlan) -> None:
+    def _step(self, plan: StepPlan, *, has_ids: bool) -> None:
         try:
-            self._runner.run_share(plan)
+            self._runner.run_share(plan, self._runner.hear_ids(plan) if has_ids else None)
         except ParallelError:
             raise
         except Exception as error:
@@ -350,7 +364,7 @@ class Follower:
         while (act := self._acts.get()) is not None:
             self._act(*act)
 
-    def _act(self, what: str, args: tuple[str, ...]) -> None:
+    def _act(self, what: str, args: tuple[Any, ...]) -> None:
         try:
             act_on_adapters(self._graft, what, args)
         except Exception as error:  # it fails on all ranks, and rank 0 tells whoever asked

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,26 +16,24 @@ from moegraft.core.config import DeviceTarget
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers import GraftedModel
 from moegraft.serving.attention import IMPLEMENTATION
+from moegraft.serving.attention.latents import give_back, keep_latents
 from moegraft.serving.batch import Packing, StepBatch, pack
+from moegraft.serving.fused import FusedParts
 from moegraft.serving.graphs import DecodeGraphs
 from moegraft.serving.kv_pool import KVPool, LayerShape, layer_shapes
 from moegraft.serving.scheduler import BASE, Chunk, SequenceState, StepPlan
+from moegraft.serving.states import StateSlots, find_states
 
-RECURRENT = frozenset(
-    "bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax nemotron_h "
-    "olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba "
-    "zamba2".split()
-)
-"""Model types with layers that carry a state from token to token: they need more than pages."""
-
-_PAGED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+_RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"})
+_OTHER_LAYERS = frozenset({"moe", "mlp"})
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 class Runner:
     """Owns the model's attention while it lives: ``close`` gives the model its own back.
 
-    names: lane -> the bank's name of the adapter. row_by_row and batch_sizes: see ``pack`` and EngineConfig.
+    names: lane -> the bank's name of the adapter. row_by_row, batch_sizes, latent_cache: see ``pack``, EngineConfig.
     """
 
     def __init__(
@@ -45,6 +44,7 @@ class Runner:
         batch_sizes: Sequence[int] = (),
         max_rows: int = 128,
         row_by_row: bool = False,
+        latent_cache: bool | None = None,
     ) -> None:
         self.graft = graft
         self.model: PreTrainedModel = graft.model
@@ -64,30 +64,53 @@ class Runner:
         self.model.set_attn_implementation(IMPLEMENTATION)
         head: nn.Module = self.model.get_output_embeddings()
         self._hook = head.register_forward_pre_hook(self._keep_wanted_rows)
+        self.states: StateSlots | None = None
+        self._fused: FusedParts | None = None
+        keeps_latents = self.device.type == "cpu" if latent_cache is None else latent_cache
+        self._latents = keep_latents(self.model, graft) if keeps_latents else []
         try:
             self.shapes: dict[int, LayerShape] = layer_shapes(self.model, self.device)
+            run = partial(layer_shapes, self.model, self.device)
+            self.states = find_states(self.model, run, self.shapes, graft.current_call)
+            if self.states is not None and row_by_row:
+                raise UnsupportedModelError(
+                    f"batch_invariant: {type(self.model).__name__} has recurrent layers, whose bits follow the chunks "
+                    "of a prompt"
+                )
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         self._hook.remove()
+        if self.states is not None:
+            self.states.close()
+        if self._fused is not None:
+            self._fused.remove()
+        give_back(self._latents)
         self.model.set_attn_implementation(self._previous)
         self.pool = self._packing = self._graphs = None
 
-    def open_pool(self, num_pages: int, page_size: int) -> None:
-        """Allocates the pages, and checks with a few tokens that the model is right over them.
+    def open_pool(self, num_pages: int, page_size: int, num_slots: int = 1) -> None:
+        """Allocates the pages and slots, and checks with a few tokens that the model is right over them.
 
         Raises UnsupportedModelError.
         """
-        self.pool = KVPool(self.shapes, num_pages=num_pages, page_size=page_size, device=self.device)
-        has_kernel = self.device.type == "cuda" and DeviceTarget.of(self.device).has_triton
+        has_kernel = _has_kernels(self.device)
+        self.pool = KVPool(
+            self.shapes, num_pages=num_pages, page_size=page_size, device=self.device, has_kernel=has_kernel
+        )
+        if has_kernel:
+            self._fused = FusedParts(self.model, self.device)
         self._packing = Packing(
             pool=self.pool,
             row_by_row=self._row_by_row,
             has_kernel=has_kernel,
             is_grouped=not has_kernel and not self._row_by_row and not self._sizes,
+            has_states=self.states is not None,
         )
+        if self.states is not None:
+            self.states.open(num_slots, self.device)
         self._probe.check(self)
 
     def open_graphs(self, longest: int) -> None:
@@ -119,26 +142,33 @@ class Runner:
         return 0 if self._graphs is None else self._graphs.captures
 
     @torch.no_grad()
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        """Logits [W, vocabulary] float32: the chunks that sample, in the plan's order, come first."""
+    def run(self, plan: StepPlan, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [W, vocabulary], which the next step overwrites: the chunks that sample, in the plan's order, come
+        first. ids: on the device, the token of each chunk, which the host does not know yet."""
         assert self._packing is not None
         if self._graphs is not None and all(chunk.samples and chunk.count == 1 for chunk in plan.chunks):
-            found = self._graphs.run(plan)
+            found = self._graphs.run(plan, ids)
             if found is not None:
-                return found.float()
+                return found
         step = pack(plan, self._packing, padded_to=self._padded(plan))
+        if ids is not None:
+            step.ids_T[: ids.shape[0]] = ids
+        if self.states is not None:
+            self.states.clear([chunk.sequence.slot for chunk in plan.chunks if chunk.start == 0])
         with self._adapters(step.lanes, step.lengths), self._stack:
-            return self._forward(step).float()
+            return self._forward(step)
 
     def _forward(self, step: StepBatch) -> torch.Tensor:
         self._step = step
+        recurrent = nullcontext() if self.states is None else self.states.step(step.states)
         try:
-            logits: torch.Tensor = self.model(
-                input_ids=step.ids_T[:, None],
-                position_ids=step.positions_T[:, None],
-                use_cache=False,
-                paged=step,
-            ).logits
+            with recurrent:
+                logits: torch.Tensor = self.model(
+                    input_ids=step.ids_T[:, None],
+                    position_ids=step.positions_T[:, None],
+                    use_cache=False,
+                    paged=step,
+                ).logits
         finally:
             self._step = None
         return logits[:, 0]
@@ -171,18 +201,22 @@ class Runner:
 
 
 def check_can_be_paged(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError for families that keep more of a token than keys and values."""
+    """Raises UnsupportedModelError for layers that keep something else of a token than keys and values, or a state."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
-    odd = sorted(str(layer) for layer in layers - _PAGED_LAYERS)
-    if config.model_type in RECURRENT or odd:
-        what = f"layers of the kinds {', '.join(odd)}" if odd else "layers with recurrent state"
+    odd = sorted(str(layer) for layer in layers - _ATTENTION_LAYERS - _RECURRENT_LAYERS - _OTHER_LAYERS)
+    if odd:
         raise UnsupportedModelError(
-            f"{type(model).__name__} ({config.model_type}) has {what}, which the engine does not serve yet: "
-            "it keeps pages of keys and values only; moegraft.attach(model).generate(...) serves this model"
+            f"{type(model).__name__} ({config.model_type}) has layers of the kinds {', '.join(odd)}, which the engine "
+            "does not serve yet; moegraft.attach(model).generate(...) serves this model"
         )
     if getattr(config, "attention_chunk_size", None):
         raise UnsupportedModelError(f"{type(model).__name__} attends in chunks, which the engine does not serve yet")
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether attention, norms and rotary embeddings run in Triton's kernels."""
+    return device.type == "cuda" and DeviceTarget.of(device).has_triton
 
 
 def longest_context(model: PreTrainedModel) -> int:
@@ -201,32 +235,31 @@ def longest_context(model: PreTrainedModel) -> int:
 class _Probe:
     """A few tokens, through the model's own attention and then over pages: the two must agree."""
 
-    TOKENS = 6
+    CHUNKS = (3, 2, 1)
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
-        self.ids: list[int] = torch.randint(vocabulary, (self.TOKENS,), generator=generator).tolist()
+        self.ids: list[int] = torch.randint(vocabulary, (sum(self.CHUNKS),), generator=generator).tolist()
         ids = torch.tensor([self.ids], device=device)
         self.expected_V: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1].float()
 
     def check(self, runner: Runner) -> None:
-        """Raises UnsupportedModelError where what crosses from token to token does not go through the pages."""
+        """Raises UnsupportedModelError where what crosses from token to token goes through no pages and no slot."""
         assert runner.pool is not None
-        sequence = SequenceState(tokens=self.ids, lane=BASE, pages=_probe_pages(runner.pool))
-        half = self.TOKENS // 2
-        runner.run(StepPlan((Chunk(sequence, 0, half, samples=False),)))
-        found_V = runner.run(StepPlan((Chunk(sequence, half, self.TOKENS - half, samples=True),)))[0]
-        error = (found_V - self.expected_V).norm() / self.expected_V.norm()
+        pages = list(range(1, 1 + -(-len(self.ids) // runner.pool.page_size)))
+        sequence = SequenceState(tokens=self.ids, lane=BASE, pages=pages, slot=1)
+        start = 0
+        for count in self.CHUNKS:
+            is_last = start + count == len(self.ids)
+            found_WV = runner.run(StepPlan((Chunk(sequence, start, count, samples=is_last),)))
+            start += count
+        error = (found_WV[0] - self.expected_V).norm() / self.expected_V.norm()
         # Half precision may send a token to other experts; a lost state leaves nothing of the logits.
         bound = 1e-3 if runner.model.dtype == torch.float32 else 0.3
         if not error <= bound:
             raise UnsupportedModelError(
                 f"{type(runner.model).__name__} gives other logits over pages than by itself (relative error "
-                f"{error:.2g}, expected at most {bound}): it keeps more of a token than keys and values"
+                f"{error:.2g}, expected at most {bound}): it keeps more of a token than keys, values and states"
             )
-
-
-def _probe_pages(pool: KVPool) -> list[int]:
-    return list(range(1, 1 + -(-_Probe.TOKENS // pool.page_size)))

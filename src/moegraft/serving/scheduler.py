@@ -9,7 +9,7 @@ gives its own up and is computed again later. The oldest sequence thus always ad
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -42,13 +42,15 @@ class State(Enum):
 @dataclass(eq=False)
 class SequenceState:
     """One sequence in flight. ``tokens``: the prompt's and the new ones, of which keys and values of the first
-    ``computed`` lie in ``pages``. ``owner``: whatever the engine needs of it."""
+    ``computed`` lie in ``pages``. ``slot``: its own among those that run, from 1 up; 0 while it waits. ``owner``:
+    whatever the engine needs of it."""
 
     tokens: list[int]
     lane: int
     owner: Any = None
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    slot: int = 0
     published: int = 0
     cached: int = 0
     state: State = State.WAITING
@@ -109,6 +111,7 @@ class Scheduler:
         self._queues: dict[int, deque[SequenceState]] = {}  # in the order of their turns; none is empty
         self._credit: dict[int, int] = {}
         self._holds: Counter[int] = Counter()
+        self._free_slots = list(range(max_rows, 0, -1))
         self._arrivals = 0
 
     # Coming and going
@@ -164,10 +167,31 @@ class Scheduler:
             budget -= chunk.count
         return StepPlan(chunks=tuple(sorted(chosen.values(), key=lambda c: (c.count > 1, c.sequence.arrival))))
 
+    def plan_ahead(self, plan: StepPlan, goes_on: Callable[[SequenceState], bool]) -> StepPlan | None:
+        """The step behind ``plan``, which has been begun and whose new tokens are not known yet: its rows again, those
+        of sequences that go on. None where that is not certain: others may be let in, or pages are short."""
+        alive = [chunk.sequence for chunk in plan.chunks if chunk.sequence.state is State.RUNNING]
+        is_decode = all(chunk.samples for chunk in plan.chunks) and len(alive) == len(self.running)
+        if not is_decode or (self._queues and len(self.running) < self.max_rows):
+            return None
+        chunks = []
+        for sequence in alive:
+            if not goes_on(sequence):
+                continue
+            pages = self.pages.allocate(max(0, self.pages.pages_for(sequence.computed + 1) - len(sequence.pages)))
+            if pages is None:
+                return None  # what was allocated for others is theirs: they need it next
+            sequence.pages += pages
+            chunks.append(Chunk(sequence, sequence.computed, 1, samples=True))
+        self.steps += 1
+        return StepPlan(tuple(chunks)) if chunks else None
+
     def advance(self, plan: StepPlan) -> None:
-        """After the plan has run: its tokens are computed, and full pages can be found by others."""
+        """After the plan was begun, and its tokens are known: full pages can be found by those that run behind it."""
         for chunk in plan.chunks:
             sequence = chunk.sequence
+            if sequence.state is not State.RUNNING:
+                continue
             sequence.computed = chunk.start + chunk.count
             size = self.pages.page_size
             for at in range(sequence.published, sequence.computed // size):
@@ -204,6 +228,8 @@ class Scheduler:
         self.running.remove(sequence)
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.published = [], 0, 0
+        self._free_slots.append(sequence.slot)
+        sequence.slot = 0
         self._let_go(sequence.lane)
 
     # Queues
@@ -275,6 +301,7 @@ class Scheduler:
         if self._credit.get(sequence.lane, 1) <= 0:
             self._queues[sequence.lane] = self._queues.pop(sequence.lane)  # its turn is over
         sequence.state = State.RUNNING
+        sequence.slot = self._free_slots.pop()
         self.running.append(sequence)
         return True
 
@@ -300,8 +327,13 @@ class Scheduler:
             raise MoegraftError(f"adapters held {dict(self._holds)}, by lane, are not those that run")
         if len(self.running) > self.max_rows or any(s.state is not State.RUNNING for s in self.running):
             raise MoegraftError(f"{len(self.running)} sequences run, of at most {self.max_rows}, or are not marked so")
+        if sorted([*self._free_slots, *(s.slot for s in self.running)]) != list(range(1, self.max_rows + 1)):
+            raise MoegraftError(
+                f"slots {[s.slot for s in self.running]} and those that are free are not each there once"
+            )
         for lane, queue in self._queues.items():
             wrong = [s for s in queue if s.state is not State.WAITING or s.pages or s.computed or s.lane != lane]
+            wrong += [s for s in queue if s.slot]
             if wrong or not queue or lane not in self._credit:
                 raise MoegraftError(f"lane {lane}: its queue is empty, or has sequences that hold pages")
 

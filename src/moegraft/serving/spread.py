@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from moegraft.serving.pages import PagePool
@@ -81,9 +81,22 @@ class SpreadScheduler:
             chunks += [replace(chunk, place=place) for chunk in scheduler.plan().chunks]
         return StepPlan(tuple(chunks))
 
+    def plan_ahead(self, plan: StepPlan, goes_on: Callable[[SequenceState], bool]) -> StepPlan | None:
+        """None where one rank's is not certain."""
+        chunks = []
+        for place, scheduler in enumerate(self.schedulers):
+            own = _of_place(plan, place)
+            if scheduler.is_idle and not own.chunks:
+                continue
+            ahead = scheduler.plan_ahead(own, goes_on)
+            if ahead is None:
+                return None
+            chunks += [replace(chunk, place=place) for chunk in ahead.chunks]
+        return StepPlan(tuple(chunks)) if chunks else None
+
     def advance(self, plan: StepPlan) -> None:
         for place, scheduler in enumerate(self.schedulers):
-            scheduler.advance(StepPlan(tuple(chunk for chunk in plan.chunks if chunk.place == place)))
+            scheduler.advance(_of_place(plan, place))
 
     def waiting(self) -> Iterator[SequenceState]:
         for scheduler in self.schedulers:
@@ -108,6 +121,10 @@ class SpreadScheduler:
     def check_integrity(self) -> None:
         for scheduler in self.schedulers:
             scheduler.check_integrity()
+
+
+def _of_place(plan: StepPlan, place: int) -> StepPlan:
+    return StepPlan(tuple(chunk for chunk in plan.chunks if chunk.place == place))
 
 
 def _todo(scheduler: Scheduler) -> int:

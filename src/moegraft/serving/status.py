@@ -10,6 +10,10 @@ from typing import Literal
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 BETWEEN_TOKENS_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 
+MAX_NAMED = 200
+OTHERS = " "
+"""No adapter's name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
@@ -30,7 +34,8 @@ class AdapterStatus:
 
     version: 1 for the first; replaced in place counts up · residency: where its factors lie · ranks: module -> largest
     rank · running, waiting: sequences now, of all its versions · draining: versions that serve their last requests ·
-    load_seconds: that reading and checking took · error: why the last load failed.
+    load_seconds: that reading and checking took · left_out: modules that are not served, where they might be left out ·
+    error: why the last load failed.
     """
 
     name: str
@@ -45,6 +50,7 @@ class AdapterStatus:
     waiting: int
     draining: int
     load_seconds: float
+    left_out: tuple[str, ...] = ()
     error: str | None = None
 
 
@@ -64,7 +70,8 @@ class AdapterCounters:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """One moment of an engine. ``adapters`` has the base model under the empty name."""
+    """One moment of an engine. ``adapters`` has the base model under the empty name and, where more than
+    ``MAX_NAMED`` adapters were served, all others together under ``OTHERS``. evictions: moved to host memory."""
 
     running: int
     waiting: int
@@ -78,7 +85,7 @@ class EngineStats:
     graph_captures: int
     adapters: Mapping[str, AdapterCounters]
     load_seconds: Histogram
-    evictions: int = 0
+    evictions: int
 
 
 @dataclass
@@ -95,6 +102,10 @@ class Observations:
     def add(self, seconds: float) -> None:
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
+
+    def merge(self, other: Observations) -> None:
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
 
     def snapshot(self) -> Histogram:
         return Histogram(bounds=self.bounds, counts=tuple(self.counts), total=self.total)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType, TracebackType
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -37,15 +37,18 @@ from moegraft.integrations.transformers.sites.experts import (
 )
 from moegraft.integrations.transformers.sites.fittings import Fittings
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
+from moegraft.lora.bank.combination import parse_combination
 from moegraft.lora.call import AdapterCall, CallMemory
-from moegraft.lora.collective_bank import CollectiveBank
+from moegraft.lora.collective_bank import CollectiveBank, Combinations, GroupBatch
 from moegraft.lora.peft import LoadReport
 from moegraft.lora.peft.loader import PeftAdapter
 from moegraft.lora.targets import AdapterWeights, ModelTargets
 from moegraft.parallel import Agreement, ParallelConfig, Step
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.slices import ExpertMap
 
 _MARK = "_moegraft_graft"
+# Of one row: an adapter's name, None for the base, or several that add up: names, or (name, weight).
+RowAdapters = str | Sequence[str | tuple[str, float]] | None
 
 
 def attach(  # noqa: PLR0913  # the one call of users: every option by its name
@@ -151,6 +154,7 @@ class GraftedModel:
             )
             self._adapters = CollectiveBank(self.bank, self.layout.groups, fit=fittings.fit)
             vocab_size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+            self._combinations = Combinations(self._adapters, most=max_adapters)
             self._ranks = RankCalls(self._adapters, self.layout, vocab_size=vocab_size)
             self._lora_experts = lora_experts
             self._memory = CallMemory()
@@ -200,27 +204,38 @@ class GraftedModel:
         return MappingProxyType(self.bank.infos())
 
     def load_adapter(
-        self, path: str | os.PathLike[str], name: str | None = None, *, resident: bool = True
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        resident: bool = True,
+        skip_unserved: bool = False,
     ) -> LoadReport:
         """Read a PEFT adapter folder and make it usable as ``name`` (default: the folder's name).
 
         resident: whether it takes its place on the device now, and may evict others, or when a batch first names it.
+        skip_unserved: leaves out what the adapter has on modules that the model has and that are not served (a vision
+        tower, say), and lists them in the report's ``left_out``: its outputs are then those of the rest alone.
 
         Raises AdapterError of the kind that fits; nothing has changed then, on no rank.
         """
         self._check_attached()
         name = name if name is not None else os.path.basename(os.path.normpath(path))
-        read = partial(self._read, path, name)
+        read = partial(self._read, path, name, skip_unserved)
         return self._adapters.load(name, read, source=os.fspath(path), resident=resident)
 
-    def _read(self, path: str | os.PathLike[str], name: str, step: Step) -> tuple[AdapterWeights, LoadReport]:
+    def _read(
+        self, path: str | os.PathLike[str], name: str, skip_unserved: bool, step: Step
+    ) -> tuple[AdapterWeights, LoadReport]:
         """This rank's slice of an adapter."""
-        with PeftAdapter(path, self._targets, name=name) as adapter:
+        with PeftAdapter(path, self._targets, name=name, skip_unserved=skip_unserved) as adapter:
             step.same(f"the files of adapter {name!r}", adapter.digest, error=AdapterFileError)
+            step.same("skip_unserved=", lambda: skip_unserved)
             weights, report = adapter.build(
                 dtype=self.bank.layout.dtype, rank_slice=self.layout.mine, max_bytes=self.bank.pool.capacity_bytes
             )
-        self.layout.check_adapter(weights)
+        if self.layout.plan is not None:
+            self.layout.plan.check_adapter(weights)
         if weights.experts and not self._lora_experts:
             raise AdapterMismatchError(
                 f"adapter {name!r} has LoRA on experts ({min(weights.experts)}), of which "
@@ -232,6 +247,7 @@ class GraftedModel:
         """Forget an adapter. Raises UnknownAdapterError, or AdapterInUseError while a batch uses it."""
         self._check_attached()
         self._adapters.unload(name)
+        self._combinations.prune()
 
     def pin_adapter(self, name: str) -> None:
         """Make an adapter resident and keep it from being evicted."""
@@ -245,8 +261,11 @@ class GraftedModel:
 
     # Running
 
-    def __call__(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """transformers' forward pass, and its own output object; ``adapters`` has one name (or None) a row."""
+    def __call__(self, *args: Any, adapters: Sequence[RowAdapters] | None = None, **kwargs: Any) -> Any:
+        """transformers' forward pass, and its own output object; ``adapters`` has one name (or None) a row.
+
+        Or several that add up: ``[["style", "domain"], None]``, with weights ``[[("style", 0.5), ("domain", 1.0)]]``.
+        """
         with (
             self._ranks.call(args, kwargs, adapters),
             self._batch(adapters, batch_rows(args, kwargs, ("input_ids", "inputs_embeds")), growth=(1,)),
@@ -254,7 +273,7 @@ class GraftedModel:
         ):
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapters: Sequence[RowAdapters] | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``; a row keeps its adapter through padding, beams and several returned sequences.
 
         Where an adapter makes logits that are not finite, its row ends, the others run to their end, and BatchError
@@ -277,7 +296,7 @@ class GraftedModel:
     @contextmanager
     def batch(
         self,
-        adapters: Sequence[str | None] | None,
+        adapters: Sequence[RowAdapters] | None,
         rows: int | None = None,
         *,
         lengths: Sequence[int] | None = None,
@@ -321,10 +340,14 @@ class GraftedModel:
         ) as call:
             yield call
 
+    def current_call(self) -> AdapterCall | None:
+        """The batch that layers which run now belong to, for engines that call a module of the model themselves."""
+        return self._state.current()
+
     @contextmanager
     def _batch(
         self,
-        adapters: Sequence[str | None] | None,
+        adapters: Sequence[RowAdapters] | None,
         rows: int | None,
         *,
         all_threads: bool = False,
@@ -342,7 +365,7 @@ class GraftedModel:
         call = None
         with ExitStack() as stack:
             if names is not None:
-                held, group = stack.enter_context(self._ranks.acquire(names, agreed))
+                held, group = self._acquire(names, agreed, stack)
                 if rank_bound is not None:
                     _check_ranks(held, rank_bound, self._targets)
                 call = AdapterCall(
@@ -359,6 +382,27 @@ class GraftedModel:
                 # Also where no row has an adapter: a batch around this one must not show through.
                 stack.enter_context(self._state.bound(call) if all_threads else self._state.running(call))
             yield call
+
+    def _acquire(
+        self,
+        rows: Sequence[str | tuple[tuple[str, float], ...] | None],
+        agreed: Sequence[str | None] | None,
+        stack: ExitStack,
+    ) -> tuple[AdapterBatch, GroupBatch | None]:
+        """The adapters of the rows, those that they name together as one each, until ``stack`` is left."""
+        if all(row is None or isinstance(row, str) for row in rows):
+            return stack.enter_context(self._ranks.acquire(cast("Sequence[str | None]", rows), agreed))
+        with self._combinations.lock:  # none is forgotten before the batch has it
+            with self._ranks.refusing(names_given=True):
+                if self.layout.rows_travel:
+                    raise BatchError(
+                        "adapters=: several adapters on a row are not served where rows travel between ranks"
+                    )
+                for row in dict.fromkeys(row for row in rows if isinstance(row, tuple)):
+                    for name, _ in row:
+                        self.bank.get(name)
+            names = [self._combinations.name_of(row) if isinstance(row, tuple) else row for row in rows]
+            return stack.enter_context(self._ranks.acquire(names))
 
     # Looking inside and leaving
 
@@ -467,8 +511,8 @@ def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:
 
 
 def _check_rows(
-    adapters: Sequence[str | None] | None, rows: int | None, loaded: Sequence[str]
-) -> tuple[str | None, ...] | None:
+    adapters: Sequence[RowAdapters] | None, rows: int | None, loaded: Sequence[str]
+) -> tuple[str | tuple[tuple[str, float], ...] | None, ...] | None:
     """The names of the batch, checked against its rows; None where no row has an adapter to be looked up."""
     if adapters is None:
         return None
@@ -477,13 +521,14 @@ def _check_rows(
         raise BatchError(f"adapters={adapters!r} is a string, expected one entry a row; loaded: {known}")
     if isinstance(adapters, Set | Mapping) or not isinstance(adapters, Iterable):
         raise BatchError(f"adapters= is a {type(adapters).__name__}, expected a list: one entry a row, in their order")
-    names = tuple(adapters)
-    odd = next((name for name in names if name is not None and not isinstance(name, str)), None)
-    if odd is not None:
-        raise BatchError(f"adapters= has an entry {odd!r}, expected names and None; loaded: {known}")
+    names: list[str | tuple[tuple[str, float], ...] | None] = []
+    for entry in adapters:
+        if entry is not None and not isinstance(entry, str | list | tuple):
+            raise BatchError(f"adapters= has an entry {entry!r}, expected names and None; loaded: {known}")
+        names.append(parse_combination(entry, known) if isinstance(entry, list | tuple) else entry)
     if rows is not None and len(names) != rows:
         raise BatchError(f"adapters= has {len(names)} entries for a batch of {rows} rows; loaded: {known}")
-    return names
+    return tuple(names)
 
 
 def _check_ranks(held: AdapterBatch, rank_bound: int, targets: ModelTargets) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.core.activation import apply_activation
+from moegraft.core.halves import apply_activation
 from moegraft.kernels.lora_expand.reference import add_lora_w2_reference, add_lora_w13_reference
 from moegraft.kernels.records import LoRABatch, MoEWeights
 

@@ -31,7 +31,6 @@ from moegraft.core.errors import (
     UnknownAdapterError,
 )
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, LinearFactor, LinearTables
-from moegraft.lora.bank.address_space import build_image, new_image, plan_address_space
 from moegraft.lora.bank.factors import collect_factors
 from moegraft.lora.bank.handle import (
     AdapterBatch,
@@ -44,7 +43,7 @@ from moegraft.lora.bank.handle import (
     module_ranks,
 )
 from moegraft.lora.bank.integrity import check_bank
-from moegraft.lora.bank.layout import BankLayout
+from moegraft.lora.bank.layout import BankLayout, build_image, new_image, plan_address_space
 from moegraft.lora.bank.pool import DeviceTables, PagePool, factor_tensor, saved_tensor
 from moegraft.lora.targets import AdapterWeights
 
@@ -110,6 +109,7 @@ class AdapterBank:
         self._unsettled = False
         self._uids = itertools.count(1)
         self._clock = 0
+        self.evictions = 0  # since the start, of adapters that stayed loaded
         self._side_stream: torch.cuda.Stream | None = None
         self._other_streams: dict[int, torch.cuda.Event] = {}
 
@@ -153,6 +153,8 @@ class AdapterBank:
             space=space,
             ranks=module_ranks(self.layout, space),
             saved=frozenset((module, param) for module, params in weights.saved.items() for param in params),
+            tokens=weights.tokens,
+            is_combined=weights.is_combined,
             image=build_image(self.layout, space, factors, pin=self._is_cuda, poison=self._poison),
         )
         new = NewAdapter(handle)
@@ -282,14 +284,14 @@ class AdapterBank:
         with self._lock:
             handle = self._handles.get(name) if isinstance(name, str) else None
             if handle is None:
-                loaded = ", ".join(repr(known) for known in self._handles) or "none"
+                loaded = ", ".join(map(repr, self.names())) or "none"
                 raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {loaded}")
             return handle
 
     def names(self) -> tuple[str, ...]:
-        """Names of all loaded adapters, oldest first."""
+        """Names of all loaded adapters, oldest first; not of combinations."""
         with self._lock:
-            return tuple(self._handles)
+            return tuple(name for name, handle in self._handles.items() if not handle.is_combined)
 
     def handles(self, *, coming: bool = False) -> tuple[AdapterHandle, ...]:
         """All loaded adapters at one moment, oldest first; ``coming``: and those that are built and not yet named."""
@@ -300,12 +302,23 @@ class AdapterBank:
     def infos(self) -> dict[str, AdapterInfo]:
         """Snapshots of all loaded adapters at one moment, by name, oldest first."""
         with self._lock:
-            return {name: self._info_of(handle) for name, handle in self._handles.items()}
+            return {name: self._info_of(self._handles[name]) for name in self.names()}
 
     def info(self, name: str) -> AdapterInfo:
         """A snapshot of one adapter, for users. Raises UnknownAdapterError."""
         with self._lock:
             return self._info_of(self.get(name))
+
+    def image(self, name: str) -> torch.Tensor:
+        """An adapter's pages [num_pages, page_elems] on the host, to be read. Raises UnknownAdapterError."""
+        with self._lock:
+            handle = self.get(name)
+            image = handle.image
+            if image is None:
+                assert handle.residency is not None, "an adapter outside the pool has its image"
+                image = new_image(self.layout, handle.space, pin=False)
+                self.pool.read(handle.residency.pages, image)
+            return image
 
     def _info_of(self, handle: AdapterHandle) -> AdapterInfo:
         entries = self.layout.entries
@@ -469,6 +482,7 @@ class AdapterBank:
                 handle.image = image
         for handle in handles:
             self._leave_pool(handle)
+            self.evictions += 1
 
     def _enter_pool(self, handle: AdapterHandle, *, is_aside: bool) -> None:
         assert handle.image is not None, "an adapter outside the pool has its image"

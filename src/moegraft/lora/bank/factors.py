@@ -5,29 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from moegraft.core.errors import AdapterMismatchError, AdapterTensorError
 from moegraft.core.tables import ExpertsFactor, LinearFactor
-from moegraft.lora.bank.layout import BankLayout
+from moegraft.lora.bank.layout import BankLayout, FactorRows
 from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, ExpertsLoRA, ExpertsTarget, LinearLoRA
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FactorRows:
-    """One factor, ready to be placed: ``rows`` [copies * rank, row_len] in the bank's dtype.
-
-    ``copies``: number of experts, or 1 where one factor serves all experts or there are none.
-    """
-
-    entry: int
-    rank: int
-    copies: int
-    lane: int
-    rows: torch.Tensor
 
 
 def collect_factors(layout: BankLayout, weights: AdapterWeights) -> list[FactorRows]:

@@ -10,8 +10,7 @@ from weakref import ReferenceType
 import torch
 
 from moegraft.core.errors import AdapterMemoryError
-from moegraft.lora.bank.address_space import AddressSpace
-from moegraft.lora.bank.layout import BankLayout
+from moegraft.lora.bank.layout import AddressSpace, BankLayout
 from moegraft.lora.bank.pool import PagePool
 
 
@@ -34,7 +33,8 @@ class AdapterHandle:
     """A loaded adapter. Owned and changed by its bank only; read it freely.
 
     ``ranks``: module -> rank of each factor (ExpertsFactor or LinearFactor order, 0 = untouched); modules that the
-    adapter does not touch are absent. ``saved``: (module, parameter) pairs that it replaces. ``image``: host copy of
+    adapter does not touch are absent. ``saved``: (module, parameter) pairs that it replaces. ``tokens``: modules whose
+    rows it replaces. ``is_combined``: made of other adapters, for rows that name several. ``image``: host copy of
     its pages [num_pages, page_elems]; on the CPU only while evicted. ``uid``: of this load, counted from 1 and never
     given again, so that what was computed with another adapter of the name is told apart; ``number``: the smallest that
     was free when it came, for tables. ``leases``: the batches that hold it; one that is lost on the way ends by itself.
@@ -46,6 +46,8 @@ class AdapterHandle:
     ranks: Mapping[str, tuple[int, ...]]
     saved: frozenset[tuple[str, str]]
     image: torch.Tensor | None
+    tokens: frozenset[str] = frozenset()
+    is_combined: bool = False
     residency: Residency | None = None
     pinned: bool = False
     last_use: int = 0

@@ -13,9 +13,8 @@ import torch
 from moegraft.core.errors import AdapterMemoryError, MoegraftError
 from moegraft.core.memory import format_bytes
 from moegraft.core.tables import NUM_FIELDS, ExpertsTables, LinearTables
-from moegraft.lora.bank.address_space import AddressSpace, Placement
 from moegraft.lora.bank.factors import from_bank_rows
-from moegraft.lora.bank.layout import BankLayout, SavedEntry
+from moegraft.lora.bank.layout import AddressSpace, BankLayout, Placement, SavedEntry
 
 
 def page_runs(pages: Sequence[int]) -> Iterator[tuple[int, int, int]]:

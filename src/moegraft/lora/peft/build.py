@@ -10,9 +10,8 @@ import torch
 from moegraft.core.cuts import Cuts, cut_axis, cut_tensor
 from moegraft.core.errors import AdapterConfigError, AdapterTensorError
 from moegraft.files import TensorInfo, shorten
-from moegraft.lora.dora import UnfinishedDora
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, Pair, TokensPlan
-from moegraft.lora.targets import EmbeddingLoRA, EmbeddingTarget, LinearLoRA
+from moegraft.lora.targets import EmbeddingLoRA, EmbeddingTarget, LinearLoRA, UnfinishedDora
 from moegraft.parallel.slices import WHOLE_LINEAR, LinearSlice, ParameterSlice, Pieces
 
 # Rows of a base weight that are widened to float32 at a time (DoRA): bounds the memory for a large vocabulary.
@@ -135,9 +134,31 @@ def build_tokens(
     return EmbeddingLoRA(a=a, b=b) if isinstance(target, EmbeddingTarget) else LinearLoRA(a=a, b=b)
 
 
+def lora_param(plan: AdapterPlan, module: str) -> str | None:
+    """The parameter of a module that its LoRA is on; None without."""
+    if module in plan.linears:
+        return plan.linears[module].target.param
+    return "weight" if module in plan.embeddings else None
+
+
+def build_bias(plan: LinearPlan, base: torch.Tensor, read: Read, mine: ParameterSlice | None = None) -> torch.Tensor:
+    """The bias of a linear map with the scaled one of lora_B added, in the dtype of ``base``, which may be cut already.
+
+    Raises AdapterConfigError where the base's cannot be read, or AdapterTensorError.
+    """
+    assert plan.bias is not None
+    if base.is_meta:
+        raise AdapterConfigError(f"lora_bias: {plan.bias.where} needs the bias of {plan.target.name}")
+    cuts = {} if mine is None else {mine.axis: mine.pieces}
+    added = widen(read(plan.bias.name, cuts)) * plan.pair.scale
+    own = base.detach() if base.shape == added.shape else cut_tensor(base.detach(), cuts)
+    return cast(widen(own.cpu()) + added, base.dtype, plan.bias)
+
+
 def build_saved(
     plan: AdapterPlan,
     module: str,
+    param: str,
     base: torch.Tensor,
     info: TensorInfo,
     read: Read,
@@ -151,7 +172,7 @@ def build_saved(
     """
     cuts = {} if mine is None else {mine.axis: mine.pieces}
     stored = read(info.name, cuts)
-    has_lora = module in plan.linears or module in plan.embeddings
+    has_lora = lora_param(plan, module) == param
     if not base.is_meta:
         own = cut_tensor(base.detach(), cuts).cpu()
         # Beside LoRA the copy may have been rounded to another dtype: it is the base's own in the narrower one.
@@ -165,10 +186,9 @@ def build_saved(
 
 
 def _is_merged(plan: AdapterPlan, module: str, info: TensorInfo) -> bool:
-    """Whether this parameter is the weight that the LoRA of its module is on, and can take it."""
+    """Whether this parameter, which the LoRA of its module is on, can take it."""
     linear = plan.linears.get(module)
-    param = "weight" if linear is None else linear.target.param
-    return len(info.shape) == 2 and info.name.endswith(f".{param}") and (linear is None or linear.magnitude is None)
+    return len(info.shape) == 2 and (linear is None or linear.magnitude is None)
 
 
 def _whole_delta(plan: AdapterPlan, module: str, read: Read) -> torch.Tensor:

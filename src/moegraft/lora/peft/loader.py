@@ -23,13 +23,21 @@ from moegraft.core.errors import (
     StoredTensorError,
 )
 from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
-from moegraft.lora.dora import UnfinishedDora
-from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved, build_tokens, check_twins
+from moegraft.lora.peft.build import (
+    Read,
+    build_bias,
+    build_embedding,
+    build_linear,
+    build_saved,
+    build_tokens,
+    check_twins,
+    lora_param,
+)
 from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
 from moegraft.lora.peft.config import CONFIG_FILE, read_config
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, plan_adapter
 from moegraft.lora.peft.report import LoadReport
-from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModelTargets
+from moegraft.lora.targets import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModelTargets, UnfinishedDora
 from moegraft.parallel.slices import WHOLE_EXPERTS, WHOLE_LINEAR, LinearSlice, RankSlice
 
 ADAPTER_FILES = WeightFiles(
@@ -56,12 +64,13 @@ def load_peft_adapter(
     name: str | None = None,
     rank_slice: RankSlice = _WHOLE,
     max_bytes: int | None = None,
+    skip_unserved: bool = False,
 ) -> tuple[AdapterWeights, LoadReport]:
     """Reads an adapter that PEFT saved and fits it to a base model: ``PeftAdapter`` and its ``build`` in one.
 
     Raises what they raise.
     """
-    with PeftAdapter(path, targets, name=name) as adapter:
+    with PeftAdapter(path, targets, name=name, skip_unserved=skip_unserved) as adapter:
         return adapter.build(dtype=dtype, rank_slice=rank_slice, max_bytes=max_bytes)
 
 
@@ -70,7 +79,9 @@ class PeftAdapter:
 
     ``path``: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or its shards with their index.
     ``targets``: the whole model, also where a rank holds a slice. ``name``: for messages and the report; the folder's
-    name by default. What was checked is what is digested and read, through the same handles.
+    name by default. What was checked is what is digested and read, through the same handles. ``skip_unserved``: what
+    the adapter has on modules that the model has and that are not served (``targets.left_out``) is left out, and listed
+    in the report.
 
     Raises:
         AdapterFileError: a file is missing, malformed, a pickle, or outside the folder.
@@ -79,7 +90,14 @@ class PeftAdapter:
         AdapterMismatchError: a tensor names a module that the base model does not have.
     """
 
-    def __init__(self, path: str | os.PathLike[str], targets: ModelTargets, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        targets: ModelTargets,
+        *,
+        name: str | None = None,
+        skip_unserved: bool = False,
+    ) -> None:
         with open_folder(path) as folder:
             if name is not None and (not isinstance(name, str) or not name):
                 raise AdapterNameError(f"name {name!r}, expected a string that is not empty")
@@ -90,7 +108,7 @@ class PeftAdapter:
             self._tensors = open_weights(folder, targets)
         try:
             self._targets = targets
-            self.plan = plan_adapter(self._tensors.infos, self.config, targets)
+            self.plan = plan_adapter(self._tensors.infos, self.config, targets, skip_unserved=skip_unserved)
             _raise_first(self.plan.problems)
         except BaseException:
             self.close()
@@ -116,7 +134,8 @@ class PeftAdapter:
         """
         self._check_size(dtype, rank_slice, max_bytes)
         infos = self._tensors.infos
-        self._tensors.unread = set(infos) - set(self.plan.unused)
+        left_out = self.plan.left_out
+        self._tensors.unread = set(infos) - set(self.plan.unused) - left_out.keys()
         with as_adapter_error():
             check_twins(self.plan.twins, self._tensors.read)
             weights, notes = _build(self.plan, self._targets, self._tensors.read, dtype, rank_slice)
@@ -130,8 +149,9 @@ class PeftAdapter:
             path=str(self.path),
             peft_version=self.config.peft_version,
             tensors_in_file=len(infos),
-            tensors_applied=len(infos) - len(unread),
+            tensors_applied=len(infos) - len(unread) - len(left_out),
             tensors_elsewhere=len(elsewhere),
+            tensors_left_out=len(left_out),
             bytes_in_file=self._tensors.nbytes,
             bytes_read=self._tensors.bytes_read,
             bytes_held=weights.num_bytes,
@@ -140,6 +160,7 @@ class PeftAdapter:
             embeddings={module: plan.pair.rank for module, plan in self.plan.embeddings.items()},
             tokens={module: plan.tokens for module, plan in self.plan.tokens.items()},
             saved={module: tuple(params) for module, params in weights.saved.items()},
+            left_out={module: self._targets.left_out[module] for module in sorted(set(left_out.values()))},
             notes=(*self.config.notes, *self.plan.notes, *_cast_notes(infos.values(), dtype), *notes),
         )
         return weights, report
@@ -207,6 +228,7 @@ def open_weights(folder: Folder, targets: ModelTargets | None = None) -> WeightF
     if targets is not None:
         of_experts = sum([6 * target.num_experts for target in targets.experts.values()])
         others = 3 * len(targets.linears) + 3 * len(targets.embeddings) + sum(map(len, targets.saveable.values()))
+        others += 3 * len(targets.left_out)
         most = min(most, limits.LEAST_TENSORS + 2 * (of_experts + others))
     with as_adapter_error():
         return WeightFolder(folder, ADAPTER_FILES, max_tensors=most)
@@ -259,7 +281,7 @@ def _build(
     plan: AdapterPlan, targets: ModelTargets, read: Read, dtype: torch.dtype, mine: RankSlice
 ) -> tuple[AdapterWeights, list[str]]:
     saved, notes = _build_saved(plan, targets, read, mine)
-    merged = saved.keys() & (plan.linears.keys() | plan.embeddings.keys())
+    merged = {module for module, params in saved.items() if lora_param(plan, module) in params}
     notes += [f"{module} is another one than the base model's: LoRA was merged into it" for module in sorted(merged)]
     experts = {
         module: build_experts(item, read, dtype, mine.experts.get(module, WHOLE_EXPERTS))
@@ -287,6 +309,7 @@ def _build(
         }
         | {module: lora for module, lora in tokens.items() if isinstance(lora, EmbeddingLoRA)},
         saved=saved,
+        tokens=frozenset(tokens),
     )
     return weights, notes
 
@@ -307,11 +330,16 @@ def _build_saved(
     for module, params in plan.saved.items():
         for param, info in params.items():
             base = targets.saveable[module][param]
-            tensor = build_saved(plan, module, base, info, read, mine.saved.get((module, param)))
+            tensor = build_saved(plan, module, param, base, info, read, mine.saved.get((module, param)))
             if tensor is None:
                 notes.append(f"{info.name} equals the base model's {module}.{param}")
             else:
                 saved.setdefault(module, {})[param] = tensor
+    for module, linear in plan.linears.items():
+        if linear.bias is not None:
+            base = saved.get(module, {}).get("bias", targets.saveable[module]["bias"])
+            bias = build_bias(linear, base, read, mine.saved.get((module, "bias")))
+            saved.setdefault(module, {})["bias"] = bias
     return saved, notes
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from moegraft.core.errors import AdapterMismatchError
+from moegraft.core.errors import AdapterMismatchError, UnservedModuleError
 from moegraft.files import limits, shorten
 from moegraft.files.renames import DOWN_NAMES, FUSED_MODULES, GATE_NAMES, UP_NAMES, Renamer
 from moegraft.lora.targets import ExpertsTarget, ModelTargets
@@ -148,6 +148,7 @@ class SiteFinder:
     """Finds the site of a tensor: the module's own name first, then its renamed forms, of which one may exist.
 
     Raises:
+        UnservedModuleError: the base model has the module, and no adapter may touch it.
         AdapterMismatchError: no target has the name, or several might be meant; names the tensor and the nearest
             targets.
     """
@@ -263,8 +264,10 @@ class SiteFinder:
             left_out = next((part for part in _with_parents(name) if part in self._targets.left_out), None)
             if left_out is not None:
                 reason = self._targets.left_out[left_out]
-                raise AdapterMismatchError(
-                    f"tensor {shorten(key.name)}: no adapter may touch {shorten(left_out)}: it {reason}"
+                raise UnservedModuleError(
+                    f"tensor {shorten(key.name)}: {shorten(left_out)} exists in the base model, but adapters on it are "
+                    f"not served: it {reason}; load_adapter(..., skip_unserved=True) loads the rest without it",
+                    module=left_out,
                 )
         wanted = key.module if key.factor is not Factor.SAVED else f"{key.module}.{key.param}"
         what = "no parameter that may be replaced" if key.factor is Factor.SAVED else "no module"
@@ -289,7 +292,7 @@ class SiteFinder:
         return [f"{module}.{param}" for module, params in self._targets.saveable.items() for param in params]
 
     def _all_names(self) -> Iterator[str]:
-        return itertools.chain(self._module_names(), self._saved_names())
+        return itertools.chain(self._module_names(), self._saved_names(), self._targets.left_out)
 
 
 def _with_parents(name: str) -> Iterator[str]:

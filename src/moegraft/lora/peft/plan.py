@@ -7,10 +7,17 @@ data is touched. Problems are collected, one per module or stray tensor.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from moegraft.core.errors import AdapterConfigError, AdapterError, AdapterFileError, AdapterTensorError
+from moegraft.core.errors import (
+    AdapterConfigError,
+    AdapterError,
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterTensorError,
+    UnservedModuleError,
+)
 from moegraft.files import TensorInfo, limits, shorten
 from moegraft.lora.peft import fused
 from moegraft.lora.peft.config import PeftConfig
@@ -67,11 +74,17 @@ class ExpertsPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearPlan:
-    """One linear map; ``magnitude`` for DoRA."""
+    """One linear map; ``magnitude`` for DoRA; ``bias``: of lora_B (``lora_bias``)."""
 
     target: LinearTarget
     pair: Pair
     magnitude: TensorInfo | None = None
+    bias: TensorInfo | None = None
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """All of its tensors."""
+        return (*self.pair.infos, *(info for info in (self.magnitude, self.bias) if info is not None))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +110,8 @@ class AdapterPlan:
     """The whole adapter; ``saved``: module -> parameter -> tensor.
 
     ``tokens``: modules of which rows are replaced. ``twins``: tensors that must be equal, since both are one parameter.
-    ``unused``: names of tensors that change nothing.
+    ``unused``: names of tensors that change nothing. ``left_out``: name of a tensor -> module of the base model that is
+    not served, where such tensors may be left out.
     """
 
     experts: Mapping[str, ExpertsPlan]
@@ -107,6 +121,7 @@ class AdapterPlan:
     saved: Mapping[str, Mapping[str, TensorInfo]]
     twins: tuple[tuple[TensorInfo, TensorInfo], ...]
     unused: tuple[str, ...]
+    left_out: Mapping[str, str]
     problems: tuple[AdapterError, ...]
     notes: tuple[str, ...]
 
@@ -118,12 +133,21 @@ class _Member:
     info: TensorInfo
 
 
-def plan_adapter(infos: Mapping[str, TensorInfo], config: PeftConfig, targets: ModelTargets) -> AdapterPlan:
-    """Sorts every tensor into a plan or into ``problems``; it raises nothing."""
+def plan_adapter(
+    infos: Mapping[str, TensorInfo], config: PeftConfig, targets: ModelTargets, *, skip_unserved: bool = False
+) -> AdapterPlan:
+    """Sorts every tensor into a plan or into ``problems``; it raises nothing.
+
+    ``skip_unserved``: what lies on modules that the base model has and that are not served goes into ``left_out``.
+    """
     problems: list[AdapterError] = []
     if not infos:
         problems.append(AdapterFileError("the weight files hold no tensors"))
-    groups = _sort_by_module(infos, targets, problems)
+    left_out: dict[str, str] = {}
+    groups = _sort_by_module(infos, config, targets, problems, left_out if skip_unserved else None)
+    if left_out and len(left_out) == len(infos):
+        stray = next(iter(left_out.values()))
+        problems.append(AdapterMismatchError(f"all of its modules are unserved, such as {shorten(stray)}"))
     planner = _Planner(config, targets)
     for (kind, module), members in groups.items():
         try:
@@ -131,6 +155,7 @@ def plan_adapter(infos: Mapping[str, TensorInfo], config: PeftConfig, targets: M
         except AdapterError as error:
             problems.append(error)
     planner.tie_tokens()
+    problems += planner.biases_beside_dora()
     experts, notes = _settle_orientation(planner.experts, config)
     return AdapterPlan(
         experts=experts,
@@ -140,13 +165,18 @@ def plan_adapter(infos: Mapping[str, TensorInfo], config: PeftConfig, targets: M
         saved={module: params for module, params in planner.saved.items() if params},
         twins=tuple(planner.twins),
         unused=tuple(planner.unused),
+        left_out=left_out,
         problems=tuple(problems),
         notes=(*notes, *planner.notes()),
     )
 
 
 def _sort_by_module(
-    infos: Mapping[str, TensorInfo], targets: ModelTargets, problems: list[AdapterError]
+    infos: Mapping[str, TensorInfo],
+    config: PeftConfig,
+    targets: ModelTargets,
+    problems: list[AdapterError],
+    left_out: dict[str, str] | None,
 ) -> dict[tuple[Kind, str], list[_Member]]:
     groups: dict[tuple[Kind, str], list[_Member]] = {}
     finder = SiteFinder(targets)
@@ -154,8 +184,13 @@ def _sort_by_module(
         key = parse_key(info.name)
         try:
             site = finder.find(key)
-        except AdapterError as error:
-            problems.append(type(error)(f"{info.file}: {error}"))
+        except AdapterMismatchError as error:
+            if left_out is not None and isinstance(error, UnservedModuleError):
+                left_out[info.name] = error.module
+                continue
+            is_bias = config.bias != "none" and key.factor is Factor.SAVED and "bias" in key.param
+            error.args = (f"{info.file}: " + (f"bias {config.bias!r}: " if is_bias else "") + str(error),)
+            problems.append(error)
             if len(problems) >= limits.MAX_STRAY:
                 break
         else:
@@ -197,8 +232,9 @@ class _Planner:
             self.saved[module] = self._plan_saved(module, members)
 
     def _plan_linear(self, target: LinearTarget, members: list[_Member]) -> LinearPlan:
-        found = _by_factor(members, (Factor.A, Factor.B, Factor.MAGNITUDE))
+        found = _by_factor(members, (Factor.A, Factor.B, Factor.MAGNITUDE, Factor.B_BIAS))
         a, b = _partners(found, Factor.A, Factor.B)
+        bias = self._lora_bias(target, a, found.get(Factor.B_BIAS))
         module = a.key.module
         parameter = f"{module}.{target.param}"
         pair = self._pair(
@@ -213,7 +249,7 @@ class _Planner:
             has = "has no lora_magnitude_vector" if magnitude is None else f"comes with {shorten(magnitude.info.name)}"
             raise AdapterTensorError(f"{a.info.where} {has}, but use_dora is {str(self._config.use_dora).lower()}")
         if magnitude is None:
-            return LinearPlan(target=target, pair=pair)
+            return LinearPlan(target=target, pair=pair, bias=bias)
         if magnitude.info.shape != (target.out_features,):
             raise AdapterTensorError(
                 f"{magnitude.info.where}: shape {list(magnitude.info.shape)}, expected [{target.out_features}]"
@@ -224,9 +260,28 @@ class _Planner:
             )
         return LinearPlan(target=target, pair=pair, magnitude=magnitude.info)
 
+    def _lora_bias(self, target: LinearTarget, a: _Member, bias: _Member | None) -> TensorInfo | None:
+        """The bias of lora_B [out], where the config says that there is one."""
+        config, name = self._config, target.name
+        if (bias is not None) != config.lora_bias:
+            has = "has no lora_B.bias" if bias is None else f"comes with {shorten(bias.info.name)}"
+            raise AdapterTensorError(f"{a.info.where} {has}, but lora_bias is {str(config.lora_bias).lower()}")
+        if bias is None:
+            return None
+        if config.use_dora:
+            raise AdapterConfigError(f"lora_bias: {bias.info.where}: a bias beside DoRA; not supported")
+        if bias.info.shape != (target.out_features,):
+            raise AdapterTensorError(
+                f"{bias.info.where}: shape {list(bias.info.shape)}, expected [{target.out_features}]"
+            )
+        if "bias" not in self._targets.saveable.get(name, {}):
+            raise AdapterConfigError(f"lora_bias: {bias.info.where}: {name} is none of the maps that can have a bias")
+        return bias.info
+
     def _plan_embedding(self, target: EmbeddingTarget, members: list[_Member]) -> EmbeddingPlan:
         found = _by_factor(members, (Factor.EMBEDDING_A, Factor.EMBEDDING_B, Factor.MAGNITUDE))
         self._refuse_dora(target.name, members)
+        self._refuse_bias(target.name, members)
         a, b = _partners(found, Factor.EMBEDDING_A, Factor.EMBEDDING_B)
         sizes = {"size_in": target.num_embeddings, "size_out": target.embedding_dim}
         return EmbeddingPlan(target=target, pair=self._pair(a.info, b.info, name=a.key.module, **sizes))
@@ -249,6 +304,15 @@ class _Planner:
             )
         self.tokens[module] = TokensPlan(target=target, param=param, info=info, tokens=tokens)
 
+    def biases_beside_dora(self) -> Iterator[AdapterError]:
+        """DoRA scales what the base gives less its bias, and knows the base's own."""
+        for module, params in self.saved.items():
+            linear = self.linears.get(module)
+            if "bias" in params and linear is not None and linear.magnitude is not None:
+                yield AdapterConfigError(
+                    f"bias {self._config.bias!r}: {params['bias'].where}: a trained bias beside DoRA; not supported"
+                )
+
     def tie_tokens(self) -> None:
         """Rows of an embedding that is the head's weight too are the head's, where the file has none of its own."""
         for plan in [plan for plan in self.tokens.values() if isinstance(plan.target, EmbeddingTarget)]:
@@ -268,6 +332,9 @@ class _Planner:
             if param in params:
                 self.twins.append((params[param], info))
             base = self._targets.saveable[module][param]
+            linear = self._targets.linears.get(module)
+            if linear is not None and param == "bias" and not linear.has_bias:
+                raise AdapterMismatchError(f"{info.where}: {module} of the base model has no bias")
             if info.shape != tuple(base.shape):
                 raise AdapterTensorError(
                     f"{info.where}: shape {list(info.shape)}, expected {list(base.shape)} as {module}.{param} of the "
@@ -280,6 +347,7 @@ class _Planner:
 
     def _plan_experts(self, target: ExpertsTarget, members: list[_Member]) -> ExpertsPlan:
         self._refuse_dora(target.name, members)
+        self._refuse_bias(target.name, members)
         slots: dict[tuple[Projection | None, int | None, bool, int], list[_Member]] = {}
         for member in members:
             site = member.site
@@ -351,6 +419,12 @@ class _Planner:
         if rank != expected:
             raise AdapterTensorError(f"{a.where}: rank {rank} (shape {list(a.shape)}), but the config says {origin}")
         return Pair(a=a, b=b, rank=rank, scale=self._config.scale(name, rank))
+
+    def _refuse_bias(self, module: str, members: list[_Member]) -> None:
+        bias = next((m for m in members if m.key.factor is Factor.B_BIAS), None)
+        if bias is not None or self._config.lora_bias:
+            where = (bias or members[0]).info.where
+            raise AdapterConfigError(f"lora_bias: {where}: biases are supported on linear layers only, not on {module}")
 
     def _refuse_dora(self, module: str, members: list[_Member]) -> None:
         magnitude = next((m for m in members if m.key.factor is Factor.MAGNITUDE), None)

@@ -2,7 +2,6 @@
 
 from moegraft.moe.expert_parallel.all_gather import AllGatherPrepareAndFinalize
 from moegraft.moe.expert_parallel.all_to_all import AllToAllPrepareAndFinalize
-from moegraft.moe.expert_parallel.choose import expert_parallel_pair
 from moegraft.moe.expert_parallel.exchange import ExpertParallelPrepareAndFinalize
 from moegraft.moe.expert_parallel.replicated import ReplicatedPrepareAndFinalize
 
@@ -11,5 +10,4 @@ __all__ = [
     "AllToAllPrepareAndFinalize",
     "ExpertParallelPrepareAndFinalize",
     "ReplicatedPrepareAndFinalize",
-    "expert_parallel_pair",
 ]

@@ -12,14 +12,17 @@ import torch
 from moegraft.lora.context import MoELoRAContext
 from moegraft.moe.expert_parallel.exchange import (
     ExpertParallelPrepareAndFinalize,
+    ReceivedRows,
+    RowCodec,
     exchange_counts,
+    join_rows,
+    pack_routed_rows,
     slots_of,
     split_rows,
+    unpack_routed_rows,
 )
-from moegraft.moe.expert_parallel.packing import RowCodec
-from moegraft.moe.expert_parallel.routed_rows import ReceivedRows, join_rows, pack_routed_rows, unpack_routed_rows
 from moegraft.moe.layer import ExpertsOutput, PreparedRows, weigh_input, weighted_sum
-from moegraft.parallel.expert_map import NOWHERE
+from moegraft.parallel.slices import NOWHERE
 
 
 @dataclass(frozen=True, kw_only=True)

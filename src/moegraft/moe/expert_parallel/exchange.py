@@ -1,10 +1,16 @@
 """What the expert-parallel pairs share: where experts stand, which adapters rows carry, how many rows each rank sends.
 
-Shape letters: T tokens · K experts per token · R ranks of the expert-parallel group
+Rows travel with their choices and their adapter: header and activations side by side as bytes, so that one collective
+carries them.
+
+Shape letters: T tokens · K experts per token · R ranks of the expert-parallel group · S rows sent · M rows received ·
+D hidden size · B bytes of a row
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +18,172 @@ import torch
 from moegraft.core.config import MoEConfig
 from moegraft.core.errors import BatchError
 from moegraft.formats.base import ExpertsWeights
+from moegraft.formats.fp8 import Fp8Experts, dequantise_rows, quantise_rows
 from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.rows import BASE_SLOT, base_slots
-from moegraft.moe.expert_parallel.packing import PlainRows, RowCodec, codec_for
 from moegraft.moe.layer import FusedMoEPrepareAndFinalize, weighs_input
 from moegraft.parallel.collectives import Communicator
-from moegraft.parallel.expert_map import ExpertMap, ExpertPlacement
 from moegraft.parallel.groups import ParallelGroups
+from moegraft.parallel.slices import ExpertMap, ExpertPlacement
+
+Field = tuple[torch.dtype, int]
+"""dtype and width of one field of a row."""
+
+ROW_ALIGN = 4
+"""Bytes. Fields of four bytes an element come first, so each stands where its dtype wants it."""
+
+
+class RowCodec(ABC):
+    """How the activations of a row are sent."""
+
+    @abstractmethod
+    def fields(self, hidden_size: int, dtype: torch.dtype) -> tuple[Field, ...]: ...
+
+    @abstractmethod
+    def encode(self, x_SD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The fields of each row."""
+
+    @abstractmethod
+    def decode(self, fields: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """[M, D] as the GEMM reads it."""
+
+
+@dataclass(frozen=True)
+class PlainRows(RowCodec):
+    """As they are: what LoRA, and GEMMs over unquantised activations, read."""
+
+    def fields(self, hidden_size: int, dtype: torch.dtype) -> tuple[Field, ...]:
+        return ((dtype, hidden_size),)
+
+    def encode(self, x_SD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x_SD,)
+
+    def decode(self, fields: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return fields[0]
+
+
+@dataclass(frozen=True)
+class Fp8Rows(RowCodec):
+    """e4m3 values and their float32 scales; decoding gives the bits of ``Fp8Experts.quantise_input``."""
+
+    group_size: int | None
+    static_scale: torch.Tensor | None
+
+    def fields(self, hidden_size: int, dtype: torch.dtype) -> tuple[Field, ...]:
+        num_groups = 1 if self.group_size is None else -(-hidden_size // self.group_size)
+        return (torch.float32, num_groups), (torch.float8_e4m3fn, hidden_size)
+
+    def encode(self, x_SD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        stored_SD, scale_SQ = quantise_rows(x_SD, group_size=self.group_size, static_scale=self.static_scale)
+        return scale_SQ, stored_SD
+
+    def decode(self, fields: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        scale_MQ, stored_MD = fields
+        return dequantise_rows(stored_MD, scale_MQ, dtype)
+
+
+def codec_for(weights: ExpertsWeights) -> RowCodec:
+    """fp8 weights meet fp8 activations, which may be sent as such; all others read activations as they are."""
+    if isinstance(weights, Fp8Experts):
+        return Fp8Rows(weights.group_size, weights.x_scale)
+    return PlainRows()
+
+
+def pack_rows(fields: Sequence[torch.Tensor]) -> torch.Tensor:
+    """uint8 [S, B] from fields [S, width]."""
+    parts = [_bytes_of(field) for field in fields]
+    padding = -sum(part.shape[1] for part in parts) % ROW_ALIGN
+    if padding:
+        parts.append(parts[0].new_zeros(parts[0].shape[0], padding))
+    return torch.cat(parts, dim=1)
+
+
+def _bytes_of(field: torch.Tensor) -> torch.Tensor:
+    # For no row, or one, contiguous() leaves the strides of an expanded tensor as they are, and a view refuses them.
+    if field.numel() == 0:
+        return field.new_empty(field.shape[0], field.shape[1] * field.itemsize, dtype=torch.uint8)
+    if field.stride(-1) != 1:
+        field = field.clone(memory_format=torch.contiguous_format)
+    return field.contiguous().view(torch.uint8)
+
+
+def unpack_rows(packed_MB: torch.Tensor, fields: Sequence[Field]) -> list[torch.Tensor]:
+    """Inverse of ``pack_rows``: views [M, width]."""
+    views, start = [], 0
+    for dtype, width in fields:
+        stop = start + width * dtype.itemsize
+        views.append(packed_MB[:, start:stop].view(dtype))
+        start = stop
+    return views
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceivedRows:
+    """One part: weights [M, K], ids [M, K] int32 of local experts (-1: elsewhere), adapter ids [M], encoded fields."""
+
+    codec: RowCodec
+    weights_MK: torch.Tensor
+    ids_MK: torch.Tensor
+    adapter_M: torch.Tensor
+    encoded: tuple[torch.Tensor, ...]
+
+
+def pack_routed_rows(
+    codec: RowCodec, x_SD: torch.Tensor, weights_SK: torch.Tensor, ids_SK: torch.Tensor, adapter_S: torch.Tensor
+) -> torch.Tensor:
+    """uint8 [S, B]: a header of 8 K + 4 bytes (router weights, expert ids, adapter id), then the activations."""
+    return pack_rows([weights_SK.float(), ids_SK.int(), adapter_S.int()[:, None], *codec.encode(x_SD)])
+
+
+def unpack_routed_rows(
+    codec: RowCodec, packed_MB: torch.Tensor, *, top_k: int, hidden_size: int, dtype: torch.dtype
+) -> ReceivedRows:
+    """Inverse of ``pack_routed_rows``, as views."""
+    header = ((torch.float32, top_k), (torch.int32, top_k), (torch.int32, 1))
+    weights_MK, ids_MK, adapter_M1, *encoded = unpack_rows(packed_MB, (*header, *codec.fields(hidden_size, dtype)))
+    return ReceivedRows(
+        codec=codec, weights_MK=weights_MK, ids_MK=ids_MK, adapter_M=adapter_M1.squeeze(1), encoded=tuple(encoded)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedRows:
+    """All parts, one after the other. ``is_quantised``: x is what the format makes of the unquantised rows; base rows
+    of those that came quantised are not read."""
+
+    x_MD: torch.Tensor
+    unquantised_MD: torch.Tensor
+    weights_MK: torch.Tensor
+    ids_MK: torch.Tensor
+    adapter_M: torch.Tensor
+    is_quantised: bool
+
+
+def join_rows(parts: Sequence[ReceivedRows], codec: RowCodec, dtype: torch.dtype) -> JoinedRows:
+    """``codec``: the format's own; rows of other parts came unquantised and are quantised here as it says."""
+    plain = [part.codec.decode(part.encoded, dtype) for part in parts]
+    if isinstance(codec, PlainRows):
+        x_MD = unquantised_MD = _join(plain)
+    else:
+        x_MD = _join(
+            [
+                rows if part.codec is codec else codec.decode(codec.encode(rows), dtype)
+                for part, rows in zip(parts, plain, strict=True)
+            ]
+        )
+        unquantised_MD = _join(plain) if len(plain) > 1 else x_MD
+    return JoinedRows(
+        x_MD=x_MD,
+        unquantised_MD=unquantised_MD,
+        weights_MK=_join([part.weights_MK for part in parts]),
+        ids_MK=_join([part.ids_MK for part in parts]),
+        adapter_M=_join([part.adapter_M for part in parts]),
+        is_quantised=not isinstance(codec, PlainRows),
+    )
+
+
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
@@ -34,7 +199,7 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
     ) -> None:
         if expert_map.num_ranks != groups.ep.size:
             raise ValueError(f"the expert map is for {expert_map.num_ranks} ranks, the group has {groups.ep.size}")
-        held = len(expert_map.experts_of_rank[groups.ep_rank])
+        held = len(expert_map.experts_of_rank[groups.ep.rank])
         if weights.num_experts != held:
             raise ValueError(f"the weights are of {weights.num_experts} experts, the map gives this rank {held}")
         self.expert_map = expert_map

@@ -9,8 +9,8 @@ from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.context import MoELoRAContext
 from moegraft.moe.expert_parallel.exchange import ExpertParallelPrepareAndFinalize
 from moegraft.moe.layer import ExpertsOutput, PreparedRows, slots_of_call, weigh_input, weighted_sum
-from moegraft.parallel.expert_map import NOWHERE, ExpertMap
 from moegraft.parallel.groups import ParallelGroups
+from moegraft.parallel.slices import NOWHERE, ExpertMap
 
 
 class ReplicatedPrepareAndFinalize(ExpertParallelPrepareAndFinalize):

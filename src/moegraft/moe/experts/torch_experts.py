@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moegraft.core.activation import apply_activation
 from moegraft.core.config import BackendRequest
+from moegraft.core.halves import apply_activation
 from moegraft.formats import FORMAT_NAMES
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.dense import DenseExperts
+from moegraft.formats.base import DenseExperts, ExpertsWeights
 from moegraft.lora.context import LoRAExpertsMixin, MoELoRAContext
 from moegraft.lora.punica.base import Segments
 from moegraft.lora.punica.cpu import fits_torch_grouped_mm

@@ -44,6 +44,7 @@ def adapter_card(status: AdapterStatus) -> dict[str, Any]:
         "waiting": status.waiting,
         "draining": status.draining,
         "load_seconds": status.load_seconds,
+        "left_out": list(status.left_out),
         "error": status.error,
     }
 
@@ -61,11 +62,18 @@ def add_admin_routes(app: FastAPI, engine: Engine, options: ServerOptions) -> No
 
     @app.post("/v1/load_lora_adapter", tags=["adapters"])
     async def load(request: Request) -> JSONResponse:
-        """Reads an adapter folder of this machine; ``load_inplace`` replaces one that has the name."""
+        """Reads an adapter folder of this machine; ``load_inplace`` replaces one that has the name; ``skip_unserved``
+        leaves out modules that are not served, and lists them."""
         wanted: LoadAdapterRequest = parse(LoadAdapterRequest, await _json(request))
         check_name(wanted.lora_name)
         source = _allowed(wanted.lora_path, options)
-        status = await run_in_threadpool(engine.load_adapter, wanted.lora_name, source, replace=wanted.load_inplace)
+        status = await run_in_threadpool(
+            engine.load_adapter,
+            wanted.lora_name,
+            source,
+            replace=wanted.load_inplace,
+            skip_unserved=wanted.skip_unserved,
+        )
         if wanted.pin:
             await run_in_threadpool(engine.pin_adapter, wanted.lora_name)
         return _loaded(status)

@@ -9,13 +9,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from moegraft.serving.engine import Engine
-from moegraft.serving.status import AdapterCounters, Histogram
+from moegraft.serving.status import OTHERS, AdapterCounters, Histogram
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-MAX_ADAPTERS = 200
-"""Adapters with labels of their own; the others are counted together under ``_other``: clients name adapters, and every
-label costs whoever collects them."""
-BASE, OTHER = "_base", "_other"
+_LABELS = {"": "_base", OTHERS: "_other"}
 
 
 class Metrics:
@@ -52,7 +49,7 @@ class Metrics:
             yield CounterMetricFamily(f"moegraft_{name}", what, value=count)
         yield _histogram("adapter_load_seconds", "Seconds to read and check an adapter", [({}, stats.load_seconds)])
         yield from self._by_residency()
-        yield from _by_adapter(_bounded(stats.adapters))
+        yield from _by_adapter({_LABELS.get(name, name): each for name, each in stats.adapters.items()})
 
     def _by_residency(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("moegraft_adapters", "Adapters by where they lie", labels=["residency"])
@@ -64,17 +61,7 @@ class Metrics:
         yield family
 
 
-def _bounded(named: Mapping[str, AdapterCounters]) -> dict[str, list[AdapterCounters]]:
-    """Label -> what it stands for: the busiest by name, the others together."""
-    busiest = sorted(named, key=lambda name: (name != "", -named[name].generated_tokens, name))
-    found: dict[str, list[AdapterCounters]] = {}
-    for number, name in enumerate(busiest):
-        label = BASE if name == "" else name if number <= MAX_ADAPTERS else OTHER
-        found.setdefault(label, []).append(named[name])
-    return found
-
-
-def _by_adapter(labelled: dict[str, list[AdapterCounters]]) -> Iterator[Metric]:
+def _by_adapter(labelled: Mapping[str, AdapterCounters]) -> Iterator[Metric]:
     gauges: tuple[tuple[str, str, Callable[[AdapterCounters], int]], ...] = (
         ("adapter_running", "Sequences that run, by adapter", lambda one: one.running),
         ("adapter_waiting", "Sequences that wait, by adapter", lambda one: one.waiting),
@@ -82,7 +69,7 @@ def _by_adapter(labelled: dict[str, list[AdapterCounters]]) -> Iterator[Metric]:
     for name, what, value in gauges:
         gauge = GaugeMetricFamily(f"moegraft_{name}", what, labels=["adapter"])
         for label, counted in labelled.items():
-            gauge.add_metric([label], sum(map(value, counted)))
+            gauge.add_metric([label], value(counted))
         yield gauge
     counters: tuple[tuple[str, str, Callable[[AdapterCounters], int]], ...] = (
         ("prompt_tokens", "Tokens of prompts, by adapter", lambda one: one.prompt_tokens),
@@ -92,24 +79,19 @@ def _by_adapter(labelled: dict[str, list[AdapterCounters]]) -> Iterator[Metric]:
     for name, what, value in counters:
         counter = CounterMetricFamily(f"moegraft_{name}", what, labels=["adapter"])
         for label, counted in labelled.items():
-            counter.add_metric([label], sum(map(value, counted)))
+            counter.add_metric([label], value(counted))
         yield counter
     finished = CounterMetricFamily("moegraft_finished", "Sequences that ended", labels=["adapter", "reason"])
     for label, counted in labelled.items():
-        for reason in sorted({reason for one in counted for reason in one.finished}):
-            finished.add_metric([label, reason], sum(one.finished.get(reason, 0) for one in counted))
+        for reason, count in sorted(counted.finished.items()):
+            finished.add_metric([label, reason], count)
     yield finished
     for name, what, of in (
         ("first_token_seconds", "From a request's arrival to its first token", lambda one: one.first_token_seconds),
         ("between_tokens_seconds", "From token to token of a sequence", lambda one: one.between_tokens_seconds),
     ):
-        rows = [({"adapter": label}, _sum([of(one) for one in counted])) for label, counted in labelled.items()]
+        rows = [({"adapter": label}, of(counted)) for label, counted in labelled.items()]
         yield _histogram(name, what, rows)
-
-
-def _sum(histograms: list[Histogram]) -> Histogram:
-    counts = tuple(map(sum, zip(*(one.counts for one in histograms), strict=True)))
-    return Histogram(bounds=histograms[0].bounds, counts=counts, total=sum(one.total for one in histograms))
 
 
 def _histogram(name: str, what: str, rows: list[tuple[dict[str, str], Histogram]]) -> HistogramMetricFamily:

@@ -317,6 +317,7 @@ class LoadAdapterRequest(_Strict):
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     load_inplace: bool = False
     pin: bool = False
+    skip_unserved: bool = False
 
 
 class UnloadAdapterRequest(_Strict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -20,3 +21,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A parameter put together from all ranks; collective where it is sharded."""
     return cast("torch.Tensor", cast("Any", tensor).full_tensor()) if is_sharded(tensor) else tensor
+
+
+def has_plan(model: nn.Module) -> bool:
+    """Whether transformers has shared the model out among several processes."""
+    return getattr(model, "_device_mesh", None) is not None or any(map(is_sharded, model.parameters()))

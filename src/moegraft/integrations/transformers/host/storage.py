@@ -17,11 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moegraft.build import take_slice
-from moegraft.core.activation import apply_activation
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.formats.base import ExpertsWeights
-from moegraft.formats.dense import DenseExperts
+from moegraft.core.halves import apply_activation
+from moegraft.formats.base import DenseExperts, ExpertsWeights
 from moegraft.formats.fp8 import Fp8Experts
 from moegraft.integrations.transformers.host.dtensors import local
 from moegraft.lora.targets import ExpertsTarget

@@ -97,9 +97,7 @@ class RankCalls:
             raise
 
     @contextmanager
-    def call(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Sequence[str | None] | None
-    ) -> Iterator[None]:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Sequence[object] | None) -> Iterator[None]:
         """Around a call of the model; collective.
 
         Raises BatchError, on all ranks, where ranks that share their rows were given different ones, for token ids
@@ -120,7 +118,7 @@ class RankCalls:
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        adapters: Sequence[str | None] | None,
+        adapters: Sequence[object] | None,
         defaults: GenerationConfig | None,
     ) -> Iterator[dict[str, Any]]:
         """Around ``generate``: gives the options under which ranks stay in step; collective.
@@ -183,7 +181,7 @@ class RankCalls:
             self._calling.release()
 
 
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Sequence[str | None] | None) -> object:
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Sequence[object] | None) -> object:
     """What the calls of ranks that share their rows must have alike: tensors, numbers and words, and whether there are
     adapters, of which the bank compares the names."""
     given = {**{str(i): value for i, value in enumerate(args)}, **kwargs}

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from moegraft.core.errors import AdapterMismatchError, ParallelError, UnsupportedModelError
-from moegraft.integrations.transformers.host.dtensors import is_sharded, whole
+from moegraft.core.errors import ParallelError, UnsupportedModelError
+from moegraft.integrations.transformers.host.dtensors import has_plan, is_sharded, whole
 from moegraft.integrations.transformers.host.storage import HostExperts
-from moegraft.integrations.transformers.parallel.plan import ModelPlan, has_plan, read_plan
-from moegraft.lora.targets import AdapterWeights, ExpertsTarget, ModelTargets, local_targets
+from moegraft.integrations.transformers.parallel.plan import ModelPlan, read_plan
+from moegraft.lora.targets import ExpertsTarget, ModelTargets, local_targets
 from moegraft.parallel import Agreement, ExpertsSlice, ParallelConfig, ParallelGroups, RankSlice, Share, experts_slice
-from moegraft.parallel.expert_map import ExpertMap
+from moegraft.parallel.slices import ExpertMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +50,9 @@ class RankLayout:
         """Whether experts see rows of other ranks."""
         return self.groups.config.data_parallel and bool(self.expert_maps)
 
-    def sees_whole_rows(self, module: str) -> bool:
-        """Whether a seam at a module that is shared out sees whole rows."""
-        return self.plan is not None and module in self.plan.whole_rows
-
     def local_targets(self, targets: ModelTargets) -> ModelTargets:
         """The sizes that this rank's adapters have."""
         return local_targets(targets, self.mine) if self.is_parallel else targets
-
-    def check_adapter(self, weights: AdapterWeights) -> None:
-        """Raises AdapterMismatchError where an adapter touches what cannot follow the plan of the model."""
-        if self.plan is None:
-            return
-        for kind, modules, refused in (
-            ("LoRA on", [*weights.linears, *weights.embeddings], self.plan.refused),
-            ("a replacement of", [*weights.saved], self.plan.refused_saved),
-        ):
-            for module in modules:
-                if module in refused:
-                    raise AdapterMismatchError(
-                        f"{kind} {module!r} cannot follow the parallel plan of the model, which gives it "
-                        f"{refused[module]}; load the model whole, or with a plan that leaves this module alone"
-                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,10 +243,10 @@ def _slice_of(target: ExpertsTarget, granule: int, expert_map: ExpertMap, groups
     return experts_slice(
         num_experts=target.num_experts,
         intermediate_size=target.intermediate_size,
-        tp=Share(config.tp, groups.tp_rank),
-        ep=Share(config.ep, groups.ep_rank),
+        tp=Share(config.tp, groups.tp.rank),
+        ep=Share(config.ep, groups.ep.rank),
         granule=granule,
-        experts=expert_map.experts_of_rank[groups.ep_rank] if config.ep > 1 else None,
+        experts=expert_map.experts_of_rank[groups.ep.rank] if config.ep > 1 else None,
         fully_sharded=config.fully_sharded,
     )
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moegraft.core.errors import UnsupportedModelError
+from moegraft.core.errors import AdapterMismatchError, UnsupportedModelError
 from moegraft.integrations.transformers.host.dtensors import is_sharded, local
-from moegraft.lora.targets import ExpertsTarget, LinearTarget, ModelTargets
+from moegraft.lora.targets import AdapterWeights, ExpertsTarget, LinearTarget, ModelTargets
 from moegraft.parallel import (
     ExpertsSlice,
     LinearSlice,
@@ -78,10 +78,18 @@ class ModelPlan:
     refused: Mapping[str, str]
     refused_saved: Mapping[str, str]
 
-
-def has_plan(model: nn.Module) -> bool:
-    """Whether transformers has shared the model out among several processes."""
-    return getattr(model, "_device_mesh", None) is not None or any(map(is_sharded, model.parameters()))
+    def check_adapter(self, weights: AdapterWeights) -> None:
+        """Raises AdapterMismatchError where an adapter touches what cannot follow the plan of the model."""
+        for kind, modules, refused in (
+            ("LoRA on", [*weights.linears, *weights.embeddings], self.refused),
+            ("a replacement of", [*weights.saved], self.refused_saved),
+        ):
+            for module in modules:
+                if module in refused:
+                    raise AdapterMismatchError(
+                        f"{kind} {module!r} cannot follow the parallel plan of the model, which gives it "
+                        f"{refused[module]}; load the model whole, or with a plan that leaves this module alone"
+                    )
 
 
 def read_plan(model: PreTrainedModel, targets: ModelTargets) -> ModelPlan:

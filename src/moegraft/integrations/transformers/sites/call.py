@@ -1,25 +1,112 @@
 """The call in flight, reachable from every layer without an argument, since transformers' hooks carry none; and the
-hooks that state the rows of every forward pass of the model."""
+hooks that state the rows of every forward pass of the model.
+
+A compiled graph holds opaque ops in the place of hooks, which ask for the call when they run. A traced hook may not
+look up which batch runs: the graph would keep that batch's adapters for ever. It leaves an op behind that names its
+seam by number and finds the call whenever the graph runs, so that one graph serves every composition of adapters,
+loads, unloads and batches without any. The ops run in the order in which they were traced, since each changes
+``order``, a tensor of the model's that holds nothing. Their tag keeps them out of CUDA graphs, which would keep the
+launches of one batch; a call with fixed bounds is traced as it is (``CallState.fixed``) and may be captured.
+"""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn, SupportsIndex
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import BatchError, UnsupportedModelError
-from moegraft.integrations.transformers.host.scope import HEADS
-from moegraft.integrations.transformers.sites import compiled
+from moegraft.integrations.transformers.host.targets import HEADS
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.targets import ModelTargets
+
+_owners: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(owner: object) -> int:
+    """The number by which a graph knows the owner; the graph does not keep it alive."""
+    number = next(_numbers)
+    _owners[number] = owner
+    return number
+
+
+def _owner(number: int) -> Any:
+    owner = _owners.get(number)
+    if owner is None:
+        raise UnsupportedModelError(
+            "this graph was compiled while a GraftedModel was attached that is detached now; compile the model again"
+        )
+    return owner
+
+
+def _define(name: str, schema: str, run: Any, fake: Any) -> None:
+    torch.library.define(f"moegraft::{name}", schema, tags=(torch.Tag.cudagraph_unsafe,))
+    torch.library.impl(f"moegraft::{name}", "default", run)
+    torch.library.register_fake(f"moegraft::{name}", fake)
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+def _begin(
+    tokens: torch.Tensor | None, kept: torch.Tensor | None, count: int, _: torch.Tensor, number: int, __: str
+) -> None:
+    _owner(number).begin(tokens, kept if kept is not None else count or None)
+
+
+def _end(_: torch.Tensor, number: int) -> None:
+    _owner(number).end()
+
+
+def _delta(y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, _: torch.Tensor, number: int) -> None:
+    _owner(number).add_to(y, x, bias)
+
+
+def _saved(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], _: torch.Tensor, number: int) -> None:
+    _owner(number).replace_in(outputs, inputs)
+
+
+def _experts(
+    x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, _: torch.Tensor, number: int, __: str
+) -> torch.Tensor:
+    out_TD: torch.Tensor = _owner(number).run(x_TD, weights_TK, ids_TK)
+    return out_TD
+
+
+def _no_batch(_: torch.Tensor, number: int) -> None:
+    _owner(number).refuse_batch()
+
+
+# ``version`` is a guard: whoever puts in or takes out a hook changes the string, and the graph is traced again.
+_define(
+    "graft_begin",
+    "(Tensor? tokens, Tensor? kept, int count, Tensor(a!) order, int number, str version) -> ()",
+    _begin,
+    _nothing,
+)
+_define("graft_end", "(Tensor(a!) order, int number) -> ()", _end, _nothing)
+_define("graft_delta", "(Tensor(a!) y, Tensor x, Tensor? bias, Tensor(b!) order, int number) -> ()", _delta, _nothing)
+_define("graft_saved", "(Tensor(a!)[] y, Tensor[] x, Tensor(b!) order, int number) -> ()", _saved, _nothing)
+_define(
+    "graft_experts",
+    "(Tensor x, Tensor weights, Tensor ids, Tensor(a!) order, int number, str version) -> Tensor",
+    _experts,
+    lambda x_TD, *_: torch.empty_like(x_TD, memory_format=torch.contiguous_format),
+)
+_define("graft_no_batch", "(Tensor(a!) order, int number) -> ()", _no_batch, _nothing)
+
 
 # Inputs of a forward pass whose first two dimensions are [B, S], in the order in which models prefer them.
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -49,11 +136,11 @@ class CallState:
     def __init__(self, device: torch.device) -> None:
         self._bound: _Block | None = None
         self._lock = threading.Lock()
-        # What a traced graph reads; see compiled.py.
+        # What a traced graph reads.
         self.order = torch.zeros(1, dtype=torch.int32, device=device)
         self.version = "0"
         self.fixed: AdapterCall | None = None
-        self.number = compiled.register(self)
+        self.number = register(self)
 
     def refuse_batch(self) -> None:
         """What a graph that was traced to compute gradients calls. Raises BatchError inside a batch of adapters."""
@@ -193,7 +280,7 @@ class _ForwardHook:
         self._is_root = is_root
         parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
         self._positions = tuple(parameters)[1:]  # behind self
-        self._number = compiled.register(self)
+        self._number = register(self)
         self._module = module
 
     def install(self) -> None:

@@ -18,8 +18,7 @@ from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers.host.storage import HostExperts, PackedExperts, packed_experts
 from moegraft.integrations.transformers.parallel.layout import RankLayout
-from moegraft.integrations.transformers.sites import compiled
-from moegraft.integrations.transformers.sites.call import CallState
+from moegraft.integrations.transformers.sites.call import CallState, register
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
 from moegraft.moe.layer import FusedMoE, FusedMoEWithLoRA
@@ -44,7 +43,7 @@ class ExpertsSite:
     number: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "number", compiled.register(self))
+        object.__setattr__(self, "number", register(self))
 
     def run(self, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor) -> torch.Tensor:
         """As ``forward``, under the call that runs now."""
@@ -202,7 +201,7 @@ def build_site(name: str, options: SiteOptions) -> ExpertsSite:
         local = replace(config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
         base, decision = build_fused_moe(local, weights, backend=backend, lora_experts=options.lora_experts)
     else:
-        kept = host.take(layout.mine.experts[name], options.device, adds_bias=layout.groups.tp_rank == 0)
+        kept = host.take(layout.mine.experts[name], options.device, adds_bias=layout.groups.tp.rank == 0)
         base, decision = build_parallel_moe(
             config, kept, layout.groups, expert_map, backend=backend, lora_experts=options.lora_experts
         )

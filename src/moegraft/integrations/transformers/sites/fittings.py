@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moegraft.build import linear_punica_for
+from moegraft.build import linear_punica_for, punica_for
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers.parallel.layout import RankLayout
 from moegraft.integrations.transformers.sites.call import CallState, ForwardHooks, token_modules
@@ -78,6 +78,7 @@ class Fittings:
         self._vocabulary = [name for name, module in self._modules.items() if module in vocabulary]
         self._hooks = ForwardHooks(state, model, token_modules(model, targets))
         self._seams: dict[Key, Seam] = {}
+        self._punica = punica_for(bank.pool.data.device)
         self._watched: dict[object, list[_Spot]] = {}  # replaced, never changed: other threads read it
         self._distinct: tuple[dict[object, list[_Spot]], tuple[_Spot, ...]] = (self._watched, ())
         self._weights: list[tuple[str, torch.Tensor, torch.dtype, torch.device]] = []
@@ -198,9 +199,10 @@ class Fittings:
         self._check_shape(name)
         mine, ranks = self.layout.mine.linears.get(name), self.layout.groups.world
         if kind is LinearSeam:
-            gathers = self.layout.sees_whole_rows(name)
+            gathers = self.layout.plan is not None and name in self.layout.plan.whole_rows
             target = (self.targets if gathers else self.local_targets).linears[name]
-            punica = linear_punica_for(self.bank.pool.data.device, mine, ranks, gathers=gathers)
+            device = self.bank.pool.data.device
+            punica = self._punica if mine is None else linear_punica_for(device, mine, ranks, gathers=gathers)
             return LinearSeam(target, module, self.bank, self.state, punica)
         if kind is EmbeddingSeam:
             return EmbeddingSeam(name, module, self.bank, self.state, mine, ranks)

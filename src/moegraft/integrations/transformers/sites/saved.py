@@ -16,8 +16,7 @@ from torch import nn
 
 from moegraft.core.errors import BatchError, UnsupportedModelError
 from moegraft.integrations.transformers.host.dtensors import whole
-from moegraft.integrations.transformers.sites import compiled
-from moegraft.integrations.transformers.sites.call import CallState
+from moegraft.integrations.transformers.sites.call import CallState, register
 from moegraft.integrations.transformers.sites.seams import HookSeam
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.bank.handle import AdapterHandle, Residency
@@ -46,12 +45,13 @@ class SavedSeam(HookSeam):
         super().__init__(name, module, bank, state)
         self.is_planned = is_planned
         self._variants: WeakKeyDictionary[AdapterHandle, _Variant] = WeakKeyDictionary()
-        self._number = compiled.register(self)
+        self._number = register(self)
 
     def install(self) -> None:
         """Raises UnsupportedModelError where a copy of the module could not run what the module runs."""
         self._copy({})
-        super().install()
+        # Before LoRA of the module, which is added to what the copy gives.
+        self.module.register_forward_hook(self._hook, with_kwargs=True, prepend=True)
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises UnsupportedModelError for modules that take or give more than tensors."""

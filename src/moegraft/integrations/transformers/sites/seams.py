@@ -17,8 +17,7 @@ from moegraft.build import punica_for
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.core.tables import LinearFactor, LinearTables
 from moegraft.integrations.transformers.host.dtensors import local
-from moegraft.integrations.transformers.sites import compiled
-from moegraft.integrations.transformers.sites.call import CallState, remove_hooks
+from moegraft.integrations.transformers.sites.call import CallState, register, remove_hooks
 from moegraft.integrations.transformers.sites.router_weight import RouterWeight
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
@@ -102,7 +101,7 @@ class LinearDelta:
         self.tables = bank.linear_tables(target.name)
         self.punica = punica or punica_for(self.tables.pool.device)
         self.state = state
-        self.number = compiled.register(self)
+        self.number = register(self)
 
     @property
     def is_wanted(self) -> bool:
@@ -180,7 +179,7 @@ class EmbeddingSeam(HookSeam):
         super().__init__(name, module, bank, state)
         self.ranks = ranks
         self.pieces = None if mine is None else mine.inputs
-        self.number = compiled.register(self)
+        self.number = register(self)
         self.num_embeddings = bank.layout.embeddings[name].num_embeddings
         self.tables = LinearTables(
             pool=bank.pool.data,
