@@ -318,7 +318,7 @@ class AdapterCall:
         if bounds is None:
             bounds = RankBounds.of(self._bounding.max_ranks(module))
             if self.rank_bound is not None:
-                bounds = RankBounds(a13=num_halves * self.rank_bound, a2=self.rank_bound)
+                bounds = RankBounds(a13=num_halves * self.rank_bound, a2=self.rank_bound, has_gains=True)
             self._memory.experts_bounds[module] = bounds
         return bounds
 

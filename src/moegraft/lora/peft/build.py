@@ -68,7 +68,7 @@ def build_linear(
         # The norm of a row of W + BA takes all of A; what this rank does not keep of it is dropped again.
         a, b = _read_pair(plan.pair, read, LinearSlice(outputs=mine.outputs))
         magnitude = read(plan.magnitude.name, _cut(0, mine.outputs))
-        gain = magnitude.to(b.dtype) / _square_sums(weight, a, b).sqrt()
+        gain = magnitude.to(b.dtype) / square_sums(weight, a, b).sqrt()
         b = b * gain
         a = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs))
     return LinearLoRA(
@@ -88,7 +88,7 @@ def _unfinished(
         a=a,
         b=cut_tensor(b, _cut(1, mine.outputs)),
         magnitude=read(plan.magnitude.name),
-        square_sums_O=_square_sums(weight, a, b).double(),
+        square_sums_O=square_sums(weight, a, b).double(),
         outputs=mine.outputs,
         dtype=dtype,
         where=plan.magnitude.where,
@@ -234,7 +234,7 @@ def _base_weight(plan: LinearPlan, mine: LinearSlice) -> torch.Tensor:
     )
 
 
-def _square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """||W + b^T a||^2 of each row: W [out, in], a [r, in], b [r, out] scaled."""
     sums = []
     for start in range(0, weight.shape[0], _NORM_ROWS):
