@@ -102,7 +102,7 @@ class AdapterCall:
         self.modules = frozenset(modules)
         self._heads, self._growth = heads, growth
         self._forwards: dict[int, list[ForwardRows | None]] = {}
-        self._parts: dict[tuple[ForwardRows, int, int, int], ForwardRows] = {}
+        self._parts: dict[tuple[object, ...], AdapterRows] = {}
 
     @property
     def is_static(self) -> bool:
@@ -172,20 +172,41 @@ class AdapterCall:
     @contextmanager
     def part(self, first: int, num_sequences: int, num_tokens: int) -> Iterator[None]:
         """Inside the block layers see [B, S] tokens alone, rows [first, first + B * S) of the pass that runs."""
-        forwards = self._forwards.get(threading.get_ident(), [])
-        whole = forwards[-1] if forwards else None
-        if whole is None:
-            raise BatchError("no forward pass of the model runs that this could be a part of")
-        key = (whole, first, num_sequences, num_tokens)
-        found = self._parts.get(key)
-        if found is None:
-            rows = whole.tokens.part(first, num_sequences * num_tokens)
-            found = self._parts[key] = ForwardRows(num_sequences, num_tokens, rows)
-        forwards.append(found)
+        places = range(first, first + num_sequences * num_tokens)
+        with self._inside(num_sequences, num_tokens, self.rows_at(places)):
+            yield
+
+    @contextmanager
+    def spread(self, row: int, num_tokens: int) -> Iterator[None]:
+        """Inside the block layers see [1, S] tokens, all with the adapter of one row of the pass that runs."""
+        rows = self._rows_alike(num_tokens) or _repeated(self.rows_at(range(row, row + 1)), num_tokens)
+        with self._inside(1, num_tokens, rows):
+            yield
+
+    @contextmanager
+    def _inside(self, num_sequences: int, num_tokens: int, rows: AdapterRows) -> Iterator[None]:
+        forwards = self._forwards[threading.get_ident()]
+        forwards.append(ForwardRows(num_sequences, num_tokens, rows))
         try:
             yield
         finally:
             forwards.pop()
+
+    def rows_at(self, places: Sequence[int]) -> AdapterRows:
+        """Some rows of the pass that runs on this thread, by their places."""
+        forwards = self._forwards.get(threading.get_ident(), [])
+        whole = forwards[-1] if forwards else None
+        if whole is None:
+            raise BatchError("no forward pass of the model runs whose rows these could be")
+        key = (whole, *((places.start, places.stop) if isinstance(places, range) else (None, *places)))
+        rows = self._parts.get(key)
+        if rows is None:
+            rows = self._parts[key] = whole.tokens.at(places)
+        return rows
+
+    def touches(self, module: str) -> bool:
+        """Whether an adapter of this call has LoRA on a linear map; one with a ``rank_bound``: whether one may."""
+        return module in self.modules if self.rank_bound is not None else self.linear_bound(module) > 0
 
     def rows(self, module: str, shape: Sequence[int]) -> AdapterRows:
         """Rows of a module whose input has these leading dimensions: all tokens of the pass, [B, S] or flattened,

@@ -94,11 +94,12 @@ class AdapterRows:
             raise BatchError(f"slots {list(slots_M.shape)} {slots_M.dtype}, expected [M] torch.int32, contiguous")
         return cls(slots_M=slots_M, host=None, run_length=run_length)
 
-    def part(self, first: int, count: int) -> AdapterRows:
-        """Rows [first, first + count)."""
+    def at(self, places: Sequence[int]) -> AdapterRows:
+        """Some of the rows, by their places."""
         if self.host is None:
-            return AdapterRows.on_device(self.slots_M[first : first + count], run_length=min(self.run_length, count))
-        host = self.host[first : first + count]
+            index = torch.tensor(places, device=self.slots_M.device)
+            return AdapterRows.on_device(self.slots_M[index], run_length=min(self.run_length, len(places)))
+        host = [self.host[place] for place in places]
         return AdapterRows.of(host, device=self.slots_M.device, factors=self.factors)
 
     @property

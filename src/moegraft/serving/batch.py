@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,35 +69,70 @@ class StepBatch:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         """See AttentionStep. Rows of padding give zeros."""
-        kv = self.pool.layers[layer]
-        q_THC = query.squeeze(2)
-        kv.write(self.slots_T, key.squeeze(2), value.squeeze(2))
+        kv, latents = self.pool.layers[layer], options.latents
+        q_THC, k_THC, v_THC = query.squeeze(2), key.squeeze(2), value.squeeze(2)
+        if latents is None:
+            kv.write(self.slots_T, k_THC, v_THC)
+        else:
+            kv.write_latents(self.slots_T, torch.cat([k_THC, v_THC], dim=2))
         decoded_BHC = None if self.decode is None else _decode(q_THC, kv, self.decode, options)
         if decoded_BHC is not None and decoded_BHC.shape[0] == q_THC.shape[0]:
             return decoded_BHC
-        out_THC = value.new_zeros(q_THC.shape[0], q_THC.shape[1], value.shape[-1])
+        out_THC = q_THC.new_zeros(*q_THC.shape[:2], value.shape[-1] if latents is None else latents.value_size)
         if decoded_BHC is not None:
             out_THC[: decoded_BHC.shape[0]] = decoded_BHC
         for group in self.groups:
-            k_BLHC = kv.keys[group.page_table_BN].flatten(1, 2)
-            v_BLHC = kv.values[group.page_table_BN].flatten(1, 2)
-            out_BHC = attend_together(q_THC[group.rows_B], k_BLHC, v_BLHC, group.lengths_B, options)
-            out_THC.index_copy_(0, group.rows_B, out_BHC)
+            out_THC.index_copy_(0, group.rows_B, _attend_group(q_THC[group.rows_B], kv, group, options))
         for segment in self.segments:
             rows = slice(segment.row, segment.row + segment.count)
-            k_LHC = kv.keys[segment.pages].flatten(0, 1)[: segment.context]
-            v_LHC = kv.values[segment.pages].flatten(0, 1)[: segment.context]
+            k_LHC, v_LHC = kv.gather(segment.pages, segment.context)
+            if latents is not None:
+                k_LHC, v_LHC = latents.expand(segment.row, k_LHC[:, 0])
             out_THC[rows] = attend_gathered(q_THC[rows], k_LHC, v_LHC, options)
         return out_THC
+
+
+def _attend_group(q_BHC: torch.Tensor, kv: LayerKV, group: DecodeGroup, options: AttentionOptions) -> torch.Tensor:
+    latents = options.latents
+    k_BLHC = kv.keys[group.page_table_BN].flatten(1, 2)
+    if latents is None:
+        v_BLHC = kv.values[group.page_table_BN].flatten(1, 2)
+        return attend_together(q_BHC, k_BLHC, v_BLHC, group.lengths_B, options)
+    rows = group.rows_B.tolist()
+    if not latents.can_absorb:
+        return _attend_expanded(q_BHC, kv, group, rows, options)
+    v_BLHC = k_BLHC[..., : latents.latent_size]
+    out_BHR = attend_together(latents.absorb(q_BHC, rows), k_BLHC, v_BLHC, group.lengths_B, options)
+    return latents.release(out_BHR, rows)
+
+
+def _attend_expanded(
+    q_BHC: torch.Tensor, kv: LayerKV, group: DecodeGroup | DecodeRows, rows: Sequence[int], options: AttentionOptions
+) -> torch.Tensor:
+    """Row by row: what the adapters in flight do to kv_b_proj cannot be absorbed."""
+    assert options.latents is not None
+    out = []
+    for i, (row, length) in enumerate(zip(rows, group.lengths_B.tolist(), strict=True)):
+        k_LC = kv.keys[group.page_table_BN[i]].flatten(0, 1)[:length, 0]
+        k_LHC, v_LHC = options.latents.expand(row, k_LC)
+        out.append(attend_gathered(q_BHC[i : i + 1], k_LHC, v_LHC, options))
+    return torch.cat(out)
 
 
 def _decode(q_THC: torch.Tensor, kv: LayerKV, rows: DecodeRows, options: AttentionOptions) -> torch.Tensor:
     from moegraft.kernels.paged_decode.host import paged_decode  # needs Triton
 
-    return paged_decode(
-        q_THC[: rows.lengths_B.shape[0]].contiguous(),
+    q_BHC, values, latents = q_THC[: rows.lengths_B.shape[0]].contiguous(), kv.values, options.latents
+    places = range(q_BHC.shape[0])
+    if latents is not None:
+        if not latents.can_absorb:
+            latents.check_can_expand()
+            return _attend_expanded(q_BHC, kv, rows, places, options)
+        q_BHC, values = latents.absorb(q_BHC, places), kv.keys
+    out_BHC = paged_decode(
+        q_BHC,
         kv.keys,
-        kv.values,
+        values,
         rows.page_table_BN,
         rows.lengths_B,
         scale=options.scale,
@@ -104,6 +140,7 @@ def _decode(q_THC: torch.Tensor, kv: LayerKV, rows: DecodeRows, options: Attenti
         softcap=options.softcap,
         sinks_H=options.sinks_H,
     )
+    return out_BHC if latents is None else latents.release(out_BHC[..., : latents.latent_size], places)
 
 
 @dataclass(frozen=True, kw_only=True)

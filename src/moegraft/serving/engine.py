@@ -125,6 +125,7 @@ class Engine:
             batch_sizes=sizes,
             max_rows=config.max_rows,
             row_by_row=config.batch_invariant,
+            latent_cache=config.latent_cache,
         )
         self._resources.callback(runner.close)
         max_rows = _num_slots(config, runner)

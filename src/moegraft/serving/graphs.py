@@ -65,12 +65,12 @@ class DecodeGraphs:
         size = self._sizes[at]
         lanes = [chunk.sequence.lane for chunk in plan.chunks] + [BASE] * (size - len(plan.chunks))
         if not any(lane != BASE for lane in lanes):
-            step = self._captured.get((size, False)) or self._capture(plan, lanes, None)
+            step = self._captured.get((size, False)) or self._capture(plan, lanes, None, ids)
             return self._replay(step, plan, ids)
         self._fit_rank_bound()
         try:
             with self._batch_of(lanes, rank_bound=self._rank_bound) as call:
-                return self._replay(self._with_adapters(plan, lanes, call), plan, ids)
+                return self._replay(self._with_adapters(plan, lanes, call, ids), plan, ids)
         except BatchError:
             return None
 
@@ -78,7 +78,9 @@ class DecodeGraphs:
         """The step of a padded size, where it was captured."""
         return self._captured.get((size, has_adapters))
 
-    def _with_adapters(self, plan: StepPlan, lanes: list[int], call: AdapterCall) -> CapturedStep:
+    def _with_adapters(
+        self, plan: StepPlan, lanes: list[int], call: AdapterCall, ids: torch.Tensor | None
+    ) -> CapturedStep:
         """The captured step, with the slots of ``call``; captured anew where its adapters touch more modules."""
         found = self._captured.get((len(lanes), True))
         if found is not None and found.call is not None:
@@ -87,7 +89,7 @@ class DecodeGraphs:
                 return found
             except BatchError:
                 pass
-        return self._capture(plan, lanes, call)
+        return self._capture(plan, lanes, call, ids)
 
     def _fit_rank_bound(self) -> None:
         """The largest rank that is loaded; what was captured under a smaller one is given up."""
@@ -99,11 +101,13 @@ class DecodeGraphs:
             self._rank_bound = 1 << (needed - 1).bit_length()
             self._captured = {key: step for key, step in self._captured.items() if not key[1]}
 
-    def _capture(self, plan: StepPlan, lanes: list[int], call: AdapterCall | None) -> CapturedStep:
+    def _capture(
+        self, plan: StepPlan, lanes: list[int], call: AdapterCall | None, ids: torch.Tensor | None
+    ) -> CapturedStep:
         """Runs the step once as it is, for what is compiled or allocated on first use, then captures it."""
         size = len(lanes)
         step = _static_step(self._pool, size, self._width)
-        self._rows.fill(step, plan, None)
+        self._rows.fill(step, plan, ids)
         if call is None:
             with self._batch_of(lanes, rank_bound=None):
                 replay, logits = self._record(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, SupportsIndex, cast
@@ -340,11 +340,9 @@ class GraftedModel:
         ) as call:
             yield call
 
-    def part(self, first: int, num_sequences: int, num_tokens: int) -> AbstractContextManager[None]:
-        """Inside the block layers see [B, S] tokens, which are rows [first, first + B * S) of the pass that runs: for
-        engines that call a module of the model with a part of a batch."""
-        call = self._state.current()
-        return nullcontext() if call is None else call.part(first, num_sequences, num_tokens)
+    def current_call(self) -> AdapterCall | None:
+        """The batch that layers which run now belong to, for engines that call a module of the model themselves."""
+        return self._state.current()
 
     @contextmanager
     def _batch(
