@@ -452,3 +452,47 @@ class TestDoraOnExperts:
         folder = write_adapter(tmp_path, factory.tensors, use_dora=True)
         with pytest.raises(AdapterError, match=r"use_dora: .*single experts only, not on .*experts as a whole"):
             load_peft_adapter(folder, discover_targets(build("qwen3_moe")), dtype=torch.float32)
+
+
+class TestPartsOfALinearMap:
+    """Tinker's pairs for q, k and v of what Qwen3.5 keeps as one map."""
+
+    MAP = "linear_attn.in_proj_qkv"
+
+    @pytest.mark.parametrize("parts", ["qkv", "qv", "k", "v"])
+    def test_each_adds_to_its_block_of_outputs(self, parts: str, tmp_path: Path) -> None:
+        model = build("qwen3_5_moe_text")
+        targets = discover_targets(model)
+        target = next(linear for name, linear in targets.linears.items() if name.endswith(self.MAP))
+        mixer = model.get_submodule(target.name.rpartition(".")[0])
+        starts = dict(zip("qkv", (0, mixer.key_dim, 2 * mixer.key_dim), strict=True))
+        sizes = dict(zip("qkv", (mixer.key_dim, mixer.key_dim, mixer.value_dim), strict=True))
+        factory, expected = TensorFactory(), torch.zeros(target.out_features, target.in_features)
+        for part in parts:
+            module = f"{target.name.removesuffix('qkv')}{part}"
+            factory.linear(module, target.in_features, sizes[part], r=3 if part == "v" else 2)
+            scale = 4 / 3 if part == "v" else 2
+            expected[starts[part] : starts[part] + sizes[part]] = scale * factory.deltas[module]
+        folder = write_adapter(tmp_path, factory.tensors, rank_pattern={"in_proj_v": 3})
+        weights, report = load_peft_adapter(folder, targets, dtype=torch.float32)
+        torch.testing.assert_close(linear_delta(weights, target.name), expected)
+        assert report.linears == {target.name: sum(3 if part == "v" else 2 for part in parts)}
+        half = target.out_features // 2
+        mine = RankSlice(linears={target.name: LinearSlice(outputs=((half, target.out_features),))})
+        part_of, _ = load_peft_adapter(folder, targets, dtype=torch.float32, rank_slice=mine)
+        torch.testing.assert_close(linear_delta(part_of, target.name), expected[half:])
+
+    def test_parts_that_do_not_fit(self, tmp_path: Path) -> None:
+        targets = discover_targets(build("qwen3_5_moe_text"))
+        target = next(linear for name, linear in targets.linears.items() if name.endswith(self.MAP))
+        factory = TensorFactory()
+        factory.linear(f"{target.name.removesuffix('qkv')}q", target.in_features, target.out_features)
+        with pytest.raises(AdapterTensorError, match="expected two of one size and a third"):
+            load_peft_adapter(write_adapter(tmp_path, factory.tensors), targets, dtype=torch.float32)
+
+
+def test_a_folder_of_adapters_lists_them(tmp_path: Path) -> None:
+    for name in ("style", "checkpoint-10"):
+        write_adapter(tmp_path / name, {f"{PREFIX}x.lora_A.weight": torch.ones(2, 2)})
+    with pytest.raises(AdapterError, match=r"is missing; adapters lie in its folders 'checkpoint-10', 'style'"):
+        load_peft_adapter(tmp_path, ModelTargets(model_type="x"), dtype=torch.float32)

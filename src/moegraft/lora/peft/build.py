@@ -59,7 +59,10 @@ def build_linear(
     UnfinishedDora where this rank has only its columns of the base weight.
     """
     gain = None
-    if plan.magnitude is None:
+    if plan.parts:
+        a, b = _read_parts(plan, read)
+        a, b = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs)), cut_tensor(b, _cut(1, mine.outputs))
+    elif plan.magnitude is None:
         a, b = _read_pair(plan.pair, read, mine)
     else:
         weight = _base_weight(plan, mine)
@@ -76,6 +79,17 @@ def build_linear(
         b=cast(b, dtype, plan.pair.b),
         gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude),
     )
+
+
+def _read_parts(plan: LinearPlan, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r of all parts, in] and scale * B transposed, zero outside of each part's block of outputs."""
+    sides = [(*_read_pair(pair, read, WHOLE_LINEAR), start) for pair, start in plan.parts]
+    b = sides[0][1].new_zeros(plan.pair.rank, plan.target.out_features)
+    lane = 0
+    for _, rows, start in sides:
+        b[lane : lane + rows.shape[0], start : start + rows.shape[1]] = rows
+        lane += rows.shape[0]
+    return torch.cat([a for a, _, _ in sides]), b
 
 
 def _unfinished(

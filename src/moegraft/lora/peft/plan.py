@@ -79,17 +79,23 @@ class ExpertsPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearPlan:
-    """One linear map; ``magnitude`` for DoRA; ``bias``: of lora_B (``lora_bias``)."""
+    """One linear map; ``magnitude`` for DoRA; ``bias``: of lora_B (``lora_bias``).
+
+    ``parts``: where the adapter has a pair for each of several blocks of outputs, those and where each block begins;
+    ``pair`` is then the first, with the rank of all.
+    """
 
     target: LinearTarget
     pair: Pair
     magnitude: TensorInfo | None = None
     bias: TensorInfo | None = None
+    parts: tuple[tuple[Pair, int], ...] = ()
 
     @property
     def infos(self) -> tuple[TensorInfo, ...]:
         """All of its tensors."""
-        return (*self.pair.infos, *(info for info in (self.magnitude, self.bias) if info is not None))
+        pairs = [info for pair, _ in self.parts for info in pair.infos] or self.pair.infos
+        return (*pairs, *(info for info in (self.magnitude, self.bias) if info is not None))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,7 +242,39 @@ class _Planner:
         else:
             self.saved[module] = self._plan_saved(module, members)
 
+    def _plan_parts(self, target: LinearTarget, members: list[_Member]) -> LinearPlan:
+        """q, k and v side by side, q and k of one size: a B that is block-diagonal, behind all of A."""
+        self._refuse_dora(target.name, members)
+        self._refuse_bias(target.name, members)
+        pairs: dict[str, Pair] = {}
+        for part in "qkv":
+            held = [member for member in members if member.site.part == part]
+            if held:
+                a, b = _partners(_by_factor(held, (Factor.A, Factor.B)), Factor.A, Factor.B)
+                size_out = b.info.shape[0] if b.info.shape else 0
+                sizes = {"size_in": target.in_features, "size_out": size_out}
+                pairs[part] = self._pair(a.info, b.info, name=a.key.module, **sizes)
+        sizes = {part: pair.b.shape[0] for part, pair in pairs.items()}
+        whole = next((member for member in members if not member.site.part), None)
+        key_size = sizes.get("q", sizes.get("k", 0))
+        value_size = sizes.get("v", target.out_features - 2 * key_size)
+        if whole is not None or sizes.get("k", key_size) != key_size:
+            raise AdapterTensorError(
+                f"{(whole or members[-1]).info.where}: does not fit beside the parts of {target.name}"
+            )
+        if (key_size and 2 * key_size + value_size != target.out_features) or not 0 < value_size < target.out_features:
+            raise AdapterTensorError(
+                f"{members[0].info.where}: parts of {sizes} outputs, expected two of one size and a third, "
+                f"{target.out_features} in all, as {target.name} has"
+            )
+        starts = {"q": 0, "k": key_size, "v": target.out_features - value_size}
+        parts = tuple((pair, starts[part]) for part, pair in pairs.items())
+        first = dataclasses.replace(parts[0][0], rank=sum(pair.rank for pair, _ in parts))
+        return LinearPlan(target=target, pair=first, parts=parts)
+
     def _plan_linear(self, target: LinearTarget, members: list[_Member]) -> LinearPlan:
+        if any(member.site.part for member in members):
+            return self._plan_parts(target, members)
         found = _by_factor(members, (Factor.A, Factor.B, Factor.MAGNITUDE, Factor.B_BIAS))
         a, b = _partners(found, Factor.A, Factor.B)
         bias = self._lora_bias(target, a, found.get(Factor.B_BIAS))
