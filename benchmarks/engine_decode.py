@@ -4,9 +4,9 @@
 
 A Qwen3-30B-A3B at full width with random bfloat16 weights, adapters of one rank on experts and attention, read from
 safetensors. ``step``: milliseconds between two tokens of a sequence in a full batch, as a caller of the engine sees
-them, in the median; ``graph``: the same step's CUDA graph alone; ``prefill``: prompts that share nothing, to their first
-token. Correctness first: the log-probabilities of what the engine generated, with mixed adapters, must be those of the
-attached model over transformers' own attention, or nothing is reported. Prints a table and, last, one JSON line.
+them, in the median; ``graph``: the same step's CUDA graph alone; ``prefill``: prompts that share nothing, to their
+first token. Correctness first: the log-probabilities of what the engine generated, with mixed adapters, must be those
+of the attached model over transformers' own attention, or nothing is reported. Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
