@@ -43,6 +43,7 @@ from moegraft.lora.collective_bank import CollectiveBank, Combinations, GroupBat
 from moegraft.lora.peft import LoadReport
 from moegraft.lora.peft.loader import PeftAdapter
 from moegraft.lora.targets import AdapterWeights, ModelTargets
+from moegraft.oracle import why_no_dora
 from moegraft.parallel import Agreement, ParallelConfig, Step
 from moegraft.parallel.slices import ExpertMap
 
@@ -241,6 +242,10 @@ class GraftedModel:
                 f"adapter {name!r} has LoRA on experts ({min(weights.experts)}), of which "
                 "attach(lora_experts=False) said that there would be none; attach without it"
             )
+        for module, experts in weights.experts.items():
+            reason = why_no_dora(self._fittings.sites[module].decision.experts_cls) if experts.has_gains else None
+            if reason is not None:
+                raise AdapterMismatchError(f"adapter {name!r} has DoRA on experts ({module}), but {reason}")
         return weights, report
 
     def unload_adapter(self, name: str) -> None:
