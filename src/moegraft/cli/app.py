@@ -164,10 +164,18 @@ def serve(  # noqa: PLR0913  # one parameter an option
     drain_seconds: Annotated[float, typer.Option(min=0, help="For running requests after a signal to stop.")] = 60.0,
     dtype: Dtype = "auto",
     device: Device = None,
+    tp: TensorParallel = 1,
+    ep: ExpertParallel = 1,
+    data_parallel: Annotated[
+        bool, typer.Option("--data-parallel", help="With --ep: attention and pages of a request on one rank.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="With --tp: transformers' plan, which cuts attention and vocabulary too.")
+    ] = False,
 ) -> None:
     """An OpenAI-compatible server in which every request names its adapter. Keys: MOEGRAFT_API_KEY,
     MOEGRAFT_ADMIN_KEY."""
-    from moegraft.cli.generate import parse_adapters
+    from moegraft.cli.generate import make_parallel, parse_adapters
     from moegraft.cli.serve import ServeRequest, run_serve, server_options
 
     options = server_options(
@@ -196,6 +204,8 @@ def serve(  # noqa: PLR0913  # one parameter an option
             dtype=dtype,
             device=device,
             engine=engine,
+            parallel=make_parallel(tp=tp, ep=ep, fully_sharded=False, data_parallel=data_parallel),
+            plan=plan,
         )
     )
 

@@ -123,6 +123,7 @@ class HostExperts(ABC):
             is_transposed=self.module.is_transposed,
             is_interleaved=self.is_interleaved,
             w13_param=self.w13_param,
+            weights=self.weights,
         )
 
     def config(self, top_k: int, dtype: torch.dtype, *, batch_invariant: bool = False) -> MoEConfig:
