@@ -31,6 +31,8 @@ def load_model(folder: str | os.PathLike[str], *, dtype: str = "auto", device: s
             path, dtype=wanted or "auto", local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(f"{path} needs code of its own to be read (auto_map), which is never run") from error
         raise CheckpointError(f"{path} holds no model that transformers can load: {_first_line(error)}") from error
     return model.to(target).eval()
 

@@ -29,6 +29,7 @@ from moegraft.integrations.transformers.checkpoint.files import (
 from moegraft.integrations.transformers.checkpoint.plan import CheckpointPlan, PackedLayer, plan_checkpoint
 from moegraft.integrations.transformers.checkpoint.scheme import (
     GROUP_ORDER,
+    cache_note,
     find_schemes,
     quantisation_fields,
     read_schemes,
@@ -45,11 +46,15 @@ _LOG = logging.getLogger("moegraft")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointStructure:
-    """A quantised checkpoint without its weights: the model on the meta device, and where every tensor goes."""
+    """A quantised checkpoint without its weights: the model on the meta device, and where every tensor goes.
+
+    ``cache_note``: what the config says of a quantised cache, in words.
+    """
 
     folder: Path
     model: PreTrainedModel
     plan: CheckpointPlan
+    cache_note: str | None = None
 
 
 def is_quantised(path: str | os.PathLike[str]) -> bool:
@@ -93,6 +98,8 @@ def load_quantised(
     model.config.name_or_path = str(folder.path)
     if generation_config is not None:
         model.generation_config = generation_config
+    if structure.cache_note is not None:
+        _LOG.info("%s: %s", folder.path, structure.cache_note)
     _LOG.info(
         "%s: experts of %d layers read by moegraft and kept packed (%s); %d linear maps dequantised to %s",
         folder.path,
@@ -143,7 +150,7 @@ def _structure(folder: Checkpoint, tensors: WeightFolder) -> CheckpointStructure
         integers={name.rpartition(".")[2] for name, tensor in stored.items() if not tensor.is_floating_point()},
     )
     _check_size(stored.values(), targets.values(), tensors.infos.values())
-    return CheckpointStructure(folder=folder.path, model=model, plan=plan)
+    return CheckpointStructure(folder=folder.path, model=model, plan=plan, cache_note=cache_note(fields))
 
 
 def _check_size(model: Iterable[torch.Tensor], experts: Iterable[ExpertsTarget], stored: Iterable[TensorInfo]) -> None:
