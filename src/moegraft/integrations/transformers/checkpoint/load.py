@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +142,14 @@ def _structure(folder: Checkpoint, tensors: WeightFolder) -> CheckpointStructure
     if not targets:
         raise UnsupportedModelError(f"{folder.path}: {type(model).__name__} has no experts that moegraft can reach")
     stored = model.state_dict()
+    # What is ignored where it is unexpected is read where the model has it (the talker of the whole Qwen3-Omni).
+    patterns = sorted(model._keys_to_ignore_on_load_unexpected or ())
     plan = plan_checkpoint(
         tensors.infos,
         schemes,
         targets,
         model_type=model.config.model_type,
-        ignore=sorted(model._keys_to_ignore_on_load_unexpected or ()),
+        ignore=[pattern for pattern in patterns if not any(re.search(pattern, name) for name in stored)],
         integers={name.rpartition(".")[2] for name, tensor in stored.items() if not tensor.is_floating_point()},
     )
     _check_size(stored.values(), targets.values(), tensors.infos.values())
