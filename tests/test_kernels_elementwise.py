@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings and writes into pages, in Triton's interpreter (or on the GPU), against plain torch."""
+"""Norms, rotary embeddings, routers' choices and writes into pages, in Triton's interpreter (or on the GPU)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from moegraft.kernels.rms_norm.host import rms_norm
 from moegraft.kernels.rms_norm.reference import rms_norm_reference
 from moegraft.kernels.rotary.host import can_turn, rotary
 from moegraft.kernels.rotary.reference import rotary_reference
+from moegraft.kernels.router_topk.host import router_topk
+from moegraft.kernels.router_topk.reference import router_topk_reference
 from moegraft.testing.errors import assert_close
 from moegraft.testing.poison import poison_allocations
 
@@ -83,6 +85,30 @@ def test_what_rotary_does_not_take() -> None:
     }
     for what, (q, k, angles) in wrong.items():
         assert not can_turn(q, k, angles, angles), what
+
+
+@DTYPES
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 5), (12, 3), (128, 8), (513, 4)])
+def test_choice_of_experts(experts: int, top_k: int, dtype: torch.dtype) -> None:
+    for rows in (0, 1, 7):
+        logits = draw(rows, experts + 3, dtype=dtype)[:, :experts]
+        for of_all, is_summed in ((True, False), (True, True), (False, True)):
+            options = {"of_all": of_all, "is_summed": is_summed, "dtype": torch.float32}
+            expected = router_topk_reference(logits, top_k, **options)
+            with poison_allocations():
+                weights, ids = router_topk(logits, top_k, **options)
+            assert torch.equal(ids, expected[1])
+            assert_close(weights, expected[0], tol=1e-6)
+
+
+def test_choice_among_equal_and_broken_logits() -> None:
+    options = {"of_all": True, "is_summed": True, "dtype": torch.float32}
+    weights, ids = router_topk(torch.zeros(2, 9, device=DEVICE), 4, **options)
+    assert ids.tolist() == [[0, 1, 2, 3]] * 2
+    assert weights.tolist() == [[0.25] * 4] * 2
+    weights, ids = router_topk(torch.full((1, 9), float("nan"), device=DEVICE), 4, **options)
+    assert weights.isnan().all()
+    assert ((ids >= 0) & (ids < 9)).all()  # an id beyond the experts would read foreign memory
 
 
 @DTYPES

@@ -260,7 +260,9 @@ class AdapterCall:
         rows = AdapterRows.of(slots, device=self.device, lengths=lengths, factors=self._memory.factors)
         if self.rank_bound is None:
             return rows
-        return AdapterRows.on_device(rows.slots_M, run_length=rows.run_length)
+        # What runs now will serve other adapters in these rows: neighbours of one entry are alike, no others.
+        run_length = lengths if isinstance(lengths, int) else max(1, B * S // max(1, n))
+        return AdapterRows.on_device(rows.slots_M, run_length=run_length)
 
     def _rows_outside(self, module: str, found: tuple[int, ...]) -> AdapterRows:
         """No forward pass of the model runs: only one row an entry can be meant."""

@@ -1,6 +1,6 @@
-"""Norms and rotary embeddings of a model as single launches, where these are what its own code gives.
+"""Norms, rotary embeddings and routers of a model in few launches, where these are what its own code gives.
 
-transformers writes both as a dozen operations of torch each. A module or function is taken over only after a trial: on
+transformers writes each as up to a dozen operations of torch. A module or function is taken over only after a trial: on
 random values, in the dtype of the model, the kernel must give what the model's own code gives. Whatever it does not
 take, other shapes or gradients, still goes to that code.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _ROTARY = "apply_rotary_pos_emb"
@@ -29,20 +30,23 @@ class FusedParts:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.norms: list[nn.Module] = []
+        self.routers: list[nn.Module] = []
         self.rotaries: list[_Rotary] = []
         known: dict[Any, MethodOf | None] = {}
         for module in model.modules():
-            eps = _eps_of(module)
-            if eps is None:
-                continue
-            weight = module._parameters.get("weight")
-            key = (type(module), eps, None if weight is None else (weight.shape, weight.dtype))
-            if key not in known:
-                known[key] = _norm_like(module, eps, device)
-            make = known[key]
-            if make is not None:
-                module.__dict__["forward"] = make(module)
-                self.norms.append(module)
+            for taken, key_of, try_kernel in (
+                (self.norms, _norm_key, _norm_like),
+                (self.routers, _router_key, _router_like),
+            ):
+                key = key_of(module, device)
+                if key is None:
+                    continue
+                if key not in known:
+                    known[key] = try_kernel(module, device)
+                make = known[key]
+                if make is not None:
+                    module.__dict__["forward"] = make(module)
+                    taken.append(module)
         files = {type(module).__module__: None for module in model.modules()}
         for name in files:
             file = sys.modules[name]
@@ -51,37 +55,51 @@ class FusedParts:
 
     def remove(self) -> None:
         """Gives the model its own code back."""
-        for module in self.norms:
+        for module in (*self.norms, *self.routers):
             module.__dict__.pop("forward", None)
         for rotary in self.rotaries:
             rotary.remove()
-        self.norms, self.rotaries = [], []
+        self.norms, self.routers, self.rotaries = [], [], []
 
 
 MethodOf = Callable[[nn.Module], Callable[..., torch.Tensor]]
 
 
+def _norm_key(module: nn.Module, device: torch.device) -> Any:
+    """What norms of one kind share, for a module that looks like an RMS norm over its last dimension; else None."""
+    weight = _only_weight(module, "RMSNorm", device)
+    eps = _eps_of(module)
+    return (
+        None if weight is None or weight.dim() != 1 or eps is None else (type(module), eps, weight.shape, weight.dtype)
+    )
+
+
 def _eps_of(module: nn.Module) -> float | None:
-    """Of a module that looks like an RMS norm over its last dimension, in transformers' own code; else None."""
-    kind = type(module)
-    if not (kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.")):
-        return None
-    if module._modules or module._buffers or set(module._parameters) - {"weight"} or "forward" in module.__dict__:
-        return None
-    weight = module._parameters.get("weight")
-    if weight is not None and weight.dim() != 1:
-        return None
     return next((float(vars(module)[name]) for name in _EPS_NAMES if isinstance(vars(module).get(name), float)), None)
 
 
+def _only_weight(module: nn.Module, name: str, device: torch.device) -> torch.Tensor | None:
+    """The weight of a module of transformers, of a class whose name ends so, that holds nothing else but a bias."""
+    kind = type(module)
+    if (
+        not (kind.__name__.endswith(name) and kind.__module__.startswith("transformers."))
+        or "forward" in module.__dict__
+    ):
+        return None
+    weight = module._parameters.get("weight")
+    if module._modules or module._buffers or set(module._parameters) - {"weight", "bias"} or weight is None:
+        return None
+    return weight if weight.device == device else None
+
+
 @torch.no_grad()
-def _norm_like(module: nn.Module, eps: float, device: torch.device) -> MethodOf | None:
+def _norm_like(module: nn.Module, device: torch.device) -> MethodOf | None:
     """Binds the kernel that gives what the module gives, to any module of its kind; None where none does."""
     from moegraft.kernels.rms_norm.host import rms_norm  # needs Triton
 
-    weight = module._parameters.get("weight")
-    if weight is None or weight.device != device:
-        return None
+    weight, eps = module._parameters["weight"], _eps_of(module)
+    assert weight is not None
+    assert eps is not None
     generator = torch.Generator().manual_seed(0)
     trial = copy.copy(module)  # with a weight that tells the kinds of norms apart
     drawn = torch.randn(weight.shape, generator=generator).to(device, weight.dtype)
@@ -114,6 +132,66 @@ def _norm_like(module: nn.Module, eps: float, device: torch.device) -> MethodOf 
 
 def _is_rotary(function: Any) -> bool:
     return callable(function) and list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]
+
+
+def _router_key(module: nn.Module, device: torch.device) -> Any:
+    """What routers of one kind share, for a module that looks like a product and a choice of its best; else None."""
+    weight = _only_weight(module, "TopKRouter", device)
+    top_k = vars(module).get("top_k")
+    if weight is None or weight.dim() != 2 or not isinstance(top_k, int):
+        return None
+    options = tuple(
+        sorted((key, value) for key, value in vars(module).items() if isinstance(value, bool | int | float))
+    )
+    return type(module), weight.shape, weight.dtype, "bias" in module._parameters, options
+
+
+@torch.no_grad()
+def _router_like(module: nn.Module, device: torch.device) -> MethodOf | None:
+    """As ``_norm_like``. The product stays torch's own: LoRA on the router hangs on it."""
+    from moegraft.kernels.router_topk.host import router_topk  # needs Triton
+
+    weight = module._parameters["weight"]
+    assert weight is not None
+    generator = torch.Generator().manual_seed(0)
+    trial, top_k = copy.copy(module), int(vars(module)["top_k"])
+    parameters = {name: value for name, value in module._parameters.items() if value is not None}
+    drawn = {
+        name: nn.Parameter(torch.randn(value.shape, generator=generator).to(device, value.dtype), requires_grad=False)
+        for name, value in parameters.items()
+    }
+    trial._parameters = dict(drawn)
+    x = (weight.shape[1] ** -0.5 * torch.randn(64, weight.shape[1], generator=generator)).to(device, weight.dtype)
+    own = type(module).forward
+    try:
+        expected = own(trial, x)
+    except Exception:  # it wants more than a tensor
+        return None
+    if not (isinstance(expected, tuple) and len(expected) == 3 and all(isinstance(t, torch.Tensor) for t in expected)):
+        return None
+    logits, scores, ids = expected
+    mine = functional.linear(x, drawn["weight"], drawn.get("bias"))
+    if ids.shape != scores.shape or ids.dtype != torch.long or not torch.equal(mine, logits):
+        return None
+    for of_all, is_summed in ((True, True), (True, False), (False, True)):
+        found = router_topk(mine, top_k, of_all=of_all, is_summed=is_summed, dtype=scores.dtype)
+        # Experts of equal logits may change places.
+        if (found[1] == ids).float().mean() >= _ALIKE and _is_alike(found[0], scores, equal=0.9):
+            break
+    else:
+        return None
+    dtype = scores.dtype
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        assert weight is not None
+        if x is None or x.dtype != weight.dtype or _wants_grad(x, weight):
+            return own(self, *args, **kwargs)
+        logits_TE = functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return logits_TE, *router_topk(logits_TE, top_k, of_all=of_all, is_summed=is_summed, dtype=dtype)
+
+    return lambda module: MethodType(forward, module)
 
 
 class _Rotary:
@@ -169,13 +247,13 @@ class _Rotary:
         return None
 
 
-def _is_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _is_alike(found: torch.Tensor, expected: torch.Tensor, equal: float = _ALIKE) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     if found.dtype == torch.float32:
         return torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
     is_near = torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=1e-2)
-    return is_near and (found == expected).float().mean().item() >= _ALIKE
+    return is_near and (found == expected).float().mean().item() >= equal
 
 
 def _wants_grad(*tensors: torch.Tensor) -> bool:

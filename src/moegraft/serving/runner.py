@@ -130,6 +130,14 @@ class Runner:
         )
 
     @property
+    def beat_seconds(self) -> float | None:
+        """How long the engine may be idle before ``beat`` is called; None for ever."""
+        return None
+
+    def beat(self) -> None:
+        """See ``beat_seconds``."""
+
+    @property
     def graph_captures(self) -> int:
         return 0 if self._graphs is None else self._graphs.captures
 
