@@ -36,7 +36,8 @@ def led_slots(slots, first_leader, TILE_M: tl.constexpr, LEADERS: tl.constexpr):
     return tl.where(leads, slots, NO_SLOT)
 
 
-@triton.jit
+# One kernel for any number of rows: no address depends on what divides it.
+@triton.jit(do_not_specialize=["num_rows"])
 def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, PAGE_ELEMS: tl.constexpr,
                   ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr, RANK_BLOCKS: tl.constexpr,
                   BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
@@ -83,7 +84,7 @@ def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, P
         slot = tl.min(led)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr,
                   ALIGN: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, V_WIDTH: tl.constexpr,
                   BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr,
