@@ -7,8 +7,10 @@ code needs more of the host's time for such a step than the device needs to run 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -70,25 +72,23 @@ class ChunkGraphs:
             return None
 
     def _capture(self, plan: StepPlan, size: int, slots: dict[int, int] | None, bound: int) -> _Captured:
-        buffers = {name: view.clone() for name, view in self._host(size).items()}
-        buffers = {name: torch.zeros_like(view, device=self._pool.device) for name, view in buffers.items()}
+        buffers = {name: torch.zeros_like(view, device=self._pool.device) for name, view in self._host(size).items()}
         self._fill(plan, size, buffers, slots or {})
-        step = self._step(size, buffers)
-        call: AdapterCall | None = None
-        if slots is None:
-            with self._graphs.batch_of([BASE], rank_bound=None, slots=buffers["slots"], run_length=_RUN_LENGTH):
-                step = replace(step, bind_wanted=lambda: self._graphs.batch_of([BASE] * self._rows, rank_bound=None))
-                replay, logits = self._graphs.record(step)
-        else:
-            lanes = list(slots)
+        batch_of, rank_bound = self._graphs.batch_of, None if slots is None else bound
+        calls: list[AdapterCall] = []
 
-            def bind(slots_T: torch.Tensor, run_length: int):  # type: ignore[no-untyped-def]
-                return self._graphs.batch_of(lanes, rank_bound=bound, slots=slots_T, run_length=run_length)
+        @contextmanager
+        def bind() -> Iterator[None]:
+            with batch_of([BASE], rank_bound=rank_bound, slots=buffers["slots"], run_length=_RUN_LENGTH) as call:
+                calls.append(call)
+                yield
 
-            with bind(buffers["slots"], _RUN_LENGTH) as call:
-                step = replace(step, bind_wanted=lambda: bind(buffers["wanted_slots"], 1))
-                replay, logits = self._graphs.record(step)
+        def bind_wanted() -> AbstractContextManager[Any]:
+            return batch_of([BASE], rank_bound=rank_bound, slots=buffers["wanted_slots"])
+
+        replay, logits = self._graphs.record(self._step(buffers, bind_wanted), bind)
         self.captures += 1
+        call = None if slots is None else calls[0]
         captured = self._captured[size, slots is not None, bound] = _Captured(buffers, replay, logits, call)
         return captured
 
@@ -161,14 +161,15 @@ class ChunkGraphs:
         if event is not None:
             event.record()
 
-    def _step(self, size: int, buffers: dict[str, torch.Tensor]) -> StepBatch:
-        blocks: Sequence[int] = self._pool.prefill_blocks
+    def _step(
+        self, buffers: dict[str, torch.Tensor], bind_wanted: Callable[[], AbstractContextManager[Any]]
+    ) -> StepBatch:
         chunks = PrefillChunks(
             rows_N=buffers["rows"],
             tokens_N=buffers["tokens"],
             contexts_N=buffers["contexts"],
             page_table_NP=buffers["table"],
-            blocks={per_block: buffers[f"blocks {per_block}"] for per_block in blocks},
+            blocks={per_block: buffers[f"blocks {per_block}"] for per_block in self._pool.prefill_blocks},
         )
         return StepBatch(
             ids_T=buffers["ids"],
@@ -183,4 +184,5 @@ class ChunkGraphs:
             decode=None,
             groups=(),
             pool=self._pool,
+            bind_wanted=bind_wanted,
         )

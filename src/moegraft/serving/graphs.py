@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,23 +114,26 @@ class DecodeGraphs:
         step = _static_step(self._pool, size, self.width)
         self._rows.fill(step, plan, ids)
         if call is None:
-            with self.batch_of(lanes, rank_bound=None):
-                replay, logits = self.record(step)
+            replay, logits = self.record(step, lambda: self.batch_of(lanes, rank_bound=None))
         else:
-            replay, logits = self.record(step)
+            replay, logits = self.record(step, nullcontext)
         self.captures += 1
         slots_B = None if call is None else call.token_rows(size, 1).slots_M
         captured = self._captured[size, call is not None] = CapturedStep(step, replay, logits, call, slots_B)
         return captured
 
-    def record(self, step: StepBatch) -> tuple[Callable[[], None], torch.Tensor]:
-        """(what runs the step again, its logits). Runs it once as it is, for what is compiled on first use."""
-        self._forward(step)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Adapters may be loaded by another thread meanwhile, whose copies are none of the graph's.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            logits = self._forward(step)
+    def record(
+        self, step: StepBatch, bind: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Callable[[], None], torch.Tensor]:
+        """(what runs the step again, its logits), under the adapters that ``bind`` binds. Runs it once as it is, for
+        what is compiled or allocated on first use."""
+        with bind():
+            self._forward(step)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Adapters may be loaded by another thread meanwhile, whose copies are none of the graph's.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                logits = self._forward(step)
         return graph.replay, logits
 
     def _replay(

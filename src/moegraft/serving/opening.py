@@ -107,7 +107,7 @@ def open_model(setup: Setup, names: Callable[[int], str], keep: Callable[[Callab
     is_capturable = runner.states is None and all(choice.backend != "TorchExperts" for choice in graft.explain())
     is_capturable = is_capturable and channel is None
     if config.cuda_graphs and is_capturable and not config.batch_invariant and runner.device.type == "cuda":
-        runner.open_graphs(max_model_len)
+        runner.open_graphs(max_model_len, config.chunk_tokens)
     return Opened(
         graft=graft,
         runner=runner,

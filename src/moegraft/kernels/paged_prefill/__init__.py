@@ -55,7 +55,8 @@ def block_tokens(group: int, widest_head: int, element_size: int) -> int:
 
 
 def blocks_of(tokens: Sequence[int], per_block: int) -> list[tuple[int, int]]:
-    """(chunk, first token) of every program, for chunks of so many tokens; the last of a chunk, which read most, first."""
+    """(chunk, first token) of every program, for chunks of so many tokens. The last of a chunk, which read most, go
+    first."""
     found = [(n, first) for n, count in enumerate(tokens) for first in range(0, count, per_block)]
     return sorted(found, key=lambda block: -block[1])
 
