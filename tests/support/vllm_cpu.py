@@ -177,6 +177,8 @@ def replace_operators() -> None:
         "Tensor(a!) slot_mapping, int block_size) -> ()"
     )
     library.impl("compute_slot_mapping_kernel_impl", _map_slots, "CPU")
+    library.define("silu_and_mul(Tensor(a!) out, Tensor input) -> ()")
+    library.impl("silu_and_mul", _silu_and_mul, "CPU")
 
 
 def _map_slots(starts_R: Any, positions_T: Any, block_table_RB: Any, slots_T: Any, block_size: int) -> None:
@@ -235,6 +237,13 @@ def _topk_softmax(weights: Any, ids: Any, order: Any, logits: Any, renormalize: 
     chosen, index = logits.float().softmax(-1).topk(ids.shape[1], dim=-1)
     weights.copy_(chosen / chosen.sum(-1, keepdim=True) if renormalize else chosen)
     ids.copy_(index)
+
+
+def _silu_and_mul(out: Any, x: Any) -> None:
+    import torch
+
+    gate, up = x.chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
 
 
 def missing() -> str | None:

@@ -35,13 +35,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "gpt_oss": {
         **_COMMON, "num_local_experts": 4, "intermediate_size": 64, "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "max_position_embeddings": 131072,
     },
     "deepseek_v3": {
         **_COMMON, "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2,
         "topk_group": 1, "moe_intermediate_size": 48, "intermediate_size": 96, "first_k_dense_replace": 1,
         "kv_lora_rank": 32, "q_lora_rank": 48, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64,
         "head_dim": 32, "norm_topk_prob": True, "num_nextn_predict_layers": 0,
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid",
     },
 }  # fmt: skip
 Logits = Callable[[torch.Tensor], torch.Tensor]

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STEPS = 4
+STEPS = 3
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
@@ -24,8 +24,9 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
     llm = LLM(
-        skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=8, enforce_eager=True,
-        enable_prefix_caching=False, generation_config="vllm", disable_log_stats=True, **plan["options"],
+        skip_tokenizer_init=True, dtype="float32", max_model_len=32, max_num_seqs=8, max_num_batched_tokens=32,
+        enforce_eager=True, enable_prefix_caching=False, generation_config="vllm", disable_log_stats=True,
+        **plan["options"],
     )  # fmt: skip
     numbers: dict[str, int] = {}
     folders = dict(plan["adapters"])

@@ -255,13 +255,19 @@ def explain(
     device: Device = None,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks that would share every expert.")] = 1,
     ep: Annotated[int, typer.Option("--ep", min=1, help="Ranks that would share the experts out.")] = 1,
+    vllm: Annotated[bool, typer.Option("--vllm", help="What the plug-in for vLLM would serve, and why not.")] = False,
     as_json: Json = False,
 ) -> None:
     """Which backend serves each layer of a model, and why every other does not. Reads no weights."""
-    from moegraft.cli.structure import explain_model
-    from moegraft.cli.tables import show_explanation
+    from moegraft.cli.structure import explain_in_vllm, explain_model
+    from moegraft.cli.tables import show_explanation, show_plugin
     from moegraft.parallel import ParallelConfig
 
+    if vllm:
+        with working("Building the model's structure"):
+            plugin = explain_in_vllm(model)
+        print_json(plugin) if as_json else show_plugin(plugin)
+        return
     with working("Building the model's structure"):
         explanation = explain_model(model, dtype=dtype, device=device, parallel=ParallelConfig(tp=tp, ep=ep))
     print_json(explanation) if as_json else show_explanation(explanation)

@@ -54,6 +54,8 @@ def _from_pretrained(path: Path, **options: Any) -> PreTrainedModel:
             path, local_files_only=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(f"{path} needs code of its own to be read (auto_map), which is never run") from error
         raise CheckpointError(f"{path} holds no model that transformers can load: {_first_line(error)}") from error
     return model
 
