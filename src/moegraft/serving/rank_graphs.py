@@ -56,14 +56,12 @@ class RankGraphs(DecodeGraphs):
         lanes = [chunk.sequence.lane for chunk in plan.chunks] + [BASE] * (size - len(plan.chunks))
         if bound is None:
             step = self._capture(plan, lanes, None, ids) if captures else self._captured[size, False]
-            return self._replay(step, plan, ids)
+            return self._replay(step, plan, ids, ())
         with self._batch_of(lanes, rank_bound=bound) as call:
-            if captures:
-                return self._replay(self._capture(plan, lanes, call, ids), plan, ids)
-            step = self._captured[size, True]
+            step = self._capture(plan, lanes, call, ids) if captures else self._captured[size, True]
             assert step.call is not None
-            step.call.take_rows(call)
-            return self._replay(step, plan, ids)
+            step.call.check_serves(call)
+            return self._replay(step, plan, ids, call.batch.row_slots)
 
 
 def rank_bound_of(bank: AdapterBank, key: str) -> int:
