@@ -144,8 +144,9 @@ def test_the_models_own_compile(kinds: tuple[Path, dict[str, torch.Tensor]]) -> 
         last = graft(input_ids=IDS, adapters=rows, logits_to_keep=2).logits
         tokens = graft.generate(input_ids=IDS, adapters=rows, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         graft.model.compile(backend="aot_eager")
-        assert torch.allclose(graft(input_ids=IDS, adapters=rows).logits, eager, atol=1e-6)
-        assert torch.allclose(graft(input_ids=IDS, adapters=rows, logits_to_keep=2).logits, last, atol=1e-6)
+        # Eager code has one product for A of q, k and v together, a graph that follows any batch has three.
+        assert torch.allclose(graft(input_ids=IDS, adapters=rows).logits, eager, atol=1e-5)
+        assert torch.allclose(graft(input_ids=IDS, adapters=rows, logits_to_keep=2).logits, last, atol=1e-5)
         again = graft.generate(input_ids=IDS, adapters=rows, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         assert torch.equal(again, tokens)
 

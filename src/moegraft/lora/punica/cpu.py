@@ -298,8 +298,8 @@ class BatchFactors:
     def stacked(
         self, tables: Sequence[LinearTables], in_features: int, widths: Sequence[int], slots: tuple[int, ...]
     ) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
-        """A of several maps in a row, [S, I, R], and B of each, [S, its R, O], zero past an adapter's rank: float32, copied
-        once a batch. None where one of the maps has a gain (DoRA), or no adapter."""
+        """A of several maps in a row, [S, I, R], and B of each, [S, its R, O], zero past an adapter's rank: float32 and
+        copied once a batch. None where one of the maps has a gain (DoRA), or no adapter."""
         key = (*map(id, tables), *slots)
         if key not in self._stacked:
             self._stacked[key] = self._stack(tables, in_features, widths, slots)
