@@ -113,8 +113,8 @@ def add_lora_linears(
     biases: Sequence[torch.Tensor | None],
     run_length: int = 1,
 ) -> None:
-    """``add_lora_linear`` of up to four maps that read the same x, in two launches: y of each [M, its out], tables of one
-    bank. The custom op ``moegraft::add_lora_linears``. Raises ValueError as that does."""
+    """``add_lora_linear`` of up to four maps that read the same x, in two launches: y of each [M, its out], tables of
+    one bank. The custom op ``moegraft::add_lora_linears``. Raises ValueError as that does."""
     run = torch.ops.moegraft.add_lora_linears if torch.compiler.is_compiling() else run_lora_linears
     run(
         list(ys), x_MI, token_slots_M, tables[0].pool, tables[0].page_table, [each.factors for each in tables],

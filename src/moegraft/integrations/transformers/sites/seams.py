@@ -139,7 +139,7 @@ class LinearDelta:
         if rank_bound == 0:
             return
         rows = call.rows(target.name, x.shape[:-1])
-        if rows.has_adapters:
+        if rows.host is None or rows.has_adapters:
             x_MI = x.reshape(-1, target.in_features).to(self.tables.pool.dtype)
             y_MO = y.view(-1, target.out_features)
             self.punica.add_lora_linear(y_MO, x_MI, rows, self.tables, rank_bound=rank_bound, bias_O=bias_O)

@@ -87,7 +87,7 @@ class SharedInput:
         if place == members[0]:
             return self._lead(call, members, x, is_traced=is_traced)
         kept = self._traced if is_traced else self._eager.kept
-        if kept is not None and kept[0] is x and (is_traced or kept[1] == x._version) and place in kept[2]:
+        if kept is not None and kept[0] is x and (is_traced or kept[1] == _version(x)) and place in kept[2]:
             y = kept[2].pop(place)
             if not kept[2]:
                 self._keep(None, is_traced=is_traced)
@@ -107,13 +107,13 @@ class SharedInput:
             for y in found.values():
                 y.has_delta = True  # type: ignore[attr-defined]
         y = found.pop(members[0])
-        self._keep((x, 0 if is_traced else x._version, found), is_traced=is_traced)
+        self._keep((x, 0 if is_traced else _version(x), found), is_traced=is_traced)
         return y
 
     def _add(self, call: AdapterCall, found: Mapping[int, torch.Tensor], x: torch.Tensor) -> None:
         deltas = [self.seams[place].delta for place in found]
         rows = call.rows(deltas[0].name, x.shape[:-1])
-        if not rows.has_adapters:
+        if rows.host is not None and not rows.has_adapters:
             return
         target, tables = deltas[0].target, [delta.tables for delta in deltas]
         x_MI = x.reshape(-1, target.in_features).to(tables[0].pool.dtype)
@@ -135,6 +135,11 @@ class SharedInput:
     def _forward(self, place: int, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._forwards[place](x)
         return y
+
+
+def _version(x: torch.Tensor) -> int:
+    """Counts changes in place; nothing counts those of inference tensors."""
+    return 0 if x.is_inference() else x._version
 
 
 def shared_inputs(seams: Mapping[str, LinearSeam]) -> list[tuple[str, ...]]:
