@@ -123,9 +123,16 @@ class AdapterCall:
     def take_rows(self, later: AdapterCall) -> None:
         """What was captured under this call, which has a ``rank_bound``, now runs with the rows of ``later``.
 
-        Raises BatchError, having changed nothing, where it would lose a delta: of a rank beyond the bound, or on a
-        module where no adapter had LoRA when it was captured.
+        Raises BatchError, having changed nothing, as ``check_serves``.
         """
+        self.check_serves(later)
+        states = [(rows, later.token_rows(*key).slots_M) for key, rows in self._memory.rows.items()]
+        for rows, slots_M in states:
+            rows.slots_M.copy_(slots_M)
+
+    def check_serves(self, later: AdapterCall) -> None:
+        """Raises BatchError where what was captured under this call would lose a delta with the rows of ``later``: of a
+        rank beyond the bound, or on a module where no adapter had LoRA when it was captured."""
         if self.rank_bound is None:
             raise BatchError("a call without rank_bound= serves its own adapters only")
         for handle in later.batch.handles:
@@ -138,9 +145,6 @@ class AdapterCall:
                 )
         if later.rank_bound is None or later.rank_bound > self.rank_bound:
             raise BatchError(f"rank_bound={later.rank_bound}, the captured call has {self.rank_bound}")
-        states = [(rows, later.token_rows(*key).slots_M) for key, rows in self._memory.rows.items()]
-        for rows, slots_M in states:
-            rows.slots_M.copy_(slots_M)
 
     def begin(
         self,
@@ -260,7 +264,9 @@ class AdapterCall:
         rows = AdapterRows.of(slots, device=self.device, lengths=lengths, factors=self._memory.factors)
         if self.rank_bound is None:
             return rows
-        return AdapterRows.on_device(rows.slots_M, run_length=rows.run_length)
+        # What runs now will serve other adapters in these rows: neighbours of one entry are alike, no others.
+        run_length = lengths if isinstance(lengths, int) else max(1, B * S // max(1, n))
+        return AdapterRows.on_device(rows.slots_M, run_length=run_length)
 
     def _rows_outside(self, module: str, found: tuple[int, ...]) -> AdapterRows:
         """No forward pass of the model runs: only one row an entry can be meant."""
@@ -339,7 +345,7 @@ class AdapterCall:
         if bounds is None:
             bounds = RankBounds.of(self._bounding.max_ranks(module))
             if self.rank_bound is not None:
-                bounds = RankBounds(a13=num_halves * self.rank_bound, a2=self.rank_bound)
+                bounds = RankBounds(a13=num_halves * self.rank_bound, a2=self.rank_bound, has_gains=True)
             self._memory.experts_bounds[module] = bounds
         return bounds
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -23,16 +23,20 @@ BASE_SLOT = -1
 class RankBounds:
     """No adapter of a call has more rank rows in A13 (gate and up together) or A2 of an experts layer.
 
-    They size workspaces; a zero runs no LoRA on w13 or on w2.
+    They size workspaces; a zero runs no LoRA on w13 or on w2. ``has_gains``: whether one may have DoRA on experts.
     """
 
     a13: int
     a2: int
+    has_gains: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, max_ranks: Sequence[int]) -> RankBounds:
         """From ``AdapterBatch.max_ranks`` of an experts module; zeros where no adapter touches it."""
-        return cls(a13=max_ranks[ExpertsFactor.A13], a2=max_ranks[ExpertsFactor.A2]) if max_ranks else _NO_RANKS
+        if not max_ranks:
+            return _NO_RANKS
+        has_gains = any(max_ranks[ExpertsFactor.GAIN_GATE :])
+        return cls(a13=max_ranks[ExpertsFactor.A13], a2=max_ranks[ExpertsFactor.A2], has_gains=has_gains)
 
     @property
     def are_zero(self) -> bool:

@@ -38,9 +38,15 @@ class LayerKV:
 
     keys: torch.Tensor
     values: torch.Tensor
+    has_kernel: bool = False
 
     def write(self, slots_T: torch.Tensor, k_THC: torch.Tensor, v_THC: torch.Tensor) -> None:
         """Row t goes to slot ``slots_T[t]``, page * S + offset."""
+        if self.has_kernel:
+            from moegraft.kernels.paged_decode.host import write_pages  # needs Triton
+
+            write_pages(self.keys, self.values, k_THC, v_THC, slots_T)
+            return
         self.keys.flatten(0, 1).index_copy_(0, slots_T, k_THC)
         self.values.flatten(0, 1).index_copy_(0, slots_T, v_THC)
 
@@ -56,7 +62,13 @@ class KVPool:
     """All layers' pages, by ``layer_idx``."""
 
     def __init__(
-        self, shapes: Mapping[int, LayerShape], *, num_pages: int, page_size: int, device: torch.device
+        self,
+        shapes: Mapping[int, LayerShape],
+        *,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        has_kernel: bool = False,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
@@ -67,6 +79,7 @@ class KVPool:
             self.layers[layer] = LayerKV(
                 keys=torch.zeros(*rows, shape.key_size, dtype=shape.dtype, device=device),
                 values=torch.zeros(*rows, shape.value_size, dtype=shape.dtype, device=device),
+                has_kernel=has_kernel,
             )
 
 

@@ -18,6 +18,7 @@ from moegraft.integrations.transformers import GraftedModel
 from moegraft.serving.attention import IMPLEMENTATION
 from moegraft.serving.attention.latents import give_back, keep_latents
 from moegraft.serving.batch import Packing, StepBatch, pack
+from moegraft.serving.fused import FusedParts
 from moegraft.serving.graphs import DecodeGraphs
 from moegraft.serving.kv_pool import KVPool, LayerShape, layer_shapes
 from moegraft.serving.scheduler import BASE, Chunk, SequenceState, StepPlan
@@ -64,6 +65,7 @@ class Runner:
         head: nn.Module = self.model.get_output_embeddings()
         self._hook = head.register_forward_pre_hook(self._keep_wanted_rows)
         self.states: StateSlots | None = None
+        self._fused: FusedParts | None = None
         keeps_latents = self.device.type == "cpu" if latent_cache is None else latent_cache
         self._latents = keep_latents(self.model, graft) if keeps_latents else []
         try:
@@ -83,6 +85,8 @@ class Runner:
         self._hook.remove()
         if self.states is not None:
             self.states.close()
+        if self._fused is not None:
+            self._fused.remove()
         give_back(self._latents)
         self.model.set_attn_implementation(self._previous)
         self.pool = self._packing = self._graphs = None
@@ -92,8 +96,12 @@ class Runner:
 
         Raises UnsupportedModelError.
         """
-        self.pool = KVPool(self.shapes, num_pages=num_pages, page_size=page_size, device=self.device)
-        has_kernel = self.device.type == "cuda" and DeviceTarget.of(self.device).has_triton
+        has_kernel = _has_kernels(self.device)
+        self.pool = KVPool(
+            self.shapes, num_pages=num_pages, page_size=page_size, device=self.device, has_kernel=has_kernel
+        )
+        if has_kernel:
+            self._fused = FusedParts(self.model, self.device)
         self._packing = Packing(
             pool=self.pool,
             row_by_row=self._row_by_row,
@@ -120,6 +128,14 @@ class Runner:
             sizes=sizes,
             width=-(-longest // self.pool.page_size),
         )
+
+    @property
+    def beat_seconds(self) -> float | None:
+        """How long the engine may be idle before ``beat`` is called; None for ever."""
+        return None
+
+    def beat(self) -> None:
+        """See ``beat_seconds``."""
 
     @property
     def graph_captures(self) -> int:
@@ -196,6 +212,11 @@ def check_can_be_paged(model: PreTrainedModel) -> None:
         )
     if getattr(config, "attention_chunk_size", None):
         raise UnsupportedModelError(f"{type(model).__name__} attends in chunks, which the engine does not serve yet")
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether attention, norms and rotary embeddings run in Triton's kernels."""
+    return device.type == "cuda" and DeviceTarget.of(device).has_triton
 
 
 def longest_context(model: PreTrainedModel) -> int:

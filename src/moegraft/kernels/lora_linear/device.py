@@ -115,16 +115,21 @@ def shrink_group_kernel(v_ptr, x, slots_ptr, tables, shift1, shift2, shift3, num
 
 @triton.jit
 def expand_tile(y, v_ptr, bias_ptr, slots_ptr, tables, factors_ptr, num_rows, pid, COLUMNS: tl.constexpr,
-                PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr,
+                PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
+                V_WIDTH: tl.constexpr,
                 BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr,
                 PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for TILE_M rows and STEPS_N blocks of BLOCK_N columns.
 
-    The partial sums of v are added in a fixed order and rounded once.
+    The partial sums of v are added in a fixed order and rounded once. Slices begin at multiples of BLOCK_N; the columns
+    of slice s read lanes [s * rank, (s + 1) * rank) of v.
     """
     TILE_M: tl.constexpr = ROWS.TILE_M
     GROUPS: tl.constexpr = ROWS.GROUPS
     LEADERS: tl.constexpr = ROWS.LEADERS
+    SECOND: tl.constexpr = SLICES.SECOND
+    THIRD: tl.constexpr = SLICES.THIRD
+    FOURTH: tl.constexpr = SLICES.FOURTH
     width: tl.constexpr = BLOCK_N * STEPS_N
     num_n: tl.constexpr = (COLUMNS + width - 1) // width
     first_column = pid % num_n * width
@@ -148,7 +153,10 @@ def expand_tile(y, v_ptr, bias_ptr, slots_ptr, tables, factors_ptr, num_rows, pi
         mine = slots == slot
         if rank + gain_rank > 0:
             for step in range(STEPS_N):
-                columns = first_column + step * BLOCK_N + tl.arange(0, BLOCK_N)
+                first = first_column + step * BLOCK_N
+                columns = first + tl.arange(0, BLOCK_N)
+                slice_lane = ((first >= SECOND).to(tl.int32) + (first >= THIRD).to(tl.int32)
+                              + (first >= FOURTH).to(tl.int32)) * rank  # fmt: skip
                 column_live = columns < COLUMNS
                 y_mask = mine[:, None] & column_live[None, :]
                 base = tl.load(y_ptrs + columns[None, :], mask=y_mask, other=0.0).to(tl.float32)
@@ -160,7 +168,7 @@ def expand_tile(y, v_ptr, bias_ptr, slots_ptr, tables, factors_ptr, num_rows, pi
                     b_mask = lane_live[:, None] & column_live[None, :]
                     b = tl.load(tables.pool + b_elements[:, None] + columns[None, :], mask=b_mask, other=0.0)
                     v_mask = mine[None, :, None] & lane_live[None, None, :]
-                    v = tl.sum(tl.load(v_ptrs + lane[None, None, :], mask=v_mask, other=0.0), axis=0)
+                    v = tl.sum(tl.load(v_ptrs + (slice_lane + lane)[None, None, :], mask=v_mask, other=0.0), axis=0)
                     acc = tl.dot(v.to(b.dtype), b, acc, input_precision=PRECISION)
                 if gain_rank > 0:
                     row = tl.zeros([1], tl.int32)
@@ -177,13 +185,13 @@ def expand_tile(y, v_ptr, bias_ptr, slots_ptr, tables, factors_ptr, num_rows, pi
 
 @triton.jit
 def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr,
-                  ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  ALIGN: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, V_WIDTH: tl.constexpr,
+                  BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr,
+                  PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """``expand_tile`` of one map."""
     expand_tile(
         y, v_ptr, bias_ptr, slots_ptr, tables, tables.factors, num_rows, tl.program_id(0), COLUMNS, PAGE_ELEMS, ALIGN,
-        ROWS, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+        ROWS, SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
     )  # fmt: skip
 
 
@@ -191,9 +199,9 @@ def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.c
 def expand_group_kernel(y0, y1, y2, y3, v_ptr, bias0, bias1, bias2, bias3, slots_ptr, tables, shift1, shift2, shift3,
                         num_rows, COLUMNS0: tl.constexpr, COLUMNS1: tl.constexpr, COLUMNS2: tl.constexpr,
                         COLUMNS3: tl.constexpr, PAGE_ELEMS: tl.constexpr, ALIGN0: tl.constexpr, ALIGN1: tl.constexpr,
-                        ALIGN2: tl.constexpr, ALIGN3: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr,
-                        BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr,
-                        PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                        ALIGN2: tl.constexpr, ALIGN3: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
+                        V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr,
+                        SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Of up to four maps (COLUMNS 0: none), whose programs stand behind each other; see ``shrink_group_kernel``."""
     width: tl.constexpr = BLOCK_N * STEPS_N
     row_programs = (num_rows + ROWS.TILE_M - 1) // ROWS.TILE_M * ROWS.GROUPS
@@ -205,21 +213,21 @@ def expand_group_kernel(y0, y1, y2, y3, v_ptr, bias0, bias1, bias2, bias3, slots
     if pid < first1:
         expand_tile(
             y0, v_ptr, bias0, slots_ptr, tables, tables.factors, num_rows, pid, COLUMNS0, PAGE_ELEMS, ALIGN0, ROWS,
-            V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+            SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
         )  # fmt: skip
     elif pid < first2:
         expand_tile(
             y1, v_ptr + v_step, bias1, slots_ptr, tables, tables.factors + shift1, num_rows, pid - first1, COLUMNS1,
-            PAGE_ELEMS, ALIGN1, ROWS, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+            PAGE_ELEMS, ALIGN1, ROWS, SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
         )  # fmt: skip
     elif COLUMNS2 > 0:
         if pid < first3:
             expand_tile(
                 y2, v_ptr + 2 * v_step, bias2, slots_ptr, tables, tables.factors + shift2, num_rows, pid - first2,
-                COLUMNS2, PAGE_ELEMS, ALIGN2, ROWS, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+                COLUMNS2, PAGE_ELEMS, ALIGN2, ROWS, SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
             )  # fmt: skip
         elif COLUMNS3 > 0:
             expand_tile(
                 y3, v_ptr + 3 * v_step, bias3, slots_ptr, tables, tables.factors + shift3, num_rows, pid - first3,
-                COLUMNS3, PAGE_ELEMS, ALIGN3, ROWS, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+                COLUMNS3, PAGE_ELEMS, ALIGN3, ROWS, SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
             )  # fmt: skip

@@ -59,7 +59,10 @@ def build_linear(
     UnfinishedDora where this rank has only its columns of the base weight.
     """
     gain = None
-    if plan.magnitude is None:
+    if plan.parts:
+        a, b = _read_parts(plan, read)
+        a, b = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs)), cut_tensor(b, _cut(1, mine.outputs))
+    elif plan.magnitude is None:
         a, b = _read_pair(plan.pair, read, mine)
     else:
         weight = _base_weight(plan, mine)
@@ -68,7 +71,7 @@ def build_linear(
         # The norm of a row of W + BA takes all of A; what this rank does not keep of it is dropped again.
         a, b = _read_pair(plan.pair, read, LinearSlice(outputs=mine.outputs))
         magnitude = read(plan.magnitude.name, _cut(0, mine.outputs))
-        gain = magnitude.to(b.dtype) / _square_sums(weight, a, b).sqrt()
+        gain = magnitude.to(b.dtype) / square_sums(weight, a, b).sqrt()
         b = b * gain
         a = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs))
     return LinearLoRA(
@@ -76,6 +79,17 @@ def build_linear(
         b=cast(b, dtype, plan.pair.b),
         gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude),
     )
+
+
+def _read_parts(plan: LinearPlan, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r of all parts, in] and scale * B transposed, zero outside of each part's block of outputs."""
+    sides = [(*_read_pair(pair, read, WHOLE_LINEAR), start) for pair, start in plan.parts]
+    b = sides[0][1].new_zeros(plan.pair.rank, plan.target.out_features)
+    lane = 0
+    for _, rows, start in sides:
+        b[lane : lane + rows.shape[0], start : start + rows.shape[1]] = rows
+        lane += rows.shape[0]
+    return torch.cat([a for a, _, _ in sides]), b
 
 
 def _unfinished(
@@ -88,7 +102,7 @@ def _unfinished(
         a=a,
         b=cut_tensor(b, _cut(1, mine.outputs)),
         magnitude=read(plan.magnitude.name),
-        square_sums_O=_square_sums(weight, a, b).double(),
+        square_sums_O=square_sums(weight, a, b).double(),
         outputs=mine.outputs,
         dtype=dtype,
         where=plan.magnitude.where,
@@ -234,7 +248,7 @@ def _base_weight(plan: LinearPlan, mine: LinearSlice) -> torch.Tensor:
     )
 
 
-def _square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """||W + b^T a||^2 of each row: W [out, in], a [r, in], b [r, out] scaled."""
     sums = []
     for start in range(0, weight.shape[0], _NORM_ROWS):

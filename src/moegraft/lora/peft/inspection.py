@@ -157,7 +157,7 @@ def _builds(plan: AdapterPlan, targets: ModelTargets, tensors: WeightFolder) -> 
     for experts in plan.experts.values():
         yield from _one_build(tensors, experts.infos(), partial(build_experts, experts, read, dtype))
     for linear in plan.linears.values():
-        yield from _one_build(tensors, linear.pair.infos, partial(build_linear, linear, read, dtype))
+        yield from _one_build(tensors, linear.infos, partial(build_linear, linear, read, dtype))
         if linear.bias is not None:
             base = targets.saveable[linear.target.name]["bias"]
             yield from _one_build(tensors, [linear.bias], partial(build_bias, linear, base, read))

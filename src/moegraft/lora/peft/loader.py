@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from moegraft.core.errors import (
     FileError,
     StoredTensorError,
 )
-from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
+from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits, shorten
 from moegraft.lora.peft.build import (
     Read,
     build_bias,
@@ -216,7 +217,18 @@ def read_config_bytes(folder: Folder) -> bytes:
     try:
         return folder.read(CONFIG_FILE, max_bytes=limits.MAX_CONFIG_BYTES)
     except FileError as error:
-        raise AdapterConfigError(str(error)) from error
+        inside = "" if folder.has(CONFIG_FILE) else _adapters_inside(folder)
+        raise AdapterConfigError(f"{error}{inside}") from error
+
+
+def _adapters_inside(folder: Folder) -> str:
+    """The adapters that lie in a folder that is none, in words."""
+    found = []
+    with os.scandir(folder.path) as entries:
+        for entry in itertools.islice(entries, limits.MAX_STRAY):
+            if os.path.lexists(os.path.join(entry.path, CONFIG_FILE)):
+                found.append(shorten(entry.name))
+    return f"; adapters lie in its folders {', '.join(sorted(found)[:10])}: pass one of them" if found else ""
 
 
 def open_weights(folder: Folder, targets: ModelTargets | None = None) -> WeightFolder:
