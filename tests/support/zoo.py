@@ -166,7 +166,7 @@ _WRAPPERS = ("internvl",)
 # Part of another model: it has no keys and values of its own.
 _NOT_ALONE = ("gemma4_assistant",)
 # Their vision encoders are built for images of 768 pixels and more.
-NO_IMAGES = ("deepseek_ocr2", "unlimited_ocr")
+NO_IMAGES = ("deepseek_ocr2", "unlimited_ocr", "llama4")
 
 
 @functools.cache
