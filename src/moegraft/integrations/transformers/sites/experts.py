@@ -113,7 +113,7 @@ def _traced_forward(
     return torch.ops.moegraft.graft_experts(x_TD, topk_weights_TK, topk_ids_TK, state.order, site.number, state.version)
 
 
-def adopted_forward(module: nn.Module, routed_in: torch.Tensor) -> torch.Tensor:
+def unrouted_forward(module: nn.Module, routed_in: torch.Tensor) -> torch.Tensor:
     """In the place of Llama 4's: every token for each expert, weighted, or zero where it does not go there.
 
     routed_in [E * T, D], expert-major -> the same of the outputs. What is zero is not computed.
@@ -257,7 +257,9 @@ def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> N
         module = model.get_submodule(name)
         object.__setattr__(module, _SITE, site)
         if is_adopted(module):
-            object.__setattr__(module, "forward", MethodType(adopted_forward, module))
+            takes_routing = "top_k_index" in inspect.signature(type(module).forward).parameters
+            forward = experts_forward if takes_routing else unrouted_forward
+            object.__setattr__(module, "forward", MethodType(forward, module))
     if experts_configs(model, sites):
         model.set_experts_implementation(IMPLEMENTATION)
     for name, site in sites.items():
