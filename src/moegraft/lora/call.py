@@ -123,9 +123,16 @@ class AdapterCall:
     def take_rows(self, later: AdapterCall) -> None:
         """What was captured under this call, which has a ``rank_bound``, now runs with the rows of ``later``.
 
-        Raises BatchError, having changed nothing, where it would lose a delta: of a rank beyond the bound, or on a
-        module where no adapter had LoRA when it was captured.
+        Raises BatchError, having changed nothing, as ``check_serves``.
         """
+        self.check_serves(later)
+        states = [(rows, later.token_rows(*key).slots_M) for key, rows in self._memory.rows.items()]
+        for rows, slots_M in states:
+            rows.slots_M.copy_(slots_M)
+
+    def check_serves(self, later: AdapterCall) -> None:
+        """Raises BatchError where what was captured under this call would lose a delta with the rows of ``later``: of a
+        rank beyond the bound, or on a module where no adapter had LoRA when it was captured."""
         if self.rank_bound is None:
             raise BatchError("a call without rank_bound= serves its own adapters only")
         for handle in later.batch.handles:
@@ -138,9 +145,6 @@ class AdapterCall:
                 )
         if later.rank_bound is None or later.rank_bound > self.rank_bound:
             raise BatchError(f"rank_bound={later.rank_bound}, the captured call has {self.rank_bound}")
-        states = [(rows, later.token_rows(*key).slots_M) for key, rows in self._memory.rows.items()]
-        for rows, slots_M in states:
-            rows.slots_M.copy_(slots_M)
 
     def begin(
         self,

@@ -175,8 +175,11 @@ def _router_like(module: nn.Module, device: torch.device) -> MethodOf | None:
         return None
     for of_all, is_summed in ((True, True), (True, False), (False, True)):
         found = router_topk(mine, top_k, of_all=of_all, is_summed=is_summed, dtype=scores.dtype)
-        # Experts of equal logits may change places.
-        if (found[1] == ids).float().mean() >= _ALIKE and _is_alike(found[0], scores, equal=0.9):
+        # By expert: those of equal logits may change places.
+        mine_TE, own_TE = (
+            torch.zeros_like(mine, dtype=scores.dtype).scatter(1, *each) for each in (found[::-1], (ids, scores))
+        )
+        if _is_alike(mine_TE[own_TE != 0], own_TE[own_TE != 0], equal=0.9):
             break
     else:
         return None
