@@ -37,6 +37,8 @@ class Runner:
     names: lane -> the bank's name of the adapter. row_by_row, batch_sizes, latent_cache: see ``pack``, EngineConfig.
     """
 
+    graphs_type: type[DecodeGraphs] = DecodeGraphs
+
     def __init__(
         self,
         graft: GraftedModel,
@@ -122,7 +124,7 @@ class Runner:
         sizes = self._sizes or [size for size in (1, 2, 4) if size < self._max_wanted] + [
             size for size in range(8, self._max_wanted + 8, 8) if size <= 64 or size % 16 == 0
         ]
-        self._graphs = DecodeGraphs(
+        self._graphs = self.graphs_type(
             self._forward,
             self._bounded,
             self.graft.bank,
