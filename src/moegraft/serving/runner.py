@@ -132,7 +132,8 @@ class Runner:
             sizes=sizes,
             width=-(-longest // self.pool.page_size),
         )
-        if self.pool.prefills_all and not self._sizes:
+        # Ranks that captured and ran eagerly at once would wait for each other for ever; theirs decide together.
+        if self.pool.prefills_all and not self._sizes and self.graphs_type is DecodeGraphs:
             self._chunk_graphs = ChunkGraphs(self._graphs, self.pool, rows=self._max_wanted, tokens=chunk_tokens)
 
     @property
