@@ -3,16 +3,18 @@
     python benchmarks/engine_decode.py [--layers 12] [--batches 1,8,32,128] [--adapters 0,1,8] [--context 224]
 
 A Qwen3-30B-A3B at full width with random bfloat16 weights, adapters of one rank on experts and attention, read from
-safetensors. ``step``: milliseconds between two tokens of a full batch, as a caller of the engine sees them, from runs
-of two lengths; ``graph``: the same step's CUDA graph alone; ``prefill``: prompts that share nothing, to their first
-token. Correctness first: the log-probabilities of what the engine generated, with mixed adapters, must be those of the
-attached model over transformers' own attention, or nothing is reported. Prints a table and, last, one JSON line.
+safetensors. ``step``: milliseconds between two tokens of a sequence in a full batch, as a caller of the engine sees
+them, in the median; ``graph``: the same step's CUDA graph alone; ``prefill``: prompts that share nothing, to their
+first token. Correctness first: the log-probabilities of what the engine generated, with mixed adapters, must be those
+of the attached model over transformers' own attention, or nothing is reported. Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -28,11 +30,14 @@ from transformers import PreTrainedModel
 
 import moegraft
 from moegraft import SamplingParams
-from moegraft.serving.requests import Completion
+from moegraft.serving.requests import Completion, Request
 
 VOCABULARY = 150_000
-SHORT, LONG = 16, 80
-"""New tokens of the two runs whose difference is timed."""
+NEW = 80
+"""Tokens of each sequence; the gaps between the last three quarters of them are timed."""
+
+
+_runs = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=[1, 8, 32, 128])
     parser.add_argument("--adapters", type=numbers, default=[0, 1, 8])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--context", type=int, default=224, help="tokens of a prompt; decode adds up to 80")
+    parser.add_argument("--context", type=int, default=224, help="tokens of a prompt; decode adds 80")
     parser.add_argument("--prefill", type=int, default=16384, help="tokens of prompts in a prefill run")
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--kv-memory", default="8GiB")
@@ -140,10 +145,7 @@ def measure(engine: moegraft.Engine, batch: int, adapters: int, args: argparse.N
         return time.perf_counter() - start
 
     seconds(4, args.context)  # compiles and captures
-    long, short = (
-        min(seconds(LONG, args.context) for _ in range(2)),
-        min(seconds(SHORT, args.context) for _ in range(2)),
-    )
+    step_ms = min(median_gap(engine, draw(batch, args.context, seed=0), names) for _ in range(2))
     prefill = None
     if batch == max(args.batches):
         count, length = args.prefill // 1024, 1024
@@ -152,10 +154,27 @@ def measure(engine: moegraft.Engine, batch: int, adapters: int, args: argparse.N
     return Cell(
         batch=batch,
         adapters=adapters,
-        step_ms=(long - short) / (LONG - SHORT) * 1e3,
+        step_ms=step_ms,
         graph_ms=graph_milliseconds(engine, batch, adapters > 0),
         prefill=prefill,
     )
+
+
+def median_gap(engine: moegraft.Engine, prompts: Sequence[tuple[int, ...]], names: Sequence[str | None]) -> float:
+    """Milliseconds between tokens of the first sequence, while all of them decode."""
+    params = SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW, ignore_eos=True)
+    run = next(_runs)
+    streams = [
+        engine.submit(Request(request_id=f"{run}-{i}", prompt_ids=ids, adapter=name, sampling=params))
+        for i, (ids, name) in enumerate(zip(prompts, names, strict=True))
+    ]
+    times = [time.perf_counter() for _ in streams[-1]]  # the last to begin: all others decode by then
+    for stream in streams[:-1]:
+        for event in stream:
+            if event.error:
+                sys.exit(f"{event.request_id}: {event.error}; nothing is reported")
+    gaps = [after - before for before, after in itertools.pairwise(times[NEW // 4 :])]
+    return statistics.median(gaps) * 1e3
 
 
 def graph_milliseconds(engine: moegraft.Engine, batch: int, has_adapters: bool) -> float | None:

@@ -12,6 +12,13 @@ if ! recipe | cmp --silent - .venv/recipe; then
     recipe > .venv/recipe
 fi
 
+# Real vLLM, for the tests of its plug-in: beside .venv, since what it requires would replace torch.
+if ! cmp --silent tests/vllm_requirements.txt .vllm/recipe; then
+    rm -rf .vllm
+    .venv/bin/python -m pip install --quiet --no-deps --target .vllm --requirement tests/vllm_requirements.txt
+    cp tests/vllm_requirements.txt .vllm/recipe
+fi
+
 # The status page is looked at in a real browser.
 if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
     apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null

@@ -419,7 +419,7 @@ def test_batches_know_their_rows_and_ranks():
     with bank.acquire(["b", None, "a", "b", "c"]) as batch:
         assert [handle.name for handle in batch.handles] == ["b", "a", "c"]
         assert batch.row_slots == (1, -1, 0, 1, 2)
-        assert batch.max_ranks("layers.0") == (4, 2, 2, 1, 1)
+        assert batch.max_ranks("layers.0") == (4, 2, 2, 1, 1, 0, 0, 0)
         assert batch.max_ranks("q") == (5, 5, 0)
         assert batch.max_ranks("layers.1") == ()
 

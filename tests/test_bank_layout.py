@@ -91,7 +91,7 @@ def test_page_size(row_lens: list[int], target: int, expected: int):
 def test_entries_are_numbered_in_the_order_of_the_contract():
     layout = BankLayout(make_targets(), dtype=torch.bfloat16)
     experts = layout.module_entries("layers.0")
-    assert [entry.row_len for entry in layout.entries[experts]] == [HIDDEN, 12, 12, 12, HIDDEN]
+    assert [entry.row_len for entry in layout.entries[experts]] == [HIDDEN, 12, 12, 12, HIDDEN, 12, 12, HIDDEN]
     assert [entry.row_len for entry in layout.entries[layout.module_entries("q")]] == [HIDDEN, 20, 20]
     assert [entry.row_len for entry in layout.entries[layout.module_entries("embed")]] == [33, HIDDEN]
     assert layout.expert_columns("layers.1") == slice(5, 8)
@@ -139,13 +139,14 @@ def test_documented_example():
     tables = bank.experts_tables("experts")
     assert tables.expert_index[0].tolist() == [-1, 0, -1, 1]
     assert tables.page_table[0, :5].tolist() == [0, 1, 2, 5, 6]
-    assert tables.factors[0, :, :5].tolist() == [
+    assert tables.factors[0, :5, :5].tolist() == [
         [0, 0, 4, 4, 0],
         [2, 0, 2, 2, 0],
         [3, 0, 2, 2, 2],
         [1, 24, 1, 1, 0],
         [4, 0, 1, 1, 0],
     ]
+    assert not tables.factors[0, 5:].any()
     assert torch.equal(tables.pool[56:64], lora.a13[1, 3])
     assert torch.equal(tables.pool[84:96], lora.a2[1, 0])
     assert torch.equal(tables.pool[296:304], lora.b2[1, 0])

@@ -11,6 +11,7 @@ from moegraft.formats.base import ExpertsWeights
 from moegraft.formats.four_bit import FourBitMatrix
 from moegraft.formats.int4 import Int4Experts, Int4Matrix
 from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
+from moegraft.formats.nvfp4 import NVFP4Experts
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -293,3 +294,50 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         Int4Matrix.from_codes(integers(2, 96), torch.ones(2, 2), group=48)
     with pytest.raises(ValueError, match=r"found packed torch\.int32"):
         FourBitMatrix.__post_init__(Int4Matrix(**{**vars(matrix), "packed": matrix.packed.int()}))
+
+
+class TestNVFP4:
+    """Numbers, block scales and a scale for each matrix; the reader's tests have the library's own."""
+
+    def packed(self, num_halves: int = 2) -> tuple[NVFP4Experts, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(num_halves)
+        w13 = torch.randn(3, num_halves * 48, 32, generator=generator) * torch.tensor([1.0, 30.0, 0.01])[:, None, None]
+        w2 = torch.randn(3, 32, 48, generator=generator)
+        biases = {"b13": torch.randn(3, num_halves * 48), "b2": torch.randn(3, 32)}
+        return NVFP4Experts.pack(w13, w2, num_halves=num_halves, **biases), w13, w2
+
+    @pytest.mark.parametrize("num_halves", [1, 2])
+    def test_round_trip(self, num_halves: int) -> None:
+        packed, w13, w2 = self.packed(num_halves)
+        assert (packed.num_experts, packed.hidden_size, packed.intermediate_size) == (3, 32, 48)
+        found13, found2 = packed.dequantise(torch.float32)
+        for found, weight in ((found13, w13), (found2, w2)):
+            # Half a step of e2m1 near its largest number, of a scale with three bits.
+            largest = weight.abs().unflatten(-1, (-1, 16)).amax(-1).repeat_interleave(16, -1)
+            assert ((found - weight).abs() <= largest / 5).all()
+        again = NVFP4Experts.pack(found13, found2, num_halves=num_halves)
+        for found, expected in zip(again.dequantise(torch.float32), (found13, found2), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.2, atol=0.1 * expected.abs().max().item())
+        assert packed.num_bytes < 0.7 * (w13.numel() + w2.numel()) + sum(t.nbytes for t in packed.tensors[4:])
+
+    def test_parts(self) -> None:
+        packed, _, _ = self.packed()
+        w13, w2 = packed.dequantise(torch.float32)
+        some = packed.take_experts([2, 0])
+        assert all(map(torch.equal, some.dequantise(torch.float32), (w13[[2, 0]], w2[[2, 0]])))
+        cut = packed.take_intermediate(16, 48, padded_to=48)
+        found13, found2 = cut.dequantise(torch.float32)
+        halves = w13.unflatten(1, (2, 48))
+        expected = torch.cat([halves[:, :, 16:], torch.zeros(3, 2, 16, 32)], 2).flatten(1, 2)
+        assert torch.equal(found13, expected)
+        assert torch.equal(found2, torch.cat([w2[:, :, 16:], torch.zeros(3, 32, 16)], 2))
+        assert cut.b13 is not None and cut.b2 is not None and torch.equal(cut.b2, packed.b2)
+        with pytest.raises(ValueError, match=r"columns 8 to 48 of 48 .* multiples of 16"):
+            packed.take_intermediate(8, 48)
+
+    def test_refusals(self) -> None:
+        packed, _, _ = self.packed()
+        with pytest.raises(ValueError, match=r"found w13_scale \(3, 96, 3\), expected \(3, 96, 2\)"):
+            replace(packed, w13_scale=torch.zeros(3, 96, 3).to(torch.float8_e4m3fn))
+        with pytest.raises(ValueError, match=r"torch.float32, torch.float32, expected"):
+            replace(packed, w2_scale=packed.w2_scale.float())

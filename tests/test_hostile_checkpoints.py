@@ -24,6 +24,7 @@ from moegraft.testing import relative_error
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GPTQ, CT_INT4, CT_FP8, FP8, MXFP4 = "gptq", "compressed-tensors int4", "compressed-tensors fp8", "fp8 blocks", "mxfp4"
+NVFP4 = "compressed-tensors nvfp4"
 CT_INT8 = "compressed-tensors int8"
 EXPERTS_0 = "model.layers.0.mlp.experts"
 EXPERTS_1, Q_PROJ = "model.layers.1.mlp.experts", "model.layers.0.self_attn.q_proj"
@@ -79,8 +80,9 @@ FIELDS: Any = [
     (FP8, {"weight_block_size": [64, 64]}, ("weight_block_size is [64, 64]",)),
     (FP8, {"expert_dtype": "fp4"}, ("expert_dtype is 'fp4'",)),
     (FP8, {"activation_scheme": "static"}, ("experts", "static scales")),
-    (CT_INT4, {"format": "nvfp4-pack-quantized"}, ("format is 'nvfp4-pack-quantized'",)),
-    (CT_INT4, {"kv_cache_scheme": {"num_bits": 8}}, ("kv_cache_scheme",)),
+    (CT_INT4, {"format": "mxfp4-pack-quantized"}, ("format is 'mxfp4-pack-quantized'", "nvfp4-pack-quantized")),
+    (NVFP4, group(NVFP4, "weights", group_size=32), ("group_0.weights.group_size is 32", "expected 16")),
+    (GPTQ, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, ("quant_algo is 'W4A8_AWQ'", "NVFP4")),
     (CT_INT4, {"sparsity_config": {"format": "sparse-24-bitmask"}}, ("sparsity_config",)),
     (CT_INT4, {"config_groups": {}}, ("config_groups",)),
     (CT_INT4, group(CT_INT4, "weights", num_bits=8), ("group_0.weights.num_bits is 8",)),
@@ -115,10 +117,10 @@ def test_config_fields(folders: Any, layout: str, fields: dict[str, Any], words:
 @pytest.mark.parametrize("holder", ["compression_config", "text_config"])
 def test_where_else_a_config_may_lie(folders: Any, holder: str) -> None:
     """Under the name of older compressed-tensors, or in the text stack of a model with several."""
-    folder, wrong = folders(CT_INT4), quantisation(CT_INT4, kv_cache_scheme={"num_bits": 8})
+    folder, wrong = folders(CT_INT4), quantisation(CT_INT4, transform_config={"config_groups": {"u": {}}})
     fields = wrong if holder == "compression_config" else {"quantization_config": wrong}
     edit_config(folder, quantization_config=None, **{holder: fields})
-    assert is_quantised_or_why(folder) == "kv_cache_scheme"
+    assert is_quantised_or_why(folder) == "transform_config"
     if holder == "compression_config":
         edit_config(folder, compression_config=quantisation(CT_INT4))
         expected = moegraft.load_quantised(folders(CT_INT4))(input_ids=random_ids()).logits

@@ -43,6 +43,7 @@ THIRD_PARTY: dict[str, frozenset[str] | None] = {
     "torch": None,
     "triton": frozenset({"kernels"}),
     "transformers": frozenset({"integrations", "serving", "cli"}),
+    "vllm": frozenset({"integrations"}),
     "llguidance": frozenset({"serving"}),
     "fsspec": frozenset({"serving"}),
     "fastapi": frozenset({"serving"}),
@@ -54,6 +55,11 @@ THIRD_PARTY: dict[str, frozenset[str] | None] = {
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli"}),
 }
+
+# A plug-in has no command line: its host's users set variables, which one module reads.
+ENVIRONMENT_OF_PLUGIN = "moegraft.integrations.vllm.versions"
+# Tells the ranks that it starts their places, as torchrun does: transformers reads them.
+LAUNCHER = "moegraft.parallel.processes"
 
 TYPE_CHECKING = re.compile(r"(typing\.)?TYPE_CHECKING")
 MODULE_IN_STRING = re.compile(r"(moegraft(?:\.[a-z_]\w*)+)(?::\w+)?")
@@ -187,7 +193,7 @@ def find_eager_triton_violations(modules: dict[str, Module]) -> Iterator[str]:
 def find_environment_violations(modules: dict[str, Module]) -> Iterator[str]:
     readers = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv"}
     for module in modules.values():
-        if module.package == "cli":
+        if module.package == "cli" or module.name in (ENVIRONMENT_OF_PLUGIN, LAUNCHER):
             continue
         lines = {found.line for found in module.imports if found.target in readers}
         lines |= {

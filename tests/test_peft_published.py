@@ -25,11 +25,13 @@ from support.zoo import tiny_model
 from transformers import PreTrainedModel
 
 import moegraft
-from moegraft.core.errors import AdapterMismatchError, AdapterTensorError, UnservedModuleError
+from moegraft.core.errors import AdapterError, AdapterMismatchError, AdapterTensorError, UnservedModuleError
 from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import inspect_peft_adapter, load_peft_adapter
 from moegraft.lora.targets import EmbeddingTarget, ExpertsTarget, LinearTarget, ModelTargets
-from moegraft.parallel.slices import LinearSlice, RankSlice
+from moegraft.moe.experts import MarlinExperts, TorchExperts, TritonExperts, UnfusedOAITritonExperts
+from moegraft.oracle import why_no_dora
+from moegraft.parallel.slices import ExpertsSlice, LinearSlice, RankSlice
 
 ATOL = 1e-4
 EXPERTS = "model.layers.1.mlp.experts"
@@ -315,3 +317,182 @@ class TestModulesThatAreNotServed:
             )
         with pytest.raises(AdapterMismatchError, match="all of its modules are unserved"):
             load_peft_adapter(write_adapter(tmp_path / "b", tower), targets, dtype=torch.float32, skip_unserved=True)
+
+
+class TestBiases:
+    """Trained biases of linear maps, and a bias on lora_B: both are constants that an adapter adds."""
+
+    @pytest.mark.parametrize(
+        ("family", "options"),
+        [
+            ("qwen2_moe", {"bias": "all"}),
+            ("qwen2_moe", {"bias": "lora_only", "lora_bias": True}),
+            ("qwen3_moe", {"lora_bias": True, "use_rslora": True}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "+".join(value),
+    )
+    def test_against_peft(self, family: str, options: dict[str, Any], tmp_path: Path) -> None:
+        model = build(family)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj"], **options)
+        input_ids = random_ids()
+        expected = save_with_peft(model, config, tmp_path, input_ids)
+        assert any(name.endswith("bias") for name in load_file(tmp_path / "adapter_model.safetensors"))
+        torch.testing.assert_close(served_logits(model, tmp_path, input_ids), expected[0], atol=ATOL, rtol=0)
+        without = {k: v for k, v in load_file(tmp_path / "adapter_model.safetensors").items() if "bias" not in k}
+        folder = write_adapter(tmp_path / "without", without, use_rslora="use_rslora" in options)
+        assert (served_logits(model, folder, input_ids) - expected[0]).abs().max() > 100 * ATOL
+        inspection = inspect_peft_adapter(tmp_path, discover_targets(model))
+        assert inspection.ok, inspection.problems
+
+    @pytest.mark.parametrize(
+        ("tensors", "config", "words"),
+        [
+            ({"self_attn.q_proj.lora_B.bias": 32}, {}, "lora_bias is false"),
+            ({}, {"lora_bias": True}, "lora_bias is true"),
+            ({"self_attn.q_proj.lora_B.bias": 31}, {"lora_bias": True}, r"shape \[31\], expected \[32\]"),
+            ({"self_attn.q_proj.bias": 32}, {"bias": "all"}, "q_proj of the base model has no bias"),
+            ({"mlp.experts.down_proj_bias": 32}, {"bias": "all"}, "bias 'all': .*down_proj_bias"),
+        ],
+    )
+    def test_refused_by_the_field(
+        self, tensors: dict[str, int], config: dict[str, Any], words: str, tmp_path: Path
+    ) -> None:
+        layer, factory = "model.layers.1", TensorFactory()
+        factory.linear(f"{layer}.self_attn.q_proj", 32, 32)
+        factory.tensors |= {f"{PREFIX}{layer}.{name}": torch.ones(size) for name, size in tensors.items()}
+        with pytest.raises(AdapterError, match=words):
+            load_peft_adapter(
+                write_adapter(tmp_path, factory.tensors, **config),
+                discover_targets(build("qwen3_moe")),
+                dtype=torch.float32,
+            )
+
+
+class TestDoraOnExperts:
+    """Per expert, as PEFT wrote it where experts were linear maps: m (W + sBA) / ||W + sBA||, merged by hand."""
+
+    @staticmethod
+    def save(model: PreTrainedModel, folder: Path, names: tuple[str, ...]) -> PreTrainedModel:
+        """DoRA on some projections of some experts; gives the model with it merged."""
+        merged, factory = copy.deepcopy(model), TensorFactory()
+        target = discover_targets(model).experts[EXPERTS]
+        experts = merged.get_submodule(EXPERTS)
+        D, F = target.hidden_size, target.intermediate_size
+        for expert in (0, 2, target.num_experts - 1):
+            for name in names:
+                is_down, is_fused = name.startswith("down"), name.startswith("gate_up")
+                size_in, size_out = (F, D) if is_down else (D, 2 * F if is_fused else F)
+                module = f"{EXPERTS}.{name}.{expert}" if name.endswith("s") else f"{EXPERTS}.{expert}.{name}"
+                factory.linear(module, size_in, size_out)
+                magnitude = 1 + factory.draw(size_out).abs()
+                factory.tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = magnitude
+                param = experts.down_proj if is_down else experts.gate_up_proj
+                stored = param.data[expert].T if target.is_transposed else param.data[expert]
+                rows = slice(None) if is_down or is_fused else slice(F, None) if name == "up_proj" else slice(0, F)
+                weight = stored[rows] + 2 * factory.deltas[module]
+                stored[rows] = magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)
+        write_adapter(folder, factory.tensors, use_dora=True)
+        return merged
+
+    @pytest.mark.parametrize(
+        ("family", "names"),
+        [
+            ("qwen3_moe", ("gate_proj", "up_proj", "down_proj")),
+            ("qwen3_moe", ("up_proj",)),
+            ("gpt_oss", ("gate_up_projs", "down_projs")),  # interleaved, transposed, with biases
+        ],
+    )
+    def test_equals_merged_weights(self, family: str, names: tuple[str, ...], tmp_path: Path) -> None:
+        model, input_ids = build(family), random_ids()
+        merged = self.save(model, tmp_path, names)
+        with torch.no_grad():
+            expected = merged(input_ids=input_ids).logits
+        torch.testing.assert_close(served_logits(model, tmp_path, input_ids), expected[0], atol=2 * ATOL, rtol=0)
+        inspection = inspect_peft_adapter(tmp_path, discover_targets(model))
+        assert inspection.ok, inspection.problems
+
+    def test_beside_other_adapters(self, tmp_path: Path) -> None:
+        """Plain LoRA and the base in the same batch keep their bits; a bound of the rank serves DoRA too."""
+        model, input_ids = build("gpt_oss"), random_ids()
+        merged = self.save(model, tmp_path / "dora", ("gate_up_projs", "down_projs"))
+        target, factory = discover_targets(model).experts[EXPERTS], TensorFactory(3)
+        factory.linear(f"{EXPERTS}.down_projs.1", target.intermediate_size, target.hidden_size)
+        write_adapter(tmp_path / "plain", factory.tensors)
+        with moegraft.attach(model, adapter_memory="8MiB") as graft:
+            base = graft(input_ids=input_ids).logits
+            for name in ("dora", "plain"):
+                graft.load_adapter(tmp_path / name)
+            alone = graft(input_ids=input_ids, adapters=["plain", None]).logits
+            found = graft(input_ids=input_ids, adapters=["plain", "dora"]).logits
+            with graft.batch(["plain", "dora"], 2, rank_bound=4), torch.no_grad():
+                bounded = model(input_ids=input_ids).logits
+        with torch.no_grad():
+            expected = merged(input_ids=input_ids).logits
+        assert torch.equal(alone[1], base[1])
+        torch.testing.assert_close(found[0], alone[0], atol=ATOL, rtol=0)
+        torch.testing.assert_close(found[1], expected[1], atol=2 * ATOL, rtol=0)
+        torch.testing.assert_close(bounded, found, atol=2 * ATOL, rtol=0)
+
+    def test_other_backends_refuse_by_name(self) -> None:
+        assert why_no_dora(TorchExperts) is None
+        for other in (TritonExperts, MarlinExperts, UnfusedOAITritonExperts):
+            assert "attach with backend='TorchExperts'" in str(why_no_dora(other))
+
+    def test_ranks_that_share_experts_refuse(self, tmp_path: Path) -> None:
+        model = build("qwen3_moe")
+        self.save(model, tmp_path, ("down_proj",))
+        mine = RankSlice(experts={EXPERTS: ExpertsSlice(experts=(0, 1, 2))})
+        with pytest.raises(AdapterError, match=r"use_dora: .*experts that ranks share out"):
+            load_peft_adapter(tmp_path, discover_targets(model), dtype=torch.float32, rank_slice=mine)
+
+    def test_a_fused_parameter_refuses(self, tmp_path: Path) -> None:
+        factory = TensorFactory()
+        target = discover_targets(build("qwen3_moe")).experts[EXPERTS]
+        factory.fused(EXPERTS, target.num_experts, target.intermediate_size, target.hidden_size)
+        folder = write_adapter(tmp_path, factory.tensors, use_dora=True)
+        with pytest.raises(AdapterError, match=r"use_dora: .*single experts only, not on .*experts as a whole"):
+            load_peft_adapter(folder, discover_targets(build("qwen3_moe")), dtype=torch.float32)
+
+
+class TestPartsOfALinearMap:
+    """Tinker's pairs for q, k and v of what Qwen3.5 keeps as one map."""
+
+    MAP = "linear_attn.in_proj_qkv"
+
+    @pytest.mark.parametrize("parts", ["qkv", "qv", "k", "v"])
+    def test_each_adds_to_its_block_of_outputs(self, parts: str, tmp_path: Path) -> None:
+        model = build("qwen3_5_moe_text")
+        targets = discover_targets(model)
+        target = next(linear for name, linear in targets.linears.items() if name.endswith(self.MAP))
+        mixer = model.get_submodule(target.name.rpartition(".")[0])
+        starts = dict(zip("qkv", (0, mixer.key_dim, 2 * mixer.key_dim), strict=True))
+        sizes = dict(zip("qkv", (mixer.key_dim, mixer.key_dim, mixer.value_dim), strict=True))
+        factory, expected = TensorFactory(), torch.zeros(target.out_features, target.in_features)
+        for part in parts:
+            module = f"{target.name.removesuffix('qkv')}{part}"
+            factory.linear(module, target.in_features, sizes[part], r=3 if part == "v" else 2)
+            scale = 4 / 3 if part == "v" else 2
+            expected[starts[part] : starts[part] + sizes[part]] = scale * factory.deltas[module]
+        folder = write_adapter(tmp_path, factory.tensors, rank_pattern={"in_proj_v": 3})
+        weights, report = load_peft_adapter(folder, targets, dtype=torch.float32)
+        torch.testing.assert_close(linear_delta(weights, target.name), expected)
+        assert report.linears == {target.name: sum(3 if part == "v" else 2 for part in parts)}
+        half = target.out_features // 2
+        mine = RankSlice(linears={target.name: LinearSlice(outputs=((half, target.out_features),))})
+        part_of, _ = load_peft_adapter(folder, targets, dtype=torch.float32, rank_slice=mine)
+        torch.testing.assert_close(linear_delta(part_of, target.name), expected[half:])
+
+    def test_parts_that_do_not_fit(self, tmp_path: Path) -> None:
+        targets = discover_targets(build("qwen3_5_moe_text"))
+        target = next(linear for name, linear in targets.linears.items() if name.endswith(self.MAP))
+        factory = TensorFactory()
+        factory.linear(f"{target.name.removesuffix('qkv')}q", target.in_features, target.out_features)
+        with pytest.raises(AdapterTensorError, match="expected two of one size and a third"):
+            load_peft_adapter(write_adapter(tmp_path, factory.tensors), targets, dtype=torch.float32)
+
+
+def test_a_folder_of_adapters_lists_them(tmp_path: Path) -> None:
+    for name in ("style", "checkpoint-10"):
+        write_adapter(tmp_path / name, {f"{PREFIX}x.lora_A.weight": torch.ones(2, 2)})
+    with pytest.raises(AdapterError, match=r"is missing; adapters lie in its folders 'checkpoint-10', 'style'"):
+        load_peft_adapter(tmp_path, ModelTargets(model_type="x"), dtype=torch.float32)

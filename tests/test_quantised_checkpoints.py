@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +19,9 @@ from support.checkpoints import (
     LAYOUTS,
     QuantisedCheckpoint,
     edit_config,
+    fp8_by_tensor,
     write_checkpoint,
+    write_turned_checkpoint,
     write_vision_checkpoint,
 )
 from support.families import FAMILIES, build
@@ -37,7 +40,7 @@ from transformers import (
 )
 
 import moegraft
-from moegraft.core.errors import NoBackendError, UnsupportedModelError
+from moegraft.core.errors import CheckpointError, NoBackendError, UnsupportedModelError
 from moegraft.integrations.transformers.checkpoint import auto_class
 from moegraft.integrations.transformers.host.storage import packed_experts
 from moegraft.integrations.transformers.host.targets import discover_targets
@@ -239,7 +242,7 @@ def test_experts_and_attention_in_layouts_of_their_own(tmp_path: Path, monkeypat
     )
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe_thinker"])
 def test_a_model_with_a_vision_tower(model_type: str, tmp_path: Path) -> None:
     """Experts that transformers fuses in memory and libraries write one by one; the tower is plain, and there: under
     the config of Qwen3.5-MoE, transformers also knows a model that has none."""
@@ -334,3 +337,59 @@ def _save_part(checkpoint: QuantisedCheckpoint, targets: ModelTargets, folder: P
     else:
         factory.expert(name.replace("mlp", legacy.block), target.num_experts - 1, target, legacy)
         write_adapter(folder, factory.tensors, target_modules=[legacy.gate, legacy.up, legacy.down])
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("nemotron_h", LAYOUTS["fp8 of modelopt"].config), ("deepseek_v3", LAYOUTS["fp8 of AutoFP8"].config)],
+    ids=["nemotron_h of modelopt", "kimi_k2"],
+)
+def test_published_families(family: str, config: Mapping[str, Any], tmp_path: Path) -> None:
+    """Experts without a gate; a type that is another one's, in a repository with code of its own."""
+    dense = build(family).requires_grad_(False)
+    dense.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name and name.endswith("_proj.weight")]:
+        parts, _ = fp8_by_tensor(tensors.pop(name))
+        tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    more = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "x.Y"}} if family == "deepseek_v3" else {}
+    edit_config(tmp_path, quantization_config=dict(config), **more)
+    model = moegraft.load_quantised(tmp_path, dtype=torch.float32)
+    for name in discover_targets(dense).experts:
+        packed, experts = packed_experts(model.get_submodule(name)), dense.get_submodule(name)
+        assert packed is not None
+        first = experts.gate_up_proj if experts.has_gate else experts.up_proj
+        for found, weight in zip(packed.weights.dequantise(torch.float32), (first, experts.down_proj), strict=True):
+            assert relative_error(found, weight) < 0.1
+    assert model(input_ids=random_ids(1, 4)).logits.isfinite().all()
+
+
+def test_fused_experts_that_are_stored_turned_round(tmp_path: Path) -> None:
+    dense = write_turned_checkpoint(tmp_path)
+    model = moegraft.load_quantised(tmp_path, dtype=torch.float32)
+    for name in discover_targets(dense).experts:
+        packed, experts = packed_experts(model.get_submodule(name)), dense.get_submodule(name)
+        assert packed is not None
+        w13, w2 = packed.weights.dequantise(torch.float32)
+        torch.testing.assert_close(w13, experts.gate_up_proj.data, rtol=1e-6, atol=0)
+        torch.testing.assert_close(w2, experts.down_proj.data, rtol=1e-6, atol=0)
+
+
+def test_what_modelopt_says_in_a_file_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = write_checkpoint("nvfp4 of modelopt", tmp_path)
+    edit_config(checkpoint.path, quantization_config=None)
+    said = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (checkpoint.path / "hf_quant_config.json").write_text(json.dumps(said))
+    with caplog.at_level("INFO", logger="moegraft"):
+        model = moegraft.load_quantised(checkpoint.path, dtype=torch.float32)
+    assert "kv_cache_quant_algo is not used" in caplog.text
+    assert {packed.weights.format_name for module in model.modules() if (packed := packed_experts(module))} == {"nvfp4"}
+
+
+@pytest.mark.parametrize("rules", [{"lm_head": {"bits": 8}}, {"+:.*down.*": {"group_size": 128}}, ["x"]])
+def test_gptq_rules_of_other_options_are_refused(rules: Any, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint("gptq", tmp_path)
+    edit_config(checkpoint.path, quantization_config={**LAYOUTS["gptq"].config, "dynamic": rules})
+    with pytest.raises(CheckpointError, match=r"quantization_config.dynamic is .*repeat what holds for all"):
+        moegraft.load_quantised(checkpoint.path)

@@ -174,9 +174,11 @@ def test_the_backend_of_each_format(format_name: str, capability: tuple[int, int
 
 
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
-def test_every_format_has_kernels(format_name: str) -> None:
+def test_every_format_but_one_has_kernels(format_name: str) -> None:
     decision = select_experts(BackendRequest(config=CONFIG, device=HOPPER, format_name=format_name))
-    assert decision.experts_cls is not TorchExperts
+    assert (decision.experts_cls is TorchExperts) == (format_name == "nvfp4")
+    reasons = {rejection.backend: rejection.reason for rejection in decision.rejections}
+    assert format_name != "nvfp4" or "weights are nvfp4, it reads dense, int8, fp8" in reasons["TritonExperts"]
 
 
 def test_fp8_needs_a_device_that_knows_it() -> None:

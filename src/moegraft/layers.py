@@ -40,6 +40,7 @@ from moegraft.formats.fp8 import Fp8Experts
 from moegraft.formats.int4 import Int4Experts
 from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts
+from moegraft.formats.nvfp4 import NVFP4Experts
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
 from moegraft.lora.call import AdapterCall, CallMemory
 from moegraft.lora.collective_bank import CollectiveBank
@@ -117,6 +118,7 @@ __all__ = [
     "MoELoRAContext",
     "ModelTargets",
     "MoegraftError",
+    "NVFP4Experts",
     "NoBackendError",
     "ParallelConfig",
     "ParallelError",

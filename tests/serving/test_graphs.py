@@ -3,6 +3,7 @@ step run again over the same buffers. With a GPU, the graphs themselves."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
         logits = self._forward(step)
         return lambda: logits.copy_(self._forward(step)), logits
 
-    def open_pool(self: Runner, num_pages: int, page_size: int) -> None:
-        opened(self, num_pages, page_size)
-        assert self._packing is not None
-        object.__setattr__(self._packing, "has_kernel", True)
+    def open_pool(self: Runner, *sizes: int) -> None:
+        opened(self, *sizes)
         self.open_graphs(40)
 
     opened = Runner.open_pool
     if DEVICE == "cpu":
+        monkeypatch.setattr("moegraft.serving.runner._has_kernels", lambda device: True)
         monkeypatch.setattr(Runner, "open_pool", open_pool)
         monkeypatch.setattr(DecodeGraphs, "_record", record)
     return lambda **options: Engine(build("qwen3_moe").to(DEVICE), **OPTIONS, **options)
@@ -89,6 +89,37 @@ def test_an_adapter_that_replaces_parameters_runs_eagerly(served: Any, kinds: di
         assert engine.stats().graph_captures == 0
         assert run(engine, [(prompts[0], None)]) == truth([(prompts[0], None)], NEW)
         assert engine.stats().graph_captures == 1
+
+
+FUSED = {"qwen3_moe": (9, 2, 1), "gpt_oss": (5, 2, 1), "gemma4_text": (22, 0, 0)}
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_norms_routers_and_rotary_embeddings_in_few_launches(
+    served: Any, family: str, kinds: dict[str, Path], truth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are what the model's own code gives are taken over, and given back; text as without."""
+    model = build(family)
+    file, norm = sys.modules[type(model).__module__], next(m for m in model.modules() if "RMSNorm" in type(m).__name__)
+    own = (file.apply_rotary_pos_emb, norm.forward)
+    (prompt,) = draw_prompts((3,))
+    # Of the router too, whose LoRA hangs on its product.
+    adapters = {"everything": kinds["everything"]} if family == "qwen3_moe" else {}
+    requests = [(prompt, None), *((prompt, name) for name in adapters)]
+    with Engine(model, adapters=adapters, **OPTIONS) as engine:
+        fused = engine._loop.runner._fused
+        assert fused is not None
+        assert (len(fused.norms), len(fused.routers), len(fused.rotaries)) == FUSED[family]
+        found = run(engine, requests)
+        taken = {key: half for rotary in fused.rotaries for key, half in rotary._known.items()}
+    assert (file.apply_rotary_pos_emb, norm.forward) == own
+    assert None not in taken.values()
+    if adapters:
+        assert found == truth(requests, NEW)
+    else:
+        monkeypatch.setattr("moegraft.serving.runner._has_kernels", lambda device: False)
+        with Engine(build(family), **OPTIONS, cuda_graphs=False) as plain:
+            assert found == run(plain, requests)
 
 
 @pytest.mark.gpu

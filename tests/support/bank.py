@@ -99,6 +99,8 @@ def random_weights(rng: random.Random, *, dtype: torch.dtype = torch.float32, ma
             up_lane=up_lane,
             a2=draw(copies(), down, inter) if down else None,
             b2=draw(copies(), down, hidden) if down else None,
+            gain_gate=draw(copies(), 1, inter) if gate and rng.random() < 0.3 else None,
+            gain2=draw(copies(), 1, hidden) if down and rng.random() < 0.3 else None,
         )
 
     def linear(target: LinearTarget) -> LinearLoRA:

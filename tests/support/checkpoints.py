@@ -26,7 +26,7 @@ from transformers import (
 
 from moegraft.integrations.transformers.host.targets import discover_targets
 from support.families import build
-from support.zoo import tiny_model
+from support.zoo import tiny_config, tiny_model
 
 Tensors = dict[str, torch.Tensor]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -86,13 +86,15 @@ def write_vision_checkpoint(folder: Path, model_type: str = "qwen3_vl_moe") -> P
     tensors = load_file(folder / "model.safetensors")
     for module in (name for name in discover_targets(dense).experts):
         experts = dense.get_submodule(module)
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(module)}
+        layer = module.partition("layers.")[2]
+        prefix = next(key[: key.index(layer)] + layer for key in tensors if f"layers.{layer}." in key)
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
         for e in range(experts.num_experts):
             gate, up = experts.gate_up_proj[e].chunk(2)
             for projection, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", experts.down_proj[e])):
                 parts, meant = layout.matrix(weight)
                 weight.copy_(meant)
-                tensors |= {f"{module}.{e}.{projection}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+                tensors |= {f"{prefix}.{e}.{projection}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     save_file(tensors, folder / "model.safetensors")
     edit_config(folder, quantization_config=dict(layout.config))
     return dense
@@ -222,6 +224,60 @@ def compressed_static(weight: torch.Tensor, *, form: str, args: Mapping[str, Any
     return {**parts, "input_scale": torch.tensor([STATIC_SCALE])}, meant
 
 
+def nvfp4(weight: torch.Tensor, *, by_modelopt: bool) -> tuple[Tensors, torch.Tensor]:
+    """The library's numbers, under its names or under modelopt's, which multiplies by what the library divides by."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    of_all = 6 * 448 / weight.abs().amax()
+    scale = (weight.unflatten(1, (-1, 16)).abs().amax(-1) / 6 * of_all).to(torch.float8_e4m3fn)
+    state = {"weight": weight, "weight_scale": scale.float(), "weight_global_scale": of_all[None]}
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    parts = compressor.compress(state, scheme)
+    # Its own inverse rounds to bfloat16.
+    packed = parts["weight_packed"]
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1).long()
+    numbers = torch.tensor(_E2M1)[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    meant = numbers * parts["weight_scale"].float().repeat_interleave(16, 1) / of_all
+    assert torch.allclose(compressor.decompress(dict(parts), scheme)["weight"].float(), meant, rtol=1e-2)
+    if not by_modelopt:
+        return {**parts, "input_global_scale": torch.ones(1)}, meant
+    named = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"]}
+    return named | {"weight_scale_2": 1 / of_all, "input_scale": torch.tensor(1.0)}, meant
+
+
+def fp8_by_tensor(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """AutoFP8's and modelopt's: one scale a matrix and one for its inputs, and one for a cache."""
+    parts, meant = fp8_static(weight)
+    names = {"weight": "weight", "weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
+    return {names[part]: tensor for part, tensor in parts.items()} | {"k_scale": torch.tensor(1.0)}, meant
+
+
+def write_turned_checkpoint(folder: Path) -> PreTrainedModel:
+    """Qwen3-VL in fp8 as published: fused experts as [E, in, out], blocks of 128 x 128; and what it stands for."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128}  # w13 has one size on both sides: w2 tells
+    config = tiny_config("qwen3_vl_moe")
+    parts = {"text_config": config.text_config.to_dict() | sizes}
+    parts["vision_config"] = config.vision_config.to_dict() | {"out_hidden_size": 256}
+    dense = tiny_model("qwen3_vl_moe", **parts).requires_grad_(False)
+    dense.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for module in discover_targets(dense).experts:
+        for param, weight in dense.get_submodule(module).named_parameters():
+            name = f"{module}.{param}"
+            del tensors[name]
+            stored = [fp8_blocks(matrix) for matrix in weight]
+            weight.copy_(torch.stack([meant for _, meant in stored]))
+            for part, end in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+                whole = torch.stack([parts[part].float() for parts, _ in stored]).mT.contiguous()
+                tensors[name + end] = whole.to(stored[0][0][part].dtype)
+    save_file(tensors, folder / "model.safetensors")
+    edit_config(folder, quantization_config=dict(LAYOUTS["fp8 blocks"].config))
+    return dense
+
+
 def _mxfp4(state: Tensors) -> tuple[Tensors, Tensors]:
     """gpt-oss: experts as blocks of 32 inputs along the last axis, two numbers a byte, and an E8M0 byte for each."""
     stored = dict(state)
@@ -277,6 +333,7 @@ _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True
 _PER_TOKEN_INT8 = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 _PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
 _TENSOR = {**_FP8, "strategy": "tensor"}
+_NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_attention_heads": 4}
 _WIDE = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32, "num_experts": 4}
 _BLOCKS = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 32}
@@ -286,7 +343,8 @@ _GPTQ = {
     "checkpoint_format": "gptq",
     "desc_act": False,
     "pack_dtype": "int32",
-    "dynamic": {"-:.*mlp.gate$": {}},
+    # As published: what is left out, and names that repeat what holds for all.
+    "dynamic": {"lm_head": {}, "model.embed_tokens": {"bits": 4}, "-:.*mlp.gate$": {}},
 }
 
 LAYOUTS: dict[str, Layout] = {
@@ -381,6 +439,44 @@ LAYOUTS: dict[str, Layout] = {
         sizes={},
         fp8_group=0,
         static_scale=STATIC_SCALE,
+    ),
+    "fp8 of AutoFP8": Layout(
+        family="mixtral",
+        format_name="fp8",
+        config={"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
+        matrix=fp8_by_tensor,
+        sizes={},
+        fp8_group=0,
+        static_scale=STATIC_SCALE,
+    ),
+    "fp8 of modelopt": Layout(
+        family="qwen3_moe",
+        format_name="fp8",
+        config={"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        matrix=fp8_by_tensor,
+        sizes={},
+        fp8_group=0,
+        static_scale=STATIC_SCALE,
+    ),
+    "nvfp4 of modelopt": Layout(
+        family="qwen3_moe",
+        format_name="nvfp4",
+        config={"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": "FP8"},
+        matrix=partial(nvfp4, by_modelopt=True),
+        sizes={**_SIZES, "head_dim": 16},
+    ),
+    "compressed-tensors nvfp4": Layout(
+        family="olmoe",
+        format_name="nvfp4",
+        config={
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": _NVFP4, "input_activations": _NVFP4}},
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        },
+        matrix=partial(nvfp4, by_modelopt=False),
+        sizes={**_SIZES, "intermediate_size": 64},
     ),
     "fp8 blocks": Layout(
         family="qwen3_moe",

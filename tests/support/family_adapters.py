@@ -94,8 +94,8 @@ def save_replacements(family: str, path: Path) -> FamilyAdapter:
     targets = discover_targets(model)
     replaced = [
         name
-        for name in targets.saveable
-        if name not in targets.embeddings and not any(model.get_submodule(name).children())
+        for name, params in targets.saveable.items()
+        if name not in targets.embeddings and set(params) != {"bias"} and not any(model.get_submodule(name).children())
     ]
     linears = [name for name in _linears_for_peft(family, targets) if name not in replaced]
     config = LoraConfig(r=2, target_modules=linears, use_dora=True, modules_to_save=replaced)

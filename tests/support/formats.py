@@ -12,6 +12,7 @@ from moegraft.formats.fp8 import Fp8Experts
 from moegraft.formats.int4 import Int4Experts
 from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts
+from moegraft.formats.nvfp4 import NVFP4Experts
 from moegraft.formats.scaled import Granularity
 from support.layers import Pack
 
@@ -50,6 +51,10 @@ def _mxfp4(dense: DenseExperts) -> MXFP4Experts:
     return MXFP4Experts.pack(**_canonical(dense))  # type: ignore[arg-type]
 
 
+def _nvfp4(dense: DenseExperts) -> NVFP4Experts:
+    return NVFP4Experts.pack(**_canonical(dense))  # type: ignore[arg-type]
+
+
 PACKS: dict[str, Packing] = {
     "dense": Packing("dense", None),
     "fp8 block": Packing("fp8", partial(_fp8, granularity=Granularity.BLOCK)),
@@ -60,4 +65,5 @@ PACKS: dict[str, Packing] = {
     "int4": Packing("int4", partial(_int4, group=32, is_symmetric=False)),
     "int4 symmetric": Packing("int4", partial(_int4, group=128, is_symmetric=True)),
     "mxfp4": Packing("mxfp4", _mxfp4),
+    "nvfp4": Packing("nvfp4", _nvfp4),
 }

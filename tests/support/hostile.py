@@ -380,7 +380,7 @@ def _bad_configs(made: _Maker) -> Iterator[HostileCase]:
             list(range(2000)),
         ),
         "layer_replication": ([[0, 1]],),
-        "lora_bias": (True,),
+        "lora_bias": ("yes", 1, []),
         "use_qalora": (True,),
         "use_bdlora": ({"nblocks": 2},),
         "arrow_config": ({"top_k": 1},),

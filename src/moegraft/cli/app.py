@@ -164,10 +164,18 @@ def serve(  # noqa: PLR0913  # one parameter an option
     drain_seconds: Annotated[float, typer.Option(min=0, help="For running requests after a signal to stop.")] = 60.0,
     dtype: Dtype = "auto",
     device: Device = None,
+    tp: TensorParallel = 1,
+    ep: ExpertParallel = 1,
+    data_parallel: Annotated[
+        bool, typer.Option("--data-parallel", help="With --ep: attention and pages of a request on one rank.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="With --tp: transformers' plan, which cuts attention and vocabulary too.")
+    ] = False,
 ) -> None:
     """An OpenAI-compatible server in which every request names its adapter. Keys: MOEGRAFT_API_KEY,
     MOEGRAFT_ADMIN_KEY."""
-    from moegraft.cli.generate import parse_adapters
+    from moegraft.cli.generate import make_parallel, parse_adapters
     from moegraft.cli.serve import ServeRequest, run_serve, server_options
 
     options = server_options(
@@ -196,6 +204,8 @@ def serve(  # noqa: PLR0913  # one parameter an option
             dtype=dtype,
             device=device,
             engine=engine,
+            parallel=make_parallel(tp=tp, ep=ep, fully_sharded=False, data_parallel=data_parallel),
+            plan=plan,
         )
     )
 
@@ -245,13 +255,19 @@ def explain(
     device: Device = None,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks that would share every expert.")] = 1,
     ep: Annotated[int, typer.Option("--ep", min=1, help="Ranks that would share the experts out.")] = 1,
+    vllm: Annotated[bool, typer.Option("--vllm", help="What the plug-in for vLLM would serve, and why not.")] = False,
     as_json: Json = False,
 ) -> None:
     """Which backend serves each layer of a model, and why every other does not. Reads no weights."""
-    from moegraft.cli.structure import explain_model
-    from moegraft.cli.tables import show_explanation
+    from moegraft.cli.structure import explain_in_vllm, explain_model
+    from moegraft.cli.tables import show_explanation, show_plugin
     from moegraft.parallel import ParallelConfig
 
+    if vllm:
+        with working("Building the model's structure"):
+            plugin = explain_in_vllm(model)
+        print_json(plugin) if as_json else show_plugin(plugin)
+        return
     with working("Building the model's structure"):
         explanation = explain_model(model, dtype=dtype, device=device, parallel=ParallelConfig(tp=tp, ep=ep))
     print_json(explanation) if as_json else show_explanation(explanation)

@@ -74,7 +74,9 @@ def parse_adapters(options: Sequence[str]) -> dict[str, Path]:
     return adapters
 
 
-def make_parallel(*, tp: int, ep: int, fully_sharded: bool, data_parallel: bool, dispatch: Dispatch) -> ParallelConfig:
+def make_parallel(
+    *, tp: int, ep: int, fully_sharded: bool, data_parallel: bool, dispatch: Dispatch = "all_to_all"
+) -> ParallelConfig:
     """Raises CommandError for options that ask for nothing."""
     if fully_sharded and tp == 1:
         raise CommandError("found --fully-sharded without --tp, expected --tp of at least 2")

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moegraft.cli.console import CommandError, stderr
 from moegraft.cli.loading import quiet_transformers
+from moegraft.parallel import ParallelConfig
 from moegraft.serving.engine import Engine
 from moegraft.serving.http.guard import ServerOptions
 
 API_KEY, ADMIN_KEY = "MOEGRAFT_API_KEY", "MOEGRAFT_ADMIN_KEY"
+FAILURE_SECONDS = 10.0
+"""For the server to end by itself once a rank is lost."""
 DEMO_ADAPTERS = ("shout", "pirate", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeRequest:
     """model: a checkpoint; none where ``is_demo``, whose model and adapters are made first · engine: fields of
-    EngineConfig."""
+    EngineConfig · parallel, plan: ranks that share the model, which the engine starts."""
 
     model: Path | None
     is_demo: bool = False
@@ -32,6 +37,8 @@ class ServeRequest:
     dtype: str = "auto"
     device: str | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    plan: bool = False
     demo_steps: int = 200
 
 
@@ -57,6 +64,8 @@ def run_serve(request: ServeRequest) -> None:
             adapters_from=request.adapters_from,
             dtype=request.dtype,
             device=request.device,
+            parallel=request.parallel,
+            plan=request.plan,
             **request.engine,
         )
         options = request.options
@@ -69,13 +78,30 @@ def run_serve(request: ServeRequest) -> None:
             timeout_graceful_shutdown=int(options.drain_seconds),
         )
         server = uvicorn.Server(config)
+        engine.on_failure = partial(_end_soon, server)
         try:
             with _announced(server, engine, options):
                 server.run()
         finally:
             engine.close()
+        if engine.failure is not None:
+            raise CommandError(engine.failure, exit_code=1)
         if not server.started:
             raise CommandError(f"could not listen on {options.host}:{options.port}")
+
+
+def _end_soon(server: Any, message: str) -> None:
+    """A rank is lost: whoever is being answered is told, and the process ends, for its supervisor to start it again."""
+    server.should_exit = True
+
+    def end() -> None:
+        # The engine's thread, or a destructor, may wait for the rank for ever.
+        stderr.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+        os._exit(1)
+
+    timer = threading.Timer(FAILURE_SECONDS, end)
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager

@@ -18,9 +18,12 @@ from moegraft.integrations.transformers.checkpoint import (
     plain_config,
     read_structure,
 )
+from moegraft.integrations.transformers.checkpoint.files import Checkpoint
+from moegraft.integrations.transformers.checkpoint.scheme import quantisation_fields
 from moegraft.integrations.transformers.explain import explain_structure
 from moegraft.integrations.transformers.host.targets import discover_targets, experts_targets
 from moegraft.integrations.transformers.parallel.layout import RankShare, rank_shares
+from moegraft.integrations.vllm.explain import PluginExplanation, explain_plugin
 from moegraft.lora.targets import ModelTargets
 from moegraft.parallel import ParallelConfig
 
@@ -65,6 +68,14 @@ def explain_model(
         raise CommandError(f"{folder} is quantised: what ranks keep of it follows its scales, and is not shown")
     plan = read_structure(folder).plan
     return ModelExplanation(stored=plan.description, choices=explain_structure(model, plan.formats).choices)
+
+
+def explain_in_vllm(folder: Path) -> PluginExplanation:
+    """What the plug-in for vLLM would serve of the checkpoint. Raises UnsupportedModelError."""
+    with Checkpoint(folder) as files:
+        fields = quantisation_fields(files.config())
+    method = "" if fields is None else str(fields.get("quant_method", "quantised"))
+    return explain_plugin(base_targets(folder), quantisation=method[:40])
 
 
 def hollow_model(folder: Path, *, dtype: str = "auto", device: str | None = "cpu") -> PreTrainedModel:

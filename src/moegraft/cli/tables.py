@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moegraft.cli.structure import ModelExplanation
     from moegraft.cli.tune import TuneResult
     from moegraft.integrations.transformers.parallel.layout import RankShare
+    from moegraft.integrations.vllm.explain import PluginExplanation
     from moegraft.lora.peft import AdapterInspection, ModuleSummary
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -187,6 +188,16 @@ def show_explanation(explanation: ModelExplanation) -> None:
             ),
             soft_wrap=True,
         )
+
+
+def show_plugin(explanation: PluginExplanation) -> None:
+    """One line for each kind of module."""
+    if explanation.absent is not None:
+        stdout.print(_name(f"The plug-in leaves vLLM as it is here: {explanation.absent}. It would:"), soft_wrap=True)
+    for service in explanation.services:
+        by = "left to vLLM" if service.reason else "served by moegraft"
+        line = _name(f"{service.count} {service.part}: ").append(by, style="yellow" if service.reason else "green")
+        stdout.print(line.append(f" ({printable(service.reason)})" if service.reason else ""), soft_wrap=True)
 
 
 def _show_shares(shares: Sequence[RankShare]) -> None:

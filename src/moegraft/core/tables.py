@@ -35,13 +35,16 @@ NUM_FIELDS = 8  # padded, so that a descriptor is 32 bytes
 
 
 class ExpertsFactor(enum.IntEnum):
-    """Rows of ``ExpertsTables.factors``; row lengths D, F, F, F, D."""
+    """Rows of ``ExpertsTables.factors``; row lengths D, F, F, F, D, F, F, D. Gains have one row (DoRA)."""
 
     A13 = 0
     B_GATE = 1
     B_UP = 2
     A2 = 3
     B2 = 4
+    GAIN_GATE = 5
+    GAIN_UP = 6
+    GAIN2 = 7
 
 
 class LinearFactor(enum.IntEnum):
@@ -56,7 +59,7 @@ class LinearFactor(enum.IntEnum):
 class ExpertsTables:
     """Tables of one experts layer.
 
-    pool [P * page_elems] compute dtype · page_table [slots, max_pages] int32 · factors [slots, 5, NUM_FIELDS] int32 ·
+    pool [P * page_elems] compute dtype · page_table [slots, max_pages] int32 · factors [slots, 8, NUM_FIELDS] int32 ·
     expert_index [slots, E] int32 (position of an expert among those that the adapter holds, -1 = untouched).
     ``factors`` is a view into a larger tensor: use its strides.
     """

@@ -29,7 +29,7 @@ MAX_PATTERN_CHARS = 1024
 MAX_MATCH_STEPS = 10_000_000  # of all expressions of a config together: some seconds
 MAX_TOKEN_ROWS = 1024  # trained rows of an embedding; more are a whole embedding
 MAX_COMBINED = 16  # adapters of one row
-MAX_COMBINED_WEIGHT = 1e6
+MAX_COMBINED_WEIGHT = 10**6
 MAX_NOTES = 20  # unknown fields that are named
 
 # What is looked up, named and examined of an adapter that is wrong.

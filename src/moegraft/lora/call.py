@@ -102,7 +102,7 @@ class AdapterCall:
         self.modules = frozenset(modules)
         self._heads, self._growth = heads, growth
         self._forwards: dict[int, list[ForwardRows | None]] = {}
-        self._parts: dict[tuple[ForwardRows, int, int, int], ForwardRows] = {}
+        self._parts: dict[tuple[object, ...], AdapterRows] = {}
 
     @property
     def is_static(self) -> bool:
@@ -123,9 +123,16 @@ class AdapterCall:
     def take_rows(self, later: AdapterCall) -> None:
         """What was captured under this call, which has a ``rank_bound``, now runs with the rows of ``later``.
 
-        Raises BatchError, having changed nothing, where it would lose a delta: of a rank beyond the bound, or on a
-        module where no adapter had LoRA when it was captured.
+        Raises BatchError, having changed nothing, as ``check_serves``.
         """
+        self.check_serves(later)
+        states = [(rows, later.token_rows(*key).slots_M) for key, rows in self._memory.rows.items()]
+        for rows, slots_M in states:
+            rows.slots_M.copy_(slots_M)
+
+    def check_serves(self, later: AdapterCall) -> None:
+        """Raises BatchError where what was captured under this call would lose a delta with the rows of ``later``: of a
+        rank beyond the bound, or on a module where no adapter had LoRA when it was captured."""
         if self.rank_bound is None:
             raise BatchError("a call without rank_bound= serves its own adapters only")
         for handle in later.batch.handles:
@@ -138,9 +145,6 @@ class AdapterCall:
                 )
         if later.rank_bound is None or later.rank_bound > self.rank_bound:
             raise BatchError(f"rank_bound={later.rank_bound}, the captured call has {self.rank_bound}")
-        states = [(rows, later.token_rows(*key).slots_M) for key, rows in self._memory.rows.items()]
-        for rows, slots_M in states:
-            rows.slots_M.copy_(slots_M)
 
     def begin(
         self,
@@ -172,20 +176,41 @@ class AdapterCall:
     @contextmanager
     def part(self, first: int, num_sequences: int, num_tokens: int) -> Iterator[None]:
         """Inside the block layers see [B, S] tokens alone, rows [first, first + B * S) of the pass that runs."""
-        forwards = self._forwards.get(threading.get_ident(), [])
-        whole = forwards[-1] if forwards else None
-        if whole is None:
-            raise BatchError("no forward pass of the model runs that this could be a part of")
-        key = (whole, first, num_sequences, num_tokens)
-        found = self._parts.get(key)
-        if found is None:
-            rows = whole.tokens.part(first, num_sequences * num_tokens)
-            found = self._parts[key] = ForwardRows(num_sequences, num_tokens, rows)
-        forwards.append(found)
+        places = range(first, first + num_sequences * num_tokens)
+        with self._inside(num_sequences, num_tokens, self.rows_at(places)):
+            yield
+
+    @contextmanager
+    def spread(self, row: int, num_tokens: int) -> Iterator[None]:
+        """Inside the block layers see [1, S] tokens, all with the adapter of one row of the pass that runs."""
+        rows = self._rows_alike(num_tokens) or _repeated(self.rows_at(range(row, row + 1)), num_tokens)
+        with self._inside(1, num_tokens, rows):
+            yield
+
+    @contextmanager
+    def _inside(self, num_sequences: int, num_tokens: int, rows: AdapterRows) -> Iterator[None]:
+        forwards = self._forwards[threading.get_ident()]
+        forwards.append(ForwardRows(num_sequences, num_tokens, rows))
         try:
             yield
         finally:
             forwards.pop()
+
+    def rows_at(self, places: Sequence[int]) -> AdapterRows:
+        """Some rows of the pass that runs on this thread, by their places."""
+        forwards = self._forwards.get(threading.get_ident(), [])
+        whole = forwards[-1] if forwards else None
+        if whole is None:
+            raise BatchError("no forward pass of the model runs whose rows these could be")
+        key = (whole, *((places.start, places.stop) if isinstance(places, range) else (None, *places)))
+        rows = self._parts.get(key)
+        if rows is None:
+            rows = self._parts[key] = whole.tokens.at(places)
+        return rows
+
+    def touches(self, module: str) -> bool:
+        """Whether an adapter of this call has LoRA on a linear map; one with a ``rank_bound``: whether one may."""
+        return module in self.modules if self.rank_bound is not None else self.linear_bound(module) > 0
 
     def rows(self, module: str, shape: Sequence[int]) -> AdapterRows:
         """Rows of a module whose input has these leading dimensions: all tokens of the pass, [B, S] or flattened,
@@ -239,7 +264,9 @@ class AdapterCall:
         rows = AdapterRows.of(slots, device=self.device, lengths=lengths, factors=self._memory.factors)
         if self.rank_bound is None:
             return rows
-        return AdapterRows.on_device(rows.slots_M, run_length=rows.run_length)
+        # What runs now will serve other adapters in these rows: neighbours of one entry are alike, no others.
+        run_length = lengths if isinstance(lengths, int) else max(1, B * S // max(1, n))
+        return AdapterRows.on_device(rows.slots_M, run_length=run_length)
 
     def _rows_outside(self, module: str, found: tuple[int, ...]) -> AdapterRows:
         """No forward pass of the model runs: only one row an entry can be meant."""
@@ -318,7 +345,7 @@ class AdapterCall:
         if bounds is None:
             bounds = RankBounds.of(self._bounding.max_ranks(module))
             if self.rank_bound is not None:
-                bounds = RankBounds(a13=num_halves * self.rank_bound, a2=self.rank_bound)
+                bounds = RankBounds(a13=num_halves * self.rank_bound, a2=self.rank_bound, has_gains=True)
             self._memory.experts_bounds[module] = bounds
         return bounds
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TypeVar
 
@@ -152,19 +152,35 @@ class CollectiveBank:
         """
         with self._order:
             wanted = self._agree_on_batch(names)
-            name_of = {handle.number: handle.name for handle in self.bank.handles()}
-            held: list[AdapterBatch] = []
-            try:
-                with self._agreement.step() if wanted else nullcontext():
-                    # The union first: all at once, so that no eviction for one adapter hits another of the batch.
-                    held.append(self.bank.acquire([name_of[number] for number in wanted]))
-                    held.append(self.bank.acquire(names))
-                union, own = held
-                return GroupBatch(own, union, GroupAdapters(wanted, union.row_slots, self.bank.pool.data.device))
-            except BaseException:
-                for batch in held:
-                    batch.release()
-                raise
+            return self._hold(names, wanted, self._agreement.step() if wanted else nullcontext())
+
+    def acquire_agreed(self, names: Sequence[str | None], all_names: Sequence[str | None]) -> GroupBatch:
+        """``acquire`` where the caller has seen to it that the ranks agree: nothing is sent, nobody is waited for.
+
+        ``all_names``: of the rows of all ranks, whose adapters are loaded on all of them and are resident. An adapter
+        may be loaded meanwhile, by another thread.
+        """
+        ids = self.ids
+        wanted = sorted({ids[self.bank.get(name).name] for name in all_names if name is not None})
+        return self._hold(names, tuple(wanted), nullcontext())
+
+    def _hold(
+        self, names: Sequence[str | None], wanted: tuple[int, ...], together: AbstractContextManager[object]
+    ) -> GroupBatch:
+        """``wanted``: ids of the adapters that any rank names, ascending."""
+        name_of = {handle.number: handle.name for handle in self.bank.handles()}
+        held: list[AdapterBatch] = []
+        try:
+            with together:
+                # The union first: all at once, so that no eviction for one adapter hits another of the batch.
+                held.append(self.bank.acquire([name_of[number] for number in wanted]))
+                held.append(self.bank.acquire(names))
+            union, own = held
+            return GroupBatch(own, union, GroupAdapters(wanted, union.row_slots, self.bank.pool.data.device))
+        except BaseException:
+            for batch in held:
+                batch.release()
+            raise
 
     def refuse(self, failure: Exception) -> None:
         """Takes part in the others' ``acquire`` for a rank whose batch is wrong by itself: all raise ``failure``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -23,16 +23,20 @@ BASE_SLOT = -1
 class RankBounds:
     """No adapter of a call has more rank rows in A13 (gate and up together) or A2 of an experts layer.
 
-    They size workspaces; a zero runs no LoRA on w13 or on w2.
+    They size workspaces; a zero runs no LoRA on w13 or on w2. ``has_gains``: whether one may have DoRA on experts.
     """
 
     a13: int
     a2: int
+    has_gains: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, max_ranks: Sequence[int]) -> RankBounds:
         """From ``AdapterBatch.max_ranks`` of an experts module; zeros where no adapter touches it."""
-        return cls(a13=max_ranks[ExpertsFactor.A13], a2=max_ranks[ExpertsFactor.A2]) if max_ranks else _NO_RANKS
+        if not max_ranks:
+            return _NO_RANKS
+        has_gains = any(max_ranks[ExpertsFactor.GAIN_GATE :])
+        return cls(a13=max_ranks[ExpertsFactor.A13], a2=max_ranks[ExpertsFactor.A2], has_gains=has_gains)
 
     @property
     def are_zero(self) -> bool:
@@ -90,11 +94,12 @@ class AdapterRows:
             raise BatchError(f"slots {list(slots_M.shape)} {slots_M.dtype}, expected [M] torch.int32, contiguous")
         return cls(slots_M=slots_M, host=None, run_length=run_length)
 
-    def part(self, first: int, count: int) -> AdapterRows:
-        """Rows [first, first + count)."""
+    def at(self, places: Sequence[int]) -> AdapterRows:
+        """Some of the rows, by their places."""
         if self.host is None:
-            return AdapterRows.on_device(self.slots_M[first : first + count], run_length=min(self.run_length, count))
-        host = self.host[first : first + count]
+            index = torch.tensor(places, device=self.slots_M.device)
+            return AdapterRows.on_device(self.slots_M[index], run_length=min(self.run_length, len(places)))
+        host = [self.host[place] for place in places]
         return AdapterRows.of(host, device=self.slots_M.device, factors=self.factors)
 
     @property

@@ -9,6 +9,7 @@ import torch
 
 from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import AdapterTensorError, ParallelError
+from moegraft.formats.base import ExpertsWeights
 from moegraft.parallel.groups import ParallelGroups
 from moegraft.parallel.slices import ExpertsSlice, LinearSlice, ParameterSlice, Pieces, RankSlice, count
 
@@ -20,6 +21,8 @@ class ExpertsTarget:
     ``w13_param`` / ``w2_param`` are the parameter names inside the module (``gate_up_proj`` or, without a gate,
     ``up_proj``; ``down_proj``). Stored shapes: [E, G*F, D] and [E, D, F]; transposed: [E, D, G*F] and [E, F, D].
     ``is_interleaved``: gate and up alternate along the G*F axis (gpt-oss) instead of standing one after the other.
+
+    ``weights`` gives the base weights on demand (DoRA norms).
 
     What one rank of a fully sharded world holds: ``output_size`` columns of D of B of w2 (None: all of them), and one
     of ``lane_shares`` shares of the rank rows of A of w13.
@@ -34,6 +37,7 @@ class ExpertsTarget:
     is_interleaved: bool = False
     w13_param: str = "gate_up_proj"
     w2_param: str = "down_proj"
+    weights: Callable[[], ExpertsWeights] | None = field(default=None, compare=False, repr=False)
     output_size: int | None = None
     lane_shares: int = 1
 
@@ -45,7 +49,8 @@ class LinearTarget:
     ``param`` is the Parameter's name inside the module (``weight``); ``weight`` gives it on demand (DoRA norms).
     ``router``: what multiplies with ``param`` does not call the module as an nn.Linear (a router that keeps a
     Parameter), so the weight itself gets the delta. ``lane_shares``: A holds one of so many shares of its rank rows
-    (fully sharded).
+    (fully sharded). ``has_bias``: where ``ModelTargets.saveable`` has a ``bias`` of the map, whether the model has one;
+    otherwise it stands there as zeros, for what an adapter adds.
     """
 
     name: str
@@ -55,6 +60,7 @@ class LinearTarget:
     router: bool = False
     weight: Callable[[], torch.Tensor] | None = None
     lane_shares: int = 1
+    has_bias: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,8 @@ class ModelTargets:
     """All that adapters can touch, by full module name (as in ``model.named_modules()``).
 
     ``saveable``: parameters that ``modules_to_save`` may replace: module name -> {parameter or buffer name: tensor}
-    (routers, norms, embeddings, lm_head; never experts). ``model_type`` is transformers' ``config.model_type``.
+    (routers, norms, embeddings, lm_head, biases of linear maps; never experts). ``model_type`` is transformers'
+    ``config.model_type``.
     ``left_out``: modules that exist and that no adapter may touch, by name, with the reason ("belongs to ...").
     """
 
@@ -98,6 +105,9 @@ class ExpertsLoRA:
 
     ``up_lane`` is 0 where gate and up share one A, else r_gate. An expert without a gate has only ``b_up``.
     Experts of smaller rank are zero-padded to the largest rank of their projection.
+
+    DoRA: ``gain_gate`` and ``gain_up`` [h|1, 1, F], ``gain2`` [h|1, 1, D] = magnitude / ||W_e + B_e A_e||_row scale
+    each projection as a whole, biases aside, when its delta has been added; 1 for experts without DoRA.
     """
 
     expert_ids: tuple[int, ...]
@@ -107,6 +117,14 @@ class ExpertsLoRA:
     up_lane: int = 0
     a2: torch.Tensor | None = None
     b2: torch.Tensor | None = None
+    gain_gate: torch.Tensor | None = None
+    gain_up: torch.Tensor | None = None
+    gain2: torch.Tensor | None = None
+
+    @property
+    def has_gains(self) -> bool:
+        """Whether it is DoRA."""
+        return any(gain is not None for gain in (self.gain_gate, self.gain_up, self.gain2))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,6 +234,11 @@ class FusedMoEExpertsModular(ABC):
         """True where every delta goes through the mixin's ``apply_*_lora``, as fully sharded LoRA needs it."""
         return False
 
+    @staticmethod
+    def scales_lora() -> bool:
+        """True where DoRA of experts is served: gains of single adapters on what base and delta have given."""
+        return False
+
     @classmethod
     @abstractmethod
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:

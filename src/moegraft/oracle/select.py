@@ -91,3 +91,13 @@ def why_not(cls: type[FusedMoEExpertsModular], request: BackendRequest) -> str |
         return f"it is monolithic: rows cannot be sent to {request.ep_size} ranks between routing and experts"
     ok, reason = cls.is_supported_config(request)
     return None if ok else reason
+
+
+def why_no_dora(
+    cls: type[FusedMoEExpertsModular], classes: tuple[type[FusedMoEExpertsModular], ...] = EXPERTS_CLASSES
+) -> str | None:
+    """Why adapters with DoRA on experts cannot be served by a class, and which can; None where they are."""
+    if cls.scales_lora():
+        return None
+    others = " or ".join(repr(other.__name__) for other in classes if other.scales_lora())
+    return f"{cls.__name__} adds deltas and scales no rows: attach with backend={others}"

@@ -91,6 +91,11 @@ class Communicator:
         """A group of one."""
         return cls(name, (rank,), 0, group=None, timeout_seconds=0.0)
 
+    @property
+    def failure(self) -> ParallelError | None:
+        """Why no group of this world is used any more."""
+        return self._health.error
+
     def give_up(self, reason: str) -> None:
         """No group of this world is used again: every later collective raises ParallelError at once."""
         if self._health.error is None:
@@ -134,6 +139,14 @@ class Communicator:
         if self.size == 1:
             return x
         return self._exchange("all_to_all", x.contiguous(), send_counts, receive_counts)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """What the first rank of the group has in ``x``, in place; gives ``x`` back."""
+        if self.size > 1:
+            sent_bytes = x.nbytes * (self.size - 1) if self.rank == 0 else 0
+            with self._running("broadcast", x.nbytes, sent_bytes=sent_bytes):
+                dist.broadcast(x, self.ranks[0], group=self._group)
+        return x
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """A small picklable value of every rank, for votes and checks outside the hot path."""

@@ -89,6 +89,7 @@ class ParallelGroups:
         self.tp = tp
         self.ep = ep
         self._made: list[dist.ProcessGroup] = []
+        self._health = GroupHealth()
 
     @property
     def rank(self) -> int:
@@ -175,8 +176,18 @@ class ParallelGroups:
                 f"rank {rank}: a group of ranks could not be made within {config.timeout_seconds:g} s; a peer is dead, "
                 f"late, or does something else: {str(error).splitlines()[0]}"
             ) from error
-        parallel._made = made
+        parallel._made, parallel._health = made, health
         return parallel
+
+    def another(self, name: str) -> Communicator:
+        """Collective: one more group of all ranks, for what another thread than the others' sends; on the host."""
+        if self.world.size == 1:
+            return Communicator.alone(name)
+        timeout = self.config.timeout_seconds
+        group = dist.new_group(list(self.world.ranks), timeout=timedelta(seconds=timeout), backend="gloo")
+        self._made.append(group)
+        rank, ranks = self.world.rank, self.world.ranks
+        return Communicator(name, ranks, rank, group=group, timeout_seconds=timeout, health=self._health)
 
     def close(self) -> None:
         """Gives the groups back; the world of torch.distributed stays."""

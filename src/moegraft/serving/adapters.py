@@ -14,8 +14,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +32,7 @@ from moegraft.core.errors import (
 from moegraft.integrations.transformers import GraftedModel
 from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.peft.config import CONFIG_FILE
+from moegraft.serving.ranks import Leader, RankedAdapters
 from moegraft.serving.status import FIRST_TOKEN_BUCKETS, AdapterStatus, Observations
 from moegraft.serving.text import TextCodec, adapter_template
 
@@ -68,13 +71,17 @@ class AdapterVersion:
 
 
 class AdapterStore:
-    """Thread-safe; one thread of its own reads adapters."""
+    """Thread-safe; one thread of its own reads adapters. On several ranks it also unloads and pins them, which no other
+    thread then waits for while it holds the lock: the ranks do it together."""
 
-    def __init__(self, graft: GraftedModel, codec: TextCodec, *, folder: Path | None) -> None:
-        """folder: where adapters lie that are loaded on first use."""
+    def __init__(
+        self, graft: GraftedModel, codec: TextCodec, *, folder: Path | None, leader: Leader | None = None
+    ) -> None:
+        """folder: where adapters lie that are loaded on first use · leader: of the other ranks, where there are any."""
         self.folder = folder
         self.load_times = Observations(FIRST_TOKEN_BUCKETS)
-        self._graft = graft
+        self._graft = graft if leader is None else RankedAdapters(graft, leader)
+        self._leader = leader
         self._codec = codec
         self._on_loaded: Callable[[AdapterVersion], None] = lambda version: None
         self._on_gone: Callable[[int], None] = lambda uid: None
@@ -87,7 +94,7 @@ class AdapterStore:
         self._held: dict[int, AdapterBatch] = {}
         self._versions: dict[str, int] = {}
         self._uids = itertools.count(1)  # 0 is the base model
-        self._jobs: queue.SimpleQueue[tuple[AdapterVersion, Source] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[AdapterVersion, Source] | _Act | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._load_all, name="moegraft-adapters", daemon=True)
         self._thread.start()
 
@@ -99,6 +106,7 @@ class AdapterStore:
         """Ends the thread; what waits to be loaded fails."""
         self._jobs.put(None)
         self._thread.join()
+        self._refuse_rest()
         for batch in self._held.values():
             batch.release()
         self._held.clear()
@@ -145,13 +153,19 @@ class AdapterStore:
     def hold(self, lane: int) -> bool:
         """See ``Residents``; of the engine's thread."""
         try:
-            self._held[lane] = self._graft.bank.acquire([self._keys[lane]])
+            if self._leader is None:
+                held = self._graft.bank.acquire([self._keys[lane]])
+            else:
+                held = self._leader.hold(lane, self._keys[lane])
         except AdapterMemoryError:
             return False
+        self._held[lane] = held
         return True
 
     def let_go(self, lane: int) -> None:
         self._held.pop(lane).release()
+        if self._leader is not None:
+            self._leader.let_go(lane)
 
     # Administrators
 
@@ -173,6 +187,7 @@ class AdapterStore:
     def unload(self, name: str) -> None:
         """Takes a name away. Raises UnknownAdapterError, or AdapterInUseError while requests drain."""
         users = sum(version.users for version in self.retire(name))
+        self.settle()
         if users:
             raise AdapterInUseError(
                 f"adapter {name!r} serves {users} requests; it takes no more, and goes when they have ended"
@@ -193,15 +208,11 @@ class AdapterStore:
 
     def pin(self, name: str, *, pinned: bool) -> None:
         """Raises UnknownAdapterError or AdapterMemoryError."""
-        with self._lock:
-            version = self._current.get(name)
-            if version is None:
-                raise UnknownAdapterError(f"no adapter {name!r} is loaded")
-            if pinned:
-                self._graft.pin_adapter(version.key)
-            else:
-                self._graft.unpin_adapter(version.key)
-            version.pinned = pinned
+        self._act(partial(self._pin, name, pinned=pinned)).result()
+
+    def settle(self) -> None:
+        """Waits until what was taken away is gone on all ranks too."""
+        self._act(lambda: None).result()
 
     def available(self) -> tuple[str, ...]:
         """Names of the folder that are not loaded."""
@@ -259,12 +270,30 @@ class AdapterStore:
         self._jobs.put((version, source))
         return version
 
+    def _act(self, run: Callable[[], None]) -> Future[None]:
+        """Changes the bank: at once, or where several ranks do it together on the thread, after what was begun."""
+        act = _Act(run)
+        if self._leader is None:
+            run()
+            act.done.set_result(None)
+        elif self._thread.is_alive():
+            self._jobs.put(act)
+        else:
+            act.refuse()
+        return act.done
+
     def _load_all(self) -> None:
         """The thread: one adapter after the other, while everything else goes on."""
         while (job := self._jobs.get()) is not None:
-            self._load_one(*job)
+            job() if isinstance(job, _Act) else self._load_one(*job)
+        self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
         while not self._jobs.empty():
-            if (left := self._jobs.get()) is not None:
+            left = self._jobs.get()
+            if isinstance(left, _Act):
+                left.refuse()
+            elif left is not None:
                 self._finish(left[0], AdapterError("the engine was closed"))
 
     def _load_one(self, version: AdapterVersion, source: Source) -> None:
@@ -302,24 +331,30 @@ class AdapterStore:
                 version.state = "ready"
                 old = self._current.get(version.name)
                 self._current[version.name] = version
+                was_pinned = old is not None and old.pinned
                 if old is not None:
-                    self._take_over(old, version)
-            version.loaded.set()
+                    self._retire(old)
+        if error is None and was_pinned:
+            with suppress(AdapterError):  # the old version still takes the room; it is resident whenever it runs
+                self._pin(version.name, pinned=True)
+        version.loaded.set()
         self._on_loaded(version)
 
-    def _take_over(self, old: AdapterVersion, new: AdapterVersion) -> None:
-        was_pinned = old.pinned
-        self._retire(old)
-        if was_pinned:
-            try:
-                self._graft.pin_adapter(new.key)
-                new.pinned = True
-            except AdapterMemoryError:
-                pass  # the old version still takes the room; it is resident whenever it runs
+    def _pin(self, name: str, *, pinned: bool) -> None:
+        # On several ranks this is the thread, and what takes the adapter away comes behind it.
+        with self._lock if self._leader is None else nullcontext():
+            version = self._current.get(name)
+            if version is None:
+                raise UnknownAdapterError(f"no adapter {name!r} is loaded")
+            if pinned:
+                self._graft.pin_adapter(version.key)
+            else:
+                self._graft.unpin_adapter(version.key)
+            version.pinned = pinned and version.state == "ready"
 
     def _retire(self, version: AdapterVersion) -> None:
         if version.pinned:
-            self._graft.unpin_adapter(version.key)
+            self._act(partial(self._graft.unpin_adapter, version.key))
             version.pinned = False
         version.state = "draining"
         self._draining[version.uid] = version
@@ -327,9 +362,28 @@ class AdapterStore:
             self._drop(version)
 
     def _drop(self, version: AdapterVersion) -> None:
-        self._graft.unload_adapter(version.key)
+        self._act(partial(self._graft.unload_adapter, version.key))
         del self._draining[version.uid], self._keys[version.uid]
         self._on_gone(version.uid)
+
+
+class _Act:
+    """Something that the thread does, and what became of it."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.done: Future[None] = Future()
+        self._run = run
+
+    def __call__(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+    def refuse(self) -> None:
+        self.done.set_exception(AdapterError("the engine was closed"))
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from moegraft.kernels.paged_prefill import LARGEST_HEAD, PrefillChunks
 from moegraft.serving.attention import AttentionOptions
 from moegraft.serving.attention.gathered import attend_gathered, attend_together
 from moegraft.serving.kv_pool import KVPool, LayerKV
@@ -48,7 +50,8 @@ class StepBatch:
     ids_T, positions_T, slots_T (page * S + offset) int64 · lanes, lengths: the adapter of each chunk and its rows, BASE
     for padding · rows_W: those whose logits are wanted, ``lanes_W`` their adapters; None for all rows ·
     decode: rows that the paged kernel takes, where there is one · groups: the same without one · segments: the other
-    rows, by sequence · states: rows as recurrent mixers see them, where the model has such.
+    rows, by sequence · prefill: the same, for the kernel that takes them · states: rows as recurrent mixers see them,
+    where the model has such.
     """
 
     ids_T: torch.Tensor
@@ -63,42 +66,100 @@ class StepBatch:
     groups: tuple[DecodeGroup, ...]
     pool: KVPool
     states: tuple[StatePiece, ...] = ()
+    prefill: PrefillChunks | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         """See AttentionStep. Rows of padding give zeros."""
-        kv = self.pool.layers[layer]
-        q_THC = query.squeeze(2)
-        kv.write(self.slots_T, key.squeeze(2), value.squeeze(2))
+        kv, latents = self.pool.layers[layer], options.latents
+        q_THC, k_THC, v_THC = query.squeeze(2), key.squeeze(2), value.squeeze(2)
+        if latents is None:
+            kv.write(self.slots_T, k_THC, v_THC)
+        else:
+            kv.write_latents(self.slots_T, torch.cat([k_THC, v_THC], dim=2))
         decoded_BHC = None if self.decode is None else _decode(q_THC, kv, self.decode, options)
         if decoded_BHC is not None and decoded_BHC.shape[0] == q_THC.shape[0]:
             return decoded_BHC
-        out_THC = value.new_zeros(q_THC.shape[0], q_THC.shape[1], value.shape[-1])
+        out_THC = q_THC.new_zeros(*q_THC.shape[:2], value.shape[-1] if latents is None else latents.value_size)
         if decoded_BHC is not None:
             out_THC[: decoded_BHC.shape[0]] = decoded_BHC
         for group in self.groups:
-            k_BLHC = kv.keys[group.page_table_BN].flatten(1, 2)
-            v_BLHC = kv.values[group.page_table_BN].flatten(1, 2)
-            out_BHC = attend_together(q_THC[group.rows_B], k_BLHC, v_BLHC, group.lengths_B, options)
-            out_THC.index_copy_(0, group.rows_B, out_BHC)
+            out_THC.index_copy_(0, group.rows_B, _attend_group(q_THC[group.rows_B], kv, group, options))
+        if self.prefill is not None and latents is None and max(q_THC.shape[2], v_THC.shape[2]) <= LARGEST_HEAD:
+            _prefill(out_THC, q_THC, kv, self.prefill, options)
+            return out_THC
         for segment in self.segments:
             rows = slice(segment.row, segment.row + segment.count)
-            k_LHC = kv.keys[segment.pages].flatten(0, 1)[: segment.context]
-            v_LHC = kv.values[segment.pages].flatten(0, 1)[: segment.context]
+            k_LHC, v_LHC = kv.gather(segment.pages, segment.context)
+            if latents is not None:
+                k_LHC, v_LHC = latents.expand(segment.row, k_LHC[:, 0])
             out_THC[rows] = attend_gathered(q_THC[rows], k_LHC, v_LHC, options)
         return out_THC
+
+
+def _attend_group(q_BHC: torch.Tensor, kv: LayerKV, group: DecodeGroup, options: AttentionOptions) -> torch.Tensor:
+    latents = options.latents
+    k_BLHC = kv.keys[group.page_table_BN].flatten(1, 2)
+    if latents is None:
+        v_BLHC = kv.values[group.page_table_BN].flatten(1, 2)
+        return attend_together(q_BHC, k_BLHC, v_BLHC, group.lengths_B, options)
+    rows = group.rows_B.tolist()
+    if not latents.can_absorb:
+        return _attend_expanded(q_BHC, kv, group, rows, options)
+    v_BLHC = k_BLHC[..., : latents.latent_size]
+    out_BHR = attend_together(latents.absorb(q_BHC, rows), k_BLHC, v_BLHC, group.lengths_B, options)
+    return latents.release(out_BHR, rows)
+
+
+def _attend_expanded(
+    q_BHC: torch.Tensor, kv: LayerKV, group: DecodeGroup | DecodeRows, rows: Sequence[int], options: AttentionOptions
+) -> torch.Tensor:
+    """Row by row: what the adapters in flight do to kv_b_proj cannot be absorbed."""
+    assert options.latents is not None
+    out = []
+    for i, (row, length) in enumerate(zip(rows, group.lengths_B.tolist(), strict=True)):
+        k_LC = kv.keys[group.page_table_BN[i]].flatten(0, 1)[:length, 0]
+        k_LHC, v_LHC = options.latents.expand(row, k_LC)
+        out.append(attend_gathered(q_BHC[i : i + 1], k_LHC, v_LHC, options))
+    return torch.cat(out)
 
 
 def _decode(q_THC: torch.Tensor, kv: LayerKV, rows: DecodeRows, options: AttentionOptions) -> torch.Tensor:
     from moegraft.kernels.paged_decode.host import paged_decode  # needs Triton
 
-    return paged_decode(
-        q_THC[: rows.lengths_B.shape[0]].contiguous(),
+    q_BHC, values, latents = q_THC[: rows.lengths_B.shape[0]].contiguous(), kv.values, options.latents
+    places = range(q_BHC.shape[0])
+    if latents is not None:
+        if not latents.can_absorb:
+            latents.check_can_expand()
+            return _attend_expanded(q_BHC, kv, rows, places, options)
+        q_BHC, values = latents.absorb(q_BHC, places), kv.keys
+    out_BHC = paged_decode(
+        q_BHC,
         kv.keys,
-        kv.values,
+        values,
         rows.page_table_BN,
         rows.lengths_B,
+        scale=options.scale,
+        window=options.window,
+        softcap=options.softcap,
+        sinks_H=options.sinks_H,
+    )
+    return out_BHC if latents is None else latents.release(out_BHC[..., : latents.latent_size], places)
+
+
+def _prefill(
+    out_THC: torch.Tensor, q_THC: torch.Tensor, kv: LayerKV, chunks: PrefillChunks, options: AttentionOptions
+) -> None:
+    from moegraft.kernels.paged_prefill.host import paged_prefill  # needs Triton
+
+    paged_prefill(
+        out_THC,
+        q_THC.contiguous(),
+        kv.keys,
+        kv.values,
+        chunks,
         scale=options.scale,
         window=options.window,
         softcap=options.softcap,
@@ -130,22 +191,18 @@ def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> Ste
     slots: list[int] = []
     lanes_W: list[int] = []
     wanted: list[int] = []
-    segments: list[Segment] = []
+    spans: list[tuple[int, int, int, list[int]]] = []  # of segments: first row, rows, tokens and pages of the context
     alone: list[tuple[list[int], int]] = []  # pages and length of rows of one token, which come first
     has_alone = packing.has_kernel or packing.is_grouped
     for chunk in plan.chunks:
         sequence, end = chunk.sequence, chunk.start + chunk.count
         if has_alone and (row_by_row or chunk.count == 1):
             alone += [(sequence.pages, at + 1) for at in range(chunk.start, end)]
-        elif row_by_row:
-            pages = torch.tensor(sequence.pages[: -(-end // size)], device=device)
-            segments += [
-                Segment(row=len(ids) + i, count=1, context=at + 1, pages=pages[: at // size + 1])
-                for i, at in enumerate(range(chunk.start, end))
-            ]
         else:
-            pages = torch.tensor(sequence.pages[: -(-end // size)], device=device)
-            segments.append(Segment(row=len(ids), count=chunk.count, context=end, pages=pages))
+            starts = range(chunk.start, end) if row_by_row else range(chunk.start, chunk.start + 1)
+            for i, at in enumerate(starts):
+                stop = at + 1 if row_by_row else end
+                spans.append((len(ids) + i, stop - at, stop, sequence.pages[: -(-stop // size)]))
         ids += sequence.tokens[chunk.start : end] or [0]  # not known yet
         positions += range(chunk.start, end)
         slots += [sequence.pages[at // size] * size + at % size for at in range(chunk.start, end)]
@@ -155,16 +212,18 @@ def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> Ste
     padding, wanted_padding = padded_to[0] - len(ids), padded_to[1] - len(wanted)
     if packing.has_kernel and row_by_row:
         alone += [([SCRATCH_PAGE], 0)] * padding  # the kernel's tiles follow the number of rows
+    segments, chunks = _segments(spans, device)
     is_whole = padded_to[0] == padded_to[1] and len(wanted) == len(ids)  # decode rows and their padding
     return StepBatch(
-        ids_T=torch.tensor(ids + [0] * padding, device=device),
-        positions_T=torch.tensor(positions + [0] * padding, device=device),
-        slots_T=torch.tensor(slots + [SCRATCH_PAGE * size] * padding, device=device),
+        ids_T=_on(device, ids + [0] * padding),
+        positions_T=_on(device, positions + [0] * padding),
+        slots_T=_on(device, slots + [SCRATCH_PAGE * size] * padding),
         lanes=tuple(chunk.sequence.lane for chunk in plan.chunks) + (BASE,) * bool(padding),
         lengths=tuple(chunk.count for chunk in plan.chunks) + (padding,) * bool(padding),
-        rows_W=None if is_whole else torch.tensor(wanted + [0] * wanted_padding, device=device),
+        rows_W=None if is_whole else _on(device, wanted + [0] * wanted_padding),
         lanes_W=(*lanes_W, *(BASE,) * wanted_padding),
-        segments=tuple(segments),
+        segments=segments,
+        prefill=chunks if packing.has_kernel and not row_by_row else None,
         decode=_decode_rows(alone, device) if alone and packing.has_kernel else None,
         groups=() if packing.has_kernel else _groups(alone, size, device),
         pool=pool,
@@ -176,9 +235,38 @@ def _decode_rows(rows: list[tuple[list[int], int]], device: torch.device) -> Dec
     width = max(len(pages) for pages, _ in rows)
     table = [pages + [SCRATCH_PAGE] * (width - len(pages)) for pages, _ in rows]
     return DecodeRows(
-        page_table_BN=torch.tensor(table, dtype=torch.int32, device=device),
-        lengths_B=torch.tensor([length for _, length in rows], dtype=torch.int32, device=device),
+        page_table_BN=_on(device, table, torch.int32),
+        lengths_B=_on(device, [length for _, length in rows], torch.int32),
     )
+
+
+def _segments(
+    spans: Sequence[tuple[int, int, int, list[int]]], device: torch.device
+) -> tuple[tuple[Segment, ...], PrefillChunks | None]:
+    """(first row, rows, tokens and pages of the context) of each, as segments and as chunks of the kernel."""
+    if not spans:
+        return (), None
+    width = max(len(pages) for *_, pages in spans)
+    table_NP = _on(device, [pages + [SCRATCH_PAGE] * (width - len(pages)) for *_, pages in spans], torch.int32)
+    sizes_3N = _on(device, [list(each) for each in zip(*(span[:3] for span in spans), strict=True)], torch.int32)
+    segments = tuple(
+        Segment(row=row, count=count, context=context, pages=table_NP[n, : len(pages)])
+        for n, (row, count, context, pages) in enumerate(spans)
+    )
+    chunks = PrefillChunks(
+        rows_N=sizes_3N[0],
+        tokens_N=sizes_3N[1],
+        contexts_N=sizes_3N[2],
+        page_table_NP=table_NP,
+        longest=max(count for _, count, _, _ in spans),
+    )
+    return segments, chunks
+
+
+def _on(device: torch.device, values: list[int] | list[list[int]], dtype: torch.dtype = torch.long) -> torch.Tensor:
+    """Without waiting for what the device runs."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _groups(rows: list[tuple[list[int], int]], page_size: int, device: torch.device) -> tuple[DecodeGroup, ...]:

@@ -19,6 +19,7 @@ class EngineConfig:
     tokens of the one before are read, so that the host works while the device runs (None: on a GPU) ·
     batch_invariant: a request gets the same tokens and log-probabilities whatever else runs; every step then has the
     same padded size ·
+    latent_cache: whether latent attention (MLA) keeps latents, or the heads made of them; None: latents on the CPU ·
     backend: an experts class by name.
     """
 
@@ -35,6 +36,7 @@ class EngineConfig:
     cuda_graphs: bool = True
     overlap: bool | None = None
     batch_invariant: bool = False
+    latent_cache: bool | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:

@@ -5,26 +5,29 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moegraft.core.errors import UnsupportedModelError
-from moegraft.core.memory import format_bytes, parse_bytes
-from moegraft.integrations.transformers import attach
+from moegraft.core.errors import ParallelError
+from moegraft.parallel import ParallelConfig
+from moegraft.parallel.processes import Followers
 from moegraft.serving.adapters import AdapterStore, Source
 from moegraft.serving.config import EngineConfig
 from moegraft.serving.grammar import GrammarCompiler, Matcher
-from moegraft.serving.kv_pool import bytes_per_page
-from moegraft.serving.loading import end_ids, load_model, load_tokenizer
+from moegraft.serving.loading import end_ids, load_tokenizer
 from moegraft.serving.loop import EngineLoop, Live, LiveRequest
+from moegraft.serving.opening import Opened, Setup, follow, follow_rank, open_model
 from moegraft.serving.pages import PagePool
+from moegraft.serving.ranks import Leader, RankRunner
 from moegraft.serving.requests import (
     Completion,
     EngineBusyError,
@@ -37,9 +40,10 @@ from moegraft.serving.requests import (
     TokenEvent,
     Usage,
 )
-from moegraft.serving.runner import Runner, longest_context
+from moegraft.serving.runner import Runner
 from moegraft.serving.sampler import SamplingRow, sequence_seed
-from moegraft.serving.scheduler import BASE, Scheduler, SequenceState, State
+from moegraft.serving.scheduler import BASE, Residents, Scheduler, SequenceState, State
+from moegraft.serving.spread import SharedResidents, SpreadScheduler
 from moegraft.serving.status import OTHERS, AdapterStatus, EngineStats
 from moegraft.serving.stream import TokenStream
 from moegraft.serving.text import TextCodec, TextGrowth
@@ -71,6 +75,8 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str = "auto",
         device: str | None = None,
+        parallel: ParallelConfig | None = None,
+        plan: bool = False,
         **options: Any,
     ) -> None:
         """model: a checkpoint folder, or a model that is in memory (then ``tokenizer`` is needed for text).
@@ -78,75 +84,133 @@ class Engine:
         adapters: name -> folder, loaded before this returns. adapters_from: a folder of adapter folders, each of which
         is loaded when a request first names it. options: fields of EngineConfig, such as ``kv_memory="20GiB"``.
 
-        Raises UnsupportedModelError for a model that cannot be paged, AdapterError, CheckpointError or ValueError.
+        parallel: how the ranks of several processes share the model, of which this one is rank 0. It starts the others
+        from the checkpoint's folder; under torchrun they call ``Engine.follow``. plan: transformers' own plan cuts the
+        model, attention and vocabulary too, for ``parallel.tp`` ranks.
+
+        Raises UnsupportedModelError for a model that cannot be paged, AdapterError, CheckpointError, ParallelError or
+        ValueError.
         """
         self.config = EngineConfig(**options)
+        self._setup = Setup(
+            model=model,
+            config=self.config,
+            parallel=parallel or ParallelConfig(),
+            plan=plan,
+            dtype=dtype,
+            device=device,
+        )
         if isinstance(model, PreTrainedModel):
             self.model_name = type(model).__name__
         else:
             self.model_name = Path(model).resolve().name
             tokenizer = tokenizer or load_tokenizer(model)
-            model = load_model(model, dtype=dtype, device=device)
         self.text = TextCodec(tokenizer)
-        self._end_ids = frozenset(end_ids(model))
-        self._vocab_size: int = model.get_input_embeddings().weight.shape[0]
+        self._followers: Followers | None = None
+        self._failing = threading.Lock()
+        self.failure: str | None = None
+        self.on_failure: Callable[[str], object] = lambda message: None
         self._is_accepting = True
         self._ids = itertools.count()
         self._resources = ExitStack()
         try:
-            self._open(model, Path(adapters_from) if adapters_from is not None else None)
+            self._open(Path(adapters_from) if adapters_from is not None else None)
             for name, path in (adapters or {}).items():
                 self.load_adapter(name, path)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, ParallelError) and self.failure is not None:
+                raise ParallelError(self.failure) from error  # what the others follow from
             raise
 
-    def _open(self, model: PreTrainedModel, folder: Path | None) -> None:
+    def _open(self, folder: Path | None) -> None:
         """The attached model, its pages and threads; what is opened here is closed by ``close``, the last first."""
-        config = self.config
+        setup = self._setup
         if folder is not None and not folder.is_dir():
             raise ValueError(f"adapters_from: {folder} is not a folder")
-        self._graft = graft = attach(
-            model,
-            adapter_memory=config.adapter_memory,
-            max_adapters=config.max_adapters,
-            backend=config.backend,
-            batch_invariant=config.batch_invariant,
-        )
-        self._resources.callback(graft.detach)
-        self._store = AdapterStore(graft, self.text, folder=folder)
+        if setup.size > 1 and not dist.is_initialized() and not isinstance(setup.model, PreTrainedModel):
+            self._followers = Followers(follow_rank, setup, size=setup.size, device=setup.target, on_end=self._fail)
+            self._resources.callback(self._followers.close)
+        opened = open_model(setup, self._key, self._resources.callback)
+        self._graft, runner = opened.graft, opened.runner
+        self.max_model_len = opened.max_model_len
+        self._end_ids = frozenset(end_ids(self._graft.model))
+        self._vocab_size: int = self._graft.model.get_input_embeddings().weight.shape[0]
+        leader = None
+        if opened.channel is not None:
+            leader = Leader(self._graft.layout, opened.channel, self._graft.bank)
+        self._store = AdapterStore(self._graft, self.text, folder=folder, leader=leader)
         self._resources.callback(self._store.close)
-        sizes = config.batch_sizes
-        if config.batch_invariant:
-            sizes = (max(config.chunk_tokens, *sizes),) if sizes else (config.chunk_tokens,)
-        runner = Runner(
-            graft,
-            names=self._store.key,
-            batch_sizes=sizes,
-            max_rows=config.max_rows,
-            row_by_row=config.batch_invariant,
+        scheduler = self._make_scheduler(opened)
+        self._loop = EngineLoop(
+            runner, scheduler, self._store, runs_ahead=self._runs_ahead(runner), on_failure=self._lose
         )
-        self._resources.callback(runner.close)
-        max_rows = _num_slots(config, runner)
-        num_pages = _num_pages(config, runner, longest_context(model), max_rows)
-        self.max_model_len = min(config.max_model_len or longest_context(model), (num_pages - 1) * config.page_size)
-        runner.open_pool(num_pages, config.page_size, max_rows)
-        # Captured decode steps have sizes of their own: a request's bits would follow how many others run.
-        # Experts in torch's own operations copy their plan from the host, which no graph may capture.
-        is_capturable = runner.states is None and all(choice.backend != "TorchExperts" for choice in graft.explain())
-        if config.cuda_graphs and is_capturable and not config.batch_invariant and runner.device.type == "cuda":
-            runner.open_graphs(self.max_model_len)
-        # Pages alone do not bring a prefix back where layers carry a state.
-        pages = PagePool(num_pages, config.page_size, prefix_cache=config.prefix_cache and runner.states is None)
-        scheduler = Scheduler(pages, self._store, max_rows=max_rows, chunk_tokens=config.chunk_tokens)
-        overlap = runner.device.type == "cuda" if config.overlap is None else config.overlap
-        self._loop = EngineLoop(runner, scheduler, self._store, runs_ahead=overlap)
+        if leader is not None:
+            assert isinstance(runner, RankRunner)
+            runner.leader, leader.call = leader, self._loop.call
+            self._resources.callback(leader.close)
         self._grammars = None
         if self.text.has_tokenizer:
             self._grammars = GrammarCompiler(self.text.tokenizer, self._vocab_size, tuple(self._end_ids))
         self._store.listen(self._loop.adapter_loaded, self._loop.adapter_gone)
         self._loop.start()
         self._resources.callback(self._loop.close)
+
+    def _make_scheduler(self, opened: Opened) -> Scheduler | SpreadScheduler:
+        """One; of ranks that bring rows of their own, one each."""
+        config, parallel = self.config, self._setup.parallel
+
+        def make(residents: Residents) -> Scheduler:
+            # Pages alone do not bring a prefix back where layers carry a state.
+            has_prefixes = config.prefix_cache and opened.runner.states is None
+            pages = PagePool(opened.num_pages, config.page_size, prefix_cache=has_prefixes)
+            return Scheduler(pages, residents, max_rows=opened.max_rows, chunk_tokens=config.chunk_tokens)
+
+        if not parallel.data_parallel:
+            return make(self._store)
+        shared = SharedResidents(self._store)
+        return SpreadScheduler([make(shared) for _ in range(parallel.ep)])
+
+    def _runs_ahead(self, runner: Runner) -> bool:
+        return runner.device.type == "cuda" if self.config.overlap is None else self.config.overlap
+
+    def _key(self, lane: int) -> str:
+        return self._store.key(lane)
+
+    @classmethod
+    def follow(
+        cls,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        parallel: ParallelConfig,
+        plan: bool = False,
+        dtype: str = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        """What ranks from 1 on call where torchrun, or another launcher, has started them all: takes part in the engine
+        of rank 0, which was given the same arguments, until that is closed.
+
+        Raises ParallelError where a rank is lost, and whatever this rank could not do alone.
+        """
+        config = EngineConfig(**options)
+        follow(Setup(model=model, config=config, parallel=parallel, plan=plan, dtype=dtype, device=device))
+
+    def _lose(self, message: str) -> None:
+        """The engine's thread has lost a rank; who watches the ranks may know why."""
+        self._fail(message if self._followers is None else self._followers.why(message))
+
+    def _fail(self, message: str) -> None:
+        """A rank is lost: all requests end, and no more are taken."""
+        with self._failing:
+            if self.failure is not None:
+                return
+            self.failure, self._is_accepting = message, False
+        if hasattr(self, "_graft"):
+            self._graft.layout.groups.world.give_up(message)
+        if hasattr(self, "_loop"):
+            self._loop.abandon(message)
+        self.on_failure(message)
 
     # Requests
 
@@ -206,7 +270,8 @@ class Engine:
         loop = self._loop
         with loop.lock:
             if not self._is_accepting:
-                raise EngineClosedError("the engine takes no more requests")
+                why = "" if self.failure is None else f": {self.failure}"
+                raise EngineClosedError(f"the engine takes no more requests{why}")
             if request.request_id in loop.live:
                 raise RequestError("request_id", request.request_id, "an id that is not in flight")
             if len(loop.live) >= self.config.max_waiting + self.config.max_rows:
@@ -304,6 +369,8 @@ class Engine:
         on the old one. skip_unserved: leaves out what the adapter has on modules that are not served (a vision tower),
         which its status lists. Raises AdapterError of the kind that fits; nothing has changed then.
         """
+        if self.failure is not None:
+            raise EngineClosedError(f"the engine takes no more adapters: {self.failure}")
         self._store.load(name, source, replace=replace, skip_unserved=skip_unserved)
         return self.adapters[name]
 
@@ -323,6 +390,7 @@ class Engine:
         for request_id in ids:
             loop.cancel(request_id)
         loop.call(lambda: None)
+        self._store.settle()
 
     def pin_adapter(self, name: str) -> None:
         """Keeps an adapter on the device. Raises UnknownAdapterError or AdapterMemoryError."""
@@ -441,32 +509,3 @@ def collect(request: Request, events: TokenStream) -> Completion:
 def _is_pair(prompt: tuple[Any, ...]) -> bool:
     """Whether a tuple is (prompt, adapter) rather than token ids."""
     return len(prompt) == 2 and (prompt[1] is None or isinstance(prompt[1], str))
-
-
-def _num_slots(config: EngineConfig, runner: Runner) -> int:
-    """Sequences that run at once: ``max_rows``, or as many as have room for their states in half of the memory."""
-    if runner.states is None:
-        return config.max_rows
-    memory, slot_bytes = parse_bytes(config.kv_memory), runner.states.bytes_per_slot
-    slots = min(config.max_rows, memory // 2 // slot_bytes - 1)  # one is scratch
-    if slots < 1:
-        raise UnsupportedModelError(
-            f"kv_memory is {format_bytes(memory)}, expected at least {format_bytes(4 * slot_bytes)}: recurrent layers "
-            f"keep {format_bytes(slot_bytes)} a sequence"
-        )
-    return slots
-
-
-def _num_pages(config: EngineConfig, runner: Runner, longest: int, max_rows: int) -> int:
-    """Pages that the memory has room for, scratch included, and no more than all rows at full length could fill."""
-    page_bytes = bytes_per_page(runner.shapes, config.page_size)
-    memory = parse_bytes(config.kv_memory)
-    if runner.states is not None:
-        memory -= (max_rows + 1) * runner.states.bytes_per_slot
-    if memory // page_bytes < 2:
-        raise UnsupportedModelError(
-            f"kv_memory leaves {format_bytes(memory)} for pages, expected room for at least 2 pages of "
-            f"{config.page_size} tokens, each of {format_bytes(page_bytes)}"
-        )
-    pages_a_row = -(-min(config.max_model_len or longest, longest) // config.page_size)
-    return min(memory // page_bytes, 1 + max_rows * pages_a_row)

@@ -33,12 +33,14 @@ class BatchOf(Protocol):
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """``call``: whose slots the graph reads; None where it was captured without adapters."""
+    """``call``: under which it was captured, None without adapters; the graph reads the adapter of each row from
+    ``slots_B``."""
 
     step: StepBatch
     replay: Callable[[], None]
     logits: torch.Tensor
     call: AdapterCall | None
+    slots_B: torch.Tensor | None
 
 
 class DecodeGraphs:
@@ -65,12 +67,13 @@ class DecodeGraphs:
         size = self._sizes[at]
         lanes = [chunk.sequence.lane for chunk in plan.chunks] + [BASE] * (size - len(plan.chunks))
         if not any(lane != BASE for lane in lanes):
-            step = self._captured.get((size, False)) or self._capture(plan, lanes, None)
-            return self._replay(step, plan, ids)
+            step = self._captured.get((size, False)) or self._capture(plan, lanes, None, ids)
+            return self._replay(step, plan, ids, ())
         self._fit_rank_bound()
         try:
             with self._batch_of(lanes, rank_bound=self._rank_bound) as call:
-                return self._replay(self._with_adapters(plan, lanes, call), plan, ids)
+                step = self._with_adapters(plan, lanes, call, ids)
+                return self._replay(step, plan, ids, call.batch.row_slots)
         except BatchError:
             return None
 
@@ -78,16 +81,18 @@ class DecodeGraphs:
         """The step of a padded size, where it was captured."""
         return self._captured.get((size, has_adapters))
 
-    def _with_adapters(self, plan: StepPlan, lanes: list[int], call: AdapterCall) -> CapturedStep:
-        """The captured step, with the slots of ``call``; captured anew where its adapters touch more modules."""
+    def _with_adapters(
+        self, plan: StepPlan, lanes: list[int], call: AdapterCall, ids: torch.Tensor | None
+    ) -> CapturedStep:
+        """The captured step; captured anew where the adapters of ``call`` touch more modules."""
         found = self._captured.get((len(lanes), True))
         if found is not None and found.call is not None:
             try:
-                found.call.take_rows(call)
+                found.call.check_serves(call)
                 return found
             except BatchError:
                 pass
-        return self._capture(plan, lanes, call)
+        return self._capture(plan, lanes, call, ids)
 
     def _fit_rank_bound(self) -> None:
         """The largest rank that is loaded; what was captured under a smaller one is given up."""
@@ -99,18 +104,21 @@ class DecodeGraphs:
             self._rank_bound = 1 << (needed - 1).bit_length()
             self._captured = {key: step for key, step in self._captured.items() if not key[1]}
 
-    def _capture(self, plan: StepPlan, lanes: list[int], call: AdapterCall | None) -> CapturedStep:
+    def _capture(
+        self, plan: StepPlan, lanes: list[int], call: AdapterCall | None, ids: torch.Tensor | None
+    ) -> CapturedStep:
         """Runs the step once as it is, for what is compiled or allocated on first use, then captures it."""
         size = len(lanes)
         step = _static_step(self._pool, size, self._width)
-        self._rows.fill(step, plan, None)
+        self._rows.fill(step, plan, ids)
         if call is None:
             with self._batch_of(lanes, rank_bound=None):
                 replay, logits = self._record(step)
         else:
             replay, logits = self._record(step)
         self.captures += 1
-        captured = self._captured[size, call is not None] = CapturedStep(step, replay, logits, call)
+        slots_B = None if call is None else call.token_rows(size, 1).slots_M
+        captured = self._captured[size, call is not None] = CapturedStep(step, replay, logits, call, slots_B)
         return captured
 
     def _record(self, step: StepBatch) -> tuple[Callable[[], None], torch.Tensor]:
@@ -122,8 +130,10 @@ class DecodeGraphs:
             logits = self._forward(step)
         return graph.replay, logits
 
-    def _replay(self, captured: CapturedStep, plan: StepPlan, ids: torch.Tensor | None) -> torch.Tensor:
-        self._rows.fill(captured.step, plan, ids)
+    def _replay(
+        self, captured: CapturedStep, plan: StepPlan, ids: torch.Tensor | None, slots: Sequence[int]
+    ) -> torch.Tensor:
+        self._rows.fill(captured.step, plan, ids, slots, captured.slots_B)
         captured.replay()
         return captured.logits
 
@@ -167,7 +177,7 @@ class _Staging:
         self._known: list[list[int]] = [[] for _ in range(rows)]  # what of each row stands in the table
         self._buffers = [
             (
-                torch.zeros(4, rows, dtype=torch.long, pin_memory=is_pinned),
+                torch.zeros(5, rows, dtype=torch.long, pin_memory=is_pinned),
                 torch.zeros(rows, width, dtype=torch.int32, pin_memory=is_pinned),
                 torch.cuda.Event() if is_pinned else None,
             )
@@ -175,8 +185,16 @@ class _Staging:
         ]
         self._turn = 0
 
-    def fill(self, step: StepBatch, plan: StepPlan, ids: torch.Tensor | None) -> None:
-        """Rows of padding write to the scratch page and read nothing. ids: see ``Runner.run``."""
+    def fill(
+        self,
+        step: StepBatch,
+        plan: StepPlan,
+        ids: torch.Tensor | None,
+        slots: Sequence[int] = (),
+        slots_B: torch.Tensor | None = None,
+    ) -> None:
+        """Rows of padding write to the scratch page and read nothing. ids: see ``Runner.run`` · slots: the adapter of
+        each row, padding included, for ``slots_B``."""
         assert step.decode is not None
         whole, table, event = self._buffers[self._turn]
         self._turn = (self._turn + 1) % self.DEPTH
@@ -191,10 +209,13 @@ class _Staging:
             rows.append((sequence.tokens[at] if ids is None else 0, at, slot, at + 1))
             self._keep_pages(i, sequence.pages)
             width = max(width, len(sequence.pages))
-        whole[:, :size] = torch.tensor(rows + [(0, 0, 0, 0)] * (size - count)).T
+        whole[:4, :size] = torch.tensor(rows + [(0, 0, 0, 0)] * (size - count)).T
         table[:count, :width] = self._table_BN[:count, :width]
         for i, buffer in enumerate((step.ids_T, step.positions_T, step.slots_T, step.decode.lengths_B)):
             buffer.copy_(whole[i, :size], non_blocking=True)
+        if slots_B is not None:
+            whole[4, :size] = torch.tensor(slots)
+            slots_B.copy_(whole[4, :size], non_blocking=True)
         step.decode.page_table_BN[:count, :width].copy_(table[:count, :width], non_blocking=True)
         if event is not None:
             event.record()

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.serving.attention import IMPLEMENTATION
+from moegraft.serving.attention import IMPLEMENTATION, AttentionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """What one attention layer keeps of a token."""
+    """What one attention layer keeps of a token. is_latent: one head of keys, latent and rotated part in a row, and no
+    values."""
 
     kv_heads: int
     key_size: int
     value_size: int
     dtype: torch.dtype
+    is_latent: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -33,22 +34,41 @@ class LayerShape:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKV:
-    """Keys [P, S, Hk, C] and values [P, S, Hk, Cv] of one layer."""
+    """Keys [P, S, Hk, C] and values [P, S, Hk, Cv] of one layer; of latents keys alone, [P, S, 1, R + P]."""
 
     keys: torch.Tensor
     values: torch.Tensor
+    has_kernel: bool = False
 
     def write(self, slots_T: torch.Tensor, k_THC: torch.Tensor, v_THC: torch.Tensor) -> None:
         """Row t goes to slot ``slots_T[t]``, page * S + offset."""
+        if self.has_kernel:
+            from moegraft.kernels.paged_decode.host import write_pages  # needs Triton
+
+            write_pages(self.keys, self.values, k_THC, v_THC, slots_T)
+            return
         self.keys.flatten(0, 1).index_copy_(0, slots_T, k_THC)
         self.values.flatten(0, 1).index_copy_(0, slots_T, v_THC)
+
+    def gather(self, pages: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first tokens of a sequence's pages."""
+        return self.keys[pages].flatten(0, 1)[:count], self.values[pages].flatten(0, 1)[:count]
+
+    def write_latents(self, slots_T: torch.Tensor, k_T1C: torch.Tensor) -> None:
+        self.keys.flatten(0, 1).index_copy_(0, slots_T, k_T1C)
 
 
 class KVPool:
     """All layers' pages, by ``layer_idx``."""
 
     def __init__(
-        self, shapes: Mapping[int, LayerShape], *, num_pages: int, page_size: int, device: torch.device
+        self,
+        shapes: Mapping[int, LayerShape],
+        *,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        has_kernel: bool = False,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
@@ -59,6 +79,7 @@ class KVPool:
             self.layers[layer] = LayerKV(
                 keys=torch.zeros(*rows, shape.key_size, dtype=shape.dtype, device=device),
                 values=torch.zeros(*rows, shape.value_size, dtype=shape.dtype, device=device),
+                has_kernel=has_kernel,
             )
 
 
@@ -69,13 +90,18 @@ class _Recorder:
         self.shapes: dict[int, LayerShape] = {}
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Any
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         if layer in self.shapes:
             raise UnsupportedModelError(f"attention layer {layer} runs twice in one forward pass")
-        _, heads, _, size = key.shape
-        self.shapes[layer] = LayerShape(kv_heads=heads, key_size=size, value_size=value.shape[-1], dtype=key.dtype)
-        return value.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
+        (_, heads, _, size), value_size, is_latent = key.shape, value.shape[-1], options.latents is not None
+        if options.latents is not None:
+            size, value_size = size + value_size, 0
+        self.shapes[layer] = LayerShape(
+            kv_heads=heads, key_size=size, value_size=value_size, dtype=key.dtype, is_latent=is_latent
+        )
+        width = value.shape[-1] if options.latents is None else options.latents.value_size
+        return value.new_zeros(query.shape[0], query.shape[1], width)
 
 
 @torch.no_grad()

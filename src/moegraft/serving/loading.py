@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,19 +22,42 @@ def load_model(folder: str | os.PathLike[str], *, dtype: str = "auto", device: s
     """
     path = Path(folder)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = None if dtype == "auto" else getattr(torch, dtype, None)
-    if dtype != "auto" and not isinstance(wanted, torch.dtype):
-        raise CheckpointError(f"dtype: found {dtype!r}, expected auto, float32, bfloat16 or float16")
+    wanted = _dtype(dtype)
     if (path / "config.json").is_file() and is_quantised(path):
         return load_quantised(path, dtype=wanted, device=target)
+    return _from_pretrained(path, dtype=wanted or "auto").to(target).eval()
+
+
+def load_planned(path: Path, *, dtype: str = "auto", size: int) -> PreTrainedModel:
+    """This rank's share of a model under transformers' own plan for ``size`` ranks. Collective.
+
+    Raises CheckpointError, also for a quantised one, whose scales the plan would cut too.
+    """
+    if (path / "config.json").is_file() and is_quantised(path):
+        raise CheckpointError(f"{path} is quantised: transformers' plan cuts no scales; give tp or ep without the plan")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Passing `tp_plan` directly")
+        return _from_pretrained(path, dtype=_dtype(dtype) or "auto", tp_plan="auto", tp_size=size).eval()
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    wanted = None if name == "auto" else getattr(torch, name, None)
+    if name != "auto" and not isinstance(wanted, torch.dtype):
+        raise CheckpointError(f"dtype: found {name!r}, expected auto, float32, bfloat16 or float16")
+    return wanted
+
+
+def _from_pretrained(path: Path, **options: Any) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model: PreTrainedModel = auto_class(config).from_pretrained(
-            path, dtype=wanted or "auto", local_files_only=True, trust_remote_code=False
+            path, local_files_only=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(f"{path} needs code of its own to be read (auto_map), which is never run") from error
         raise CheckpointError(f"{path} holds no model that transformers can load: {_first_line(error)}") from error
-    return model.to(target).eval()
+    return model
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:

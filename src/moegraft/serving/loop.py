@@ -15,11 +15,13 @@ from typing import TypeVar
 
 import torch
 
+from moegraft.core.errors import ParallelError
 from moegraft.serving.adapters import AdapterStore, AdapterVersion
 from moegraft.serving.requests import FinishReason, Request, TokenEvent, TokenLogprobs, Usage
 from moegraft.serving.runner import Runner
 from moegraft.serving.sampler import Draw, SamplingRow, draw
 from moegraft.serving.scheduler import Scheduler, SequenceState, State, StepPlan
+from moegraft.serving.spread import SpreadScheduler
 from moegraft.serving.status import (
     BETWEEN_TOKENS_BUCKETS,
     FIRST_TOKEN_BUCKETS,
@@ -33,6 +35,9 @@ from moegraft.serving.text import TextGrowth
 
 logger = logging.getLogger("moegraft.serving")
 T = TypeVar("T")
+
+ABANDON_SECONDS = 2.0
+"""For the thread to notice by itself that a rank is lost."""
 
 
 @dataclass(eq=False)
@@ -121,7 +126,17 @@ class Counters:
 class EngineLoop:
     """Owns the scheduler and runs the model. Other threads only put messages into its inbox."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, store: AdapterStore, *, runs_ahead: bool) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler | SpreadScheduler,
+        store: AdapterStore,
+        *,
+        runs_ahead: bool,
+        on_failure: Callable[[str], object],
+    ) -> None:
+        """on_failure: is told, in one line, why the thread ends before ``close``: a rank is lost."""
+        self._on_failure = on_failure
         self.runner = runner
         self.scheduler = scheduler
         self.store = store
@@ -134,6 +149,7 @@ class EngineLoop:
         self.all_done = threading.Condition(self.lock)
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._loading: dict[AdapterVersion, list[LiveRequest]] = {}
+        self.failure: str | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._main, name="moegraft-engine", daemon=True)
 
@@ -167,12 +183,27 @@ class EngineLoop:
                 future.set_exception(error)
 
         self._inbox.put(answer)
-        return future.result()
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if future.done():
+                    raise
+                if not self._thread.is_alive():
+                    return run()
+
+    def abandon(self, message: str) -> None:
+        """All requests end with an error now, and the thread when it can: it may wait for a rank that is lost."""
+        self.failure, self._is_closing = message, True
+        self._inbox.put(lambda: None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(ABANDON_SECONDS)
+        self._end_all()
 
     def close(self) -> None:
         """Cancels everything and ends the thread."""
         self._inbox.put(self._set_closing)
-        self._thread.join()
+        self._thread.join(None if self.failure is None else ABANDON_SECONDS)
 
     def _set_closing(self) -> None:
         self._is_closing = True
@@ -180,6 +211,22 @@ class EngineLoop:
     # The thread
 
     def _main(self) -> None:
+        try:
+            self._run_steps()
+        except ParallelError as error:
+            logger.error("the engine ends: %s", error)
+            self._on_failure(str(error))
+        self._end_all()
+        while not self._inbox.empty():
+            self._inbox.get()()
+        self._end_all()
+
+    def _end_all(self) -> None:
+        reason = FinishReason.CANCELLED if self.failure is None else FinishReason.ERROR
+        for request in list(self.live.values()):
+            self._end_request(request, reason, self.failure)
+
+    def _run_steps(self) -> None:
         flight: _Flight | None = None
         while not self._is_closing:
             self._receive(has_work=flight is not None)
@@ -190,17 +237,14 @@ class EngineLoop:
                 if ahead is not None and ahead.error is None:
                     self.scheduler.advance(ahead.plan)  # its tokens are known now
                 flight = ahead
-        for request in list(self.live.values()):
-            self._end_request(request, FinishReason.CANCELLED)
-        while not self._inbox.empty():
-            self._inbox.get()()
-        for request in list(self.live.values()):
-            self._end_request(request, FinishReason.CANCELLED)
 
     def _receive(self, *, has_work: bool) -> None:
         """All messages that are there; waits for one where there is nothing to do."""
-        if self.scheduler.is_idle and not has_work:
-            self._inbox.get()()
+        while self.scheduler.is_idle and not has_work and not self._is_closing:
+            try:
+                self._inbox.get(timeout=self.runner.beat_seconds)()
+            except queue.Empty:
+                self.runner.beat()
         while not self._inbox.empty() and not self._is_closing:
             self._inbox.get()()
 
@@ -261,6 +305,8 @@ class EngineLoop:
             if ready:
                 ahead = 0 if behind is None else 1
                 flight.drawn = draw(logits[: len(ready)], [live.row for live in ready], ahead=ahead)
+        except ParallelError:
+            raise
         except Exception as error:
             flight.error = error
         return flight
@@ -274,6 +320,8 @@ class EngineLoop:
         except Exception as error:
             self._fail(flight.plan, error)
             return
+        if self.failure is not None:
+            return  # all have been told
         self.steps += 1
         now = time.perf_counter()
         self.step_seconds += now - max(flight.started_at, self._finished_at)

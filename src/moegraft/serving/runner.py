@@ -16,7 +16,9 @@ from moegraft.core.config import DeviceTarget
 from moegraft.core.errors import UnsupportedModelError
 from moegraft.integrations.transformers import GraftedModel
 from moegraft.serving.attention import IMPLEMENTATION
+from moegraft.serving.attention.latents import give_back, keep_latents
 from moegraft.serving.batch import Packing, StepBatch, pack
+from moegraft.serving.fused import FusedParts
 from moegraft.serving.graphs import DecodeGraphs
 from moegraft.serving.kv_pool import KVPool, LayerShape, layer_shapes
 from moegraft.serving.scheduler import BASE, Chunk, SequenceState, StepPlan
@@ -31,7 +33,7 @@ _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 class Runner:
     """Owns the model's attention while it lives: ``close`` gives the model its own back.
 
-    names: lane -> the bank's name of the adapter. row_by_row and batch_sizes: see ``pack`` and EngineConfig.
+    names: lane -> the bank's name of the adapter. row_by_row, batch_sizes, latent_cache: see ``pack``, EngineConfig.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Runner:
         batch_sizes: Sequence[int] = (),
         max_rows: int = 128,
         row_by_row: bool = False,
+        latent_cache: bool | None = None,
     ) -> None:
         self.graft = graft
         self.model: PreTrainedModel = graft.model
@@ -62,10 +65,13 @@ class Runner:
         head: nn.Module = self.model.get_output_embeddings()
         self._hook = head.register_forward_pre_hook(self._keep_wanted_rows)
         self.states: StateSlots | None = None
+        self._fused: FusedParts | None = None
+        keeps_latents = self.device.type == "cpu" if latent_cache is None else latent_cache
+        self._latents = keep_latents(self.model, graft) if keeps_latents else []
         try:
             self.shapes: dict[int, LayerShape] = layer_shapes(self.model, self.device)
             run = partial(layer_shapes, self.model, self.device)
-            self.states = find_states(self.model, run, self.shapes, graft.part)
+            self.states = find_states(self.model, run, self.shapes, graft.current_call)
             if self.states is not None and row_by_row:
                 raise UnsupportedModelError(
                     f"batch_invariant: {type(self.model).__name__} has recurrent layers, whose bits follow the chunks "
@@ -79,6 +85,9 @@ class Runner:
         self._hook.remove()
         if self.states is not None:
             self.states.close()
+        if self._fused is not None:
+            self._fused.remove()
+        give_back(self._latents)
         self.model.set_attn_implementation(self._previous)
         self.pool = self._packing = self._graphs = None
 
@@ -87,8 +96,12 @@ class Runner:
 
         Raises UnsupportedModelError.
         """
-        self.pool = KVPool(self.shapes, num_pages=num_pages, page_size=page_size, device=self.device)
-        has_kernel = self.device.type == "cuda" and DeviceTarget.of(self.device).has_triton
+        has_kernel = _has_kernels(self.device)
+        self.pool = KVPool(
+            self.shapes, num_pages=num_pages, page_size=page_size, device=self.device, has_kernel=has_kernel
+        )
+        if has_kernel:
+            self._fused = FusedParts(self.model, self.device)
         self._packing = Packing(
             pool=self.pool,
             row_by_row=self._row_by_row,
@@ -115,6 +128,14 @@ class Runner:
             sizes=sizes,
             width=-(-longest // self.pool.page_size),
         )
+
+    @property
+    def beat_seconds(self) -> float | None:
+        """How long the engine may be idle before ``beat`` is called; None for ever."""
+        return None
+
+    def beat(self) -> None:
+        """See ``beat_seconds``."""
 
     @property
     def graph_captures(self) -> int:
@@ -191,6 +212,11 @@ def check_can_be_paged(model: PreTrainedModel) -> None:
         )
     if getattr(config, "attention_chunk_size", None):
         raise UnsupportedModelError(f"{type(model).__name__} attends in chunks, which the engine does not serve yet")
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether attention, norms and rotary embeddings run in Triton's kernels."""
+    return device.type == "cuda" and DeviceTarget.of(device).has_triton
 
 
 def longest_context(model: PreTrainedModel) -> int:

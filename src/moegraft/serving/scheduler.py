@@ -65,12 +65,14 @@ class SequenceState:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, start + count) of a sequence in one step; ``samples``: the last of them gives a new token."""
+    """Tokens [start, start + count) of a sequence in one step; ``samples``: the last of them gives a new token.
+    ``place``: of the ranks that bring rows of their own, the one whose row it is; -1: every rank's."""
 
     sequence: SequenceState
     start: int
     count: int
     samples: bool
+    place: int = -1
 
 
 @dataclass(frozen=True)

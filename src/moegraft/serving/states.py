@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,11 +22,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.lora.call import AdapterCall
 from moegraft.serving.scheduler import Chunk
-
-PartOf = Callable[[int, int, int], AbstractContextManager[None]]
-"""(first row, B, S): inside the block, the rows of the model's pass are these alone."""
-_CACHE_ARGUMENTS = ("cache_params", "past_key_values")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +107,7 @@ class _Mixer:
         self.module = module
         self.states: list[torch.Tensor | None] = [None, None]
         self.step: Callable[[], tuple[StatePiece, ...] | None] = lambda: None
-        self.part: PartOf
+        self.call: Callable[[], AdapterCall | None] = lambda: None
         self.shapes = [None if state is None else (state.shape[1:], state.dtype) for state in shown.tensors]
         self._argument = argument
         self._forward = module.forward
@@ -137,7 +134,7 @@ class _Mixer:
             if self.by_token and S > 1 and not piece.is_new:
                 y_BSD = self._token_by_token(piece, {**kwargs, "hidden_states": x_BSD})
             else:
-                with self.part(piece.row, B, S):
+                with self._rows(piece.row, B, S):
                     found = self._run(piece, {**kwargs, "hidden_states": x_BSD})
                 y_BSD = found[0] if isinstance(found, tuple) else found
             if out is None:
@@ -145,11 +142,15 @@ class _Mixer:
             out[rows] = y_BSD.reshape(B * S, 1, -1)
         return (out, None) if isinstance(found, tuple) else out
 
+    def _rows(self, first: int, num_sequences: int, num_tokens: int) -> AbstractContextManager[None]:
+        call = self.call()
+        return nullcontext() if call is None else call.part(first, num_sequences, num_tokens)
+
     def _token_by_token(self, piece: StatePiece, kwargs: dict[str, Any]) -> torch.Tensor:
         """[1, S, D] of a chunk that continues a sequence."""
         found = []
         for at in range(piece.num_tokens):
-            with self.part(piece.row + at, 1, 1):
+            with self._rows(piece.row + at, 1, 1):
                 out = self._run(piece, {**kwargs, "hidden_states": kwargs["hidden_states"][:, at : at + 1]})
             found.append(out[0] if isinstance(out, tuple) else out)
         return torch.cat(found, dim=1)
@@ -190,12 +191,13 @@ class _Mixer:
 class StateSlots:
     """The recurrent mixers of one model, and the slots of what they carry; ``close`` gives the model its own back."""
 
-    def __init__(self, mixers: Sequence[_Mixer], part: PartOf) -> None:
+    def __init__(self, mixers: Sequence[_Mixer], call: Callable[[], AdapterCall | None]) -> None:
+        """call: the one in flight."""
         self.num_slots = 0
         self._mixers = mixers
         self._pieces: tuple[StatePiece, ...] | None = None
         for mixer in mixers:
-            mixer.step, mixer.part = (lambda: self._pieces), part
+            mixer.step, mixer.call = (lambda: self._pieces), call
             mixer.module.forward = mixer
 
     @property
@@ -236,7 +238,10 @@ class StateSlots:
 
 @torch.no_grad()
 def find_states(
-    model: PreTrainedModel, run: Callable[[], object], attention_layers: Collection[int], part: PartOf
+    model: PreTrainedModel,
+    run: Callable[[], object],
+    attention_layers: Collection[int],
+    call: Callable[[], AdapterCall | None],
 ) -> StateSlots | None:
     """The recurrent mixers of a model, found by what they keep in transformers' cache; None where there are none.
 
@@ -270,7 +275,7 @@ def find_states(
         for module, (argument, given, layer) in met.items()
         if any(state is not None for state in layer.tensors)
     ]
-    return StateSlots(mixers, part) if mixers else None
+    return StateSlots(mixers, call) if mixers else None
 
 
 def _cache_argument(module: nn.Module, attention_layers: Collection[int]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, SupportsIndex, cast
@@ -43,6 +43,7 @@ from moegraft.lora.collective_bank import CollectiveBank, Combinations, GroupBat
 from moegraft.lora.peft import LoadReport
 from moegraft.lora.peft.loader import PeftAdapter
 from moegraft.lora.targets import AdapterWeights, ModelTargets
+from moegraft.oracle import why_no_dora
 from moegraft.parallel import Agreement, ParallelConfig, Step
 from moegraft.parallel.slices import ExpertMap
 
@@ -241,6 +242,10 @@ class GraftedModel:
                 f"adapter {name!r} has LoRA on experts ({min(weights.experts)}), of which "
                 "attach(lora_experts=False) said that there would be none; attach without it"
             )
+        for module, experts in weights.experts.items():
+            reason = why_no_dora(self._fittings.sites[module].decision.experts_cls) if experts.has_gains else None
+            if reason is not None:
+                raise AdapterMismatchError(f"adapter {name!r} has DoRA on experts ({module}), but {reason}")
         return weights, report
 
     def unload_adapter(self, name: str) -> None:
@@ -304,6 +309,7 @@ class GraftedModel:
         run_length: int = 1,
         rank_bound: int | None = None,
         all_threads: bool = False,
+        agreed: Sequence[str | None] | None = None,
     ) -> Iterator[AdapterCall | None]:
         """Inside the block the model runs with these adapters, whoever calls it.
 
@@ -323,6 +329,9 @@ class GraftedModel:
         ``rank_bound``; ``captured.take_rows(call)`` checks it and copies its slots over. BatchError where an adapter of
         the batch has a larger rank, where a loaded one replaces parameters (``modules_to_save``), and where rows travel
         between ranks.
+
+        ``agreed``: on several ranks, the adapters of all ranks' rows, where the caller has seen to it that the ranks
+        run the same batch and have these adapters resident: nothing is sent to find that out.
         """
         with self._batch(
             adapters,
@@ -332,14 +341,13 @@ class GraftedModel:
             run_length=run_length,
             rank_bound=rank_bound,
             all_threads=all_threads,
+            agreed=agreed,
         ) as call:
             yield call
 
-    def part(self, first: int, num_sequences: int, num_tokens: int) -> AbstractContextManager[None]:
-        """Inside the block layers see [B, S] tokens, which are rows [first, first + B * S) of the pass that runs: for
-        engines that call a module of the model with a part of a batch."""
-        call = self._state.current()
-        return nullcontext() if call is None else call.part(first, num_sequences, num_tokens)
+    def current_call(self) -> AdapterCall | None:
+        """The batch that layers which run now belong to, for engines that call a module of the model themselves."""
+        return self._state.current()
 
     @contextmanager
     def _batch(
@@ -349,10 +357,11 @@ class GraftedModel:
         *,
         all_threads: bool = False,
         rank_bound: int | None = None,
+        agreed: Sequence[str | None] | None = None,
         **stated: Any,
     ) -> Iterator[AdapterCall | None]:
         self._check_attached()
-        with self._ranks.refusing(names_given=adapters is not None):
+        with nullcontext() if agreed is not None else self._ranks.refusing(names_given=adapters is not None):
             names = _check_rows(adapters, rows, self.bank.names())
             if rank_bound is not None:
                 self._check_bounded(rank_bound)
@@ -361,7 +370,7 @@ class GraftedModel:
         call = None
         with ExitStack() as stack:
             if names is not None:
-                held, group = self._acquire(names, stack)
+                held, group = self._acquire(names, agreed, stack)
                 if rank_bound is not None:
                     _check_ranks(held, rank_bound, self._targets)
                 call = AdapterCall(
@@ -380,11 +389,14 @@ class GraftedModel:
             yield call
 
     def _acquire(
-        self, rows: Sequence[str | tuple[tuple[str, float], ...] | None], stack: ExitStack
+        self,
+        rows: Sequence[str | tuple[tuple[str, float], ...] | None],
+        agreed: Sequence[str | None] | None,
+        stack: ExitStack,
     ) -> tuple[AdapterBatch, GroupBatch | None]:
         """The adapters of the rows, those that they name together as one each, until ``stack`` is left."""
         if all(row is None or isinstance(row, str) for row in rows):
-            return stack.enter_context(self._ranks.acquire(cast("Sequence[str | None]", rows)))
+            return stack.enter_context(self._ranks.acquire(cast("Sequence[str | None]", rows), agreed))
         with self._combinations.lock:  # none is forgotten before the batch has it
             with self._ranks.refusing(names_given=True):
                 if self.layout.rows_travel:

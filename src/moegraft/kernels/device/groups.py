@@ -191,3 +191,11 @@ class RowTile(NamedTuple):
     TILE_M: int
     GROUPS: int
     LEADERS: int
+
+
+class Slices(NamedTuple):
+    """Columns where the second, third and fourth slice of a linear map begin; each slice has lanes of its own."""
+
+    SECOND: int
+    THIRD: int
+    FOURTH: int

@@ -85,16 +85,20 @@ def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, P
 
 @triton.jit
 def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr,
-                  ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  ALIGN: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, V_WIDTH: tl.constexpr,
+                  BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr,
+                  PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for TILE_M rows and STEPS_N blocks of BLOCK_N columns.
 
-    The partial sums of v are added in a fixed order and rounded once.
+    The partial sums of v are added in a fixed order and rounded once. Slices begin at multiples of BLOCK_N; the columns
+    of slice s read lanes [s * rank, (s + 1) * rank) of v.
     """
     TILE_M: tl.constexpr = ROWS.TILE_M
     GROUPS: tl.constexpr = ROWS.GROUPS
     LEADERS: tl.constexpr = ROWS.LEADERS
+    SECOND: tl.constexpr = SLICES.SECOND
+    THIRD: tl.constexpr = SLICES.THIRD
+    FOURTH: tl.constexpr = SLICES.FOURTH
     width: tl.constexpr = BLOCK_N * STEPS_N
     num_n: tl.constexpr = (COLUMNS + width - 1) // width
     pid = tl.program_id(0)
@@ -119,7 +123,10 @@ def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.c
         mine = slots == slot
         if rank + gain_rank > 0:
             for step in range(STEPS_N):
-                columns = first_column + step * BLOCK_N + tl.arange(0, BLOCK_N)
+                first = first_column + step * BLOCK_N
+                columns = first + tl.arange(0, BLOCK_N)
+                slice_lane = ((first >= SECOND).to(tl.int32) + (first >= THIRD).to(tl.int32)
+                              + (first >= FOURTH).to(tl.int32)) * rank  # fmt: skip
                 column_live = columns < COLUMNS
                 y_mask = mine[:, None] & column_live[None, :]
                 base = tl.load(y_ptrs + columns[None, :], mask=y_mask, other=0.0).to(tl.float32)
@@ -131,7 +138,7 @@ def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.c
                     b_mask = lane_live[:, None] & column_live[None, :]
                     b = tl.load(tables.pool + b_elements[:, None] + columns[None, :], mask=b_mask, other=0.0)
                     v_mask = mine[None, :, None] & lane_live[None, None, :]
-                    v = tl.sum(tl.load(v_ptrs + lane[None, None, :], mask=v_mask, other=0.0), axis=0)
+                    v = tl.sum(tl.load(v_ptrs + (slice_lane + lane)[None, None, :], mask=v_mask, other=0.0), axis=0)
                     acc = tl.dot(v.to(b.dtype), b, acc, input_precision=PRECISION)
                 if gain_rank > 0:
                     row = tl.zeros([1], tl.int32)

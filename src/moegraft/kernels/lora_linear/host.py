@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,6 +16,8 @@ from moegraft.kernels.records import cdiv, check_token_slots, dot_precision, nex
 
 _WAVE = 128
 """Shrink programs that fill a device: the H200 has 132 multiprocessors, which serves as the measure for all."""
+_SLICE_ALIGN = 16
+"""Columns: the narrowest block that an expand writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ def add_lora_linear(
     rank_bound: int,
     run_length: int = 1,
     bias_O: torch.Tensor | None = None,
+    slice_starts: tuple[int, ...] = (),
 ) -> None:
     """Adds the delta of every row's adapter to ``y`` in place. The custom op ``moegraft::add_lora_linear``.
 
@@ -52,6 +56,10 @@ def add_lora_linear(
                + (gain[a] - 1) * (y[m] - bias)      where a has a gain (DoRA); bias 0 where there is none
 
     Rows without adapter, or whose adapter does not touch the map, are not written. The same batch gives the same bits.
+
+    ``slice_starts``: of a map that is several maps side by side (q, k and v), the columns where the second, third and
+    fourth begin, multiples of 16. A then has one block of rank rows after the other, as many for each slice as B has,
+    and the columns of slice s read block s. ``rank_bound`` stays that of one slice.
 
     ``x`` has the pool's dtype, ``y`` any; both with contiguous rows. ``token_slots_M`` int32. ``rank_bound``: no
     adapter that may be resident while this call, or a graph that captured it, runs has a larger rank here; it sizes the
@@ -65,7 +73,7 @@ def add_lora_linear(
     run = torch.ops.moegraft.add_lora_linear if torch.compiler.is_compiling() else run_lora_linear
     run(
         y_MO, x_MI, token_slots_M, tables.pool, tables.page_table, tables.factors, bias_O, tables.page_elems,
-        rank_bound, run_length,
+        rank_bound, run_length, slice_starts,
     )  # fmt: skip
 
 
@@ -80,6 +88,7 @@ def run_lora_linear(
     page_elems: int,
     rank_bound: int,
     run_length: int,
+    slice_starts: Sequence[int] = (),
 ) -> None:
     """The op's implementation: decides, allocates, launches."""
     tables = LinearTables(pool=pool, page_table=page_table, factors=factors, page_elems=page_elems)
@@ -87,19 +96,20 @@ def run_lora_linear(
     M, in_features = x_MI.shape
     if M == 0 or rank_bound == 0:
         return
-    tile = choose_tile(M, in_features, y_MO.shape[1], rank_bound, run_length)
+    starts = tuple(slice_starts)
+    tile = sliced_tile(M, in_features, y_MO.shape[1], rank_bound, run_length, starts)
     block_r = max(tile.shrink_r, tile.expand_r)
-    width = cdiv(rank_bound, block_r) * block_r
+    width = cdiv(rank_bound * (len(starts) + 1), block_r) * block_r
     v_dtype = x_MI.dtype if tile.splits == 1 else torch.float32
     v_SMW = torch.empty(tile.splits, M, width, dtype=v_dtype, device=x_MI.device)
-    _launch(y_MO, x_MI, v_SMW, token_slots_M, tables, bias_O, tile)
+    _launch(y_MO, x_MI, v_SMW, token_slots_M, tables, bias_O, tile, _slices(starts))
 
 
 # define and impl instead of custom_op, whose wrapper costs ten times as much a call: a decode step makes hundreds.
 torch.library.define(
     "moegraft::add_lora_linear",
     "(Tensor(a!) y, Tensor x, Tensor token_slots, Tensor pool, Tensor page_table, Tensor factors, Tensor? bias, "
-    "int page_elems, int rank_bound, int run_length) -> ()",
+    "int page_elems, int rank_bound, int run_length, int[] slice_starts=[]) -> ()",
 )
 torch.library.impl("moegraft::add_lora_linear", "default", run_lora_linear)
 
@@ -130,6 +140,35 @@ def choose_tile(num_rows: int, in_features: int, out_features: int, rank_bound: 
         splits *= 2
     expand_n = min(tile.expand_n, max(16, next_power_of_2(out_features)))
     return replace(tile, shrink_k=shrink_k, splits=splits, expand_n=expand_n)
+
+
+@lru_cache(maxsize=4096)
+def sliced_tile(
+    num_rows: int, in_features: int, out_features: int, rank_bound: int, run_length: int, starts: tuple[int, ...]
+) -> LinearTile:
+    """The shrink of all slices at once, and an expand whose blocks of columns lie in one slice each."""
+    if not starts:
+        return choose_tile(num_rows, in_features, out_features, rank_bound, run_length)
+    shrink = choose_tile(num_rows, in_features, out_features, rank_bound * (len(starts) + 1), run_length)
+    expand = choose_tile(num_rows, in_features, out_features, rank_bound, run_length)
+    common = math.gcd(*starts)
+    if len(starts) > len(groups.Slices._fields) or common % _SLICE_ALIGN or not 0 < max(starts) < out_features:
+        raise ValueError(
+            f"add_lora_linear: slices begin at columns {list(starts)} of {out_features}, expected at most "
+            f"{len(groups.Slices._fields)} multiples of {_SLICE_ALIGN}"
+        )
+    return replace(
+        shrink,
+        expand_m=expand.expand_m,
+        expand_r=expand.expand_r,
+        expand_n=math.gcd(expand.expand_n, common),
+        expand_steps=expand.expand_steps,
+    )
+
+
+def _slices(starts: tuple[int, ...]) -> groups.Slices:
+    never = (2**31 - 1,) * (len(groups.Slices._fields) - len(starts))
+    return groups.Slices(*starts, *never)
 
 
 def _decode_tile(num_rows: int, rank_bound: int, run_length: int) -> LinearTile:
@@ -175,6 +214,7 @@ def _launch(
     tables: LinearTables,
     bias_O: torch.Tensor | None,
     tile: LinearTile,
+    slices: groups.Slices,
 ) -> None:
     (M, in_features), out_features = x_MI.shape, y_MO.shape[1]
     splits, _, width = v_SMW.shape
@@ -196,7 +236,7 @@ def _launch(
     expand_kernel[(programs * cdiv(out_features, tile.expand_n * tile.expand_steps),)](
         groups.Rows(y_MO, None, y_MO.stride(0)), v_SMW, bias_O, token_slots_M, operands, M, COLUMNS=out_features,
         ALIGN=_alignment(tables, out_features), BLOCK_R=tile.expand_r,
-        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, **options,
+        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, SLICES=slices, **options,
     )  # fmt: skip
 
 

@@ -143,3 +143,19 @@ def sum_kernel(out_ptr, partial, sinks_ptr, HEADS: tl.constexpr, SPLITS: tl.cons
     acc = tl.where(total > 0.0, acc / tl.where(total > 0.0, total, 1.0), 0.0)
     out_ptrs = out_ptr + (row.to(tl.int64) * Q + head) * V + column
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def write_kernel(keys_ptr, values_ptr, k_ptr, v_ptr, slots_ptr, stride_k, stride_v, K_SIZE: tl.constexpr,
+                 V_SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One row's keys and values, all heads, into its slot of the pages."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    for start in tl.static_range(0, K_SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        k = tl.load(k_ptr + row * stride_k + at, mask=at < K_SIZE)
+        tl.store(keys_ptr + slot * K_SIZE + at, k, mask=at < K_SIZE)
+    for start in tl.static_range(0, V_SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        v = tl.load(v_ptr + row * stride_v + at, mask=at < V_SIZE)
+        tl.store(values_ptr + slot * V_SIZE + at, v, mask=at < V_SIZE)

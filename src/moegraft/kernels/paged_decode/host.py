@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from moegraft.kernels.paged_decode.device import Heads, Partial, Pool, decode_kernel, sum_kernel
+from moegraft.kernels.paged_decode.device import Heads, Partial, Pool, decode_kernel, sum_kernel, write_kernel
 from moegraft.kernels.records import cdiv, dot_precision, next_power_of_2
 
 _WAVE = 264
@@ -113,6 +113,21 @@ torch.library.impl("moegraft::paged_decode", "default", run_paged_decode)
 @torch.library.register_fake("moegraft::paged_decode")
 def _(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: object) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[1], values.shape[-1])
+
+
+def write_pages(
+    keys_PSHC: torch.Tensor, values_PSHC: torch.Tensor, k_THC: torch.Tensor, v_THC: torch.Tensor, slots_T: torch.Tensor
+) -> None:
+    """Row t of k and v goes to slot ``slots_T[t]`` (page * S + offset, int64) of the pages, which are contiguous. Rows
+    of one slot, as padding has, leave any of theirs there. No host sync; may be captured in a CUDA graph."""
+    T, k_size, v_size = k_THC.shape[0], k_THC[0:1].numel(), v_THC[0:1].numel()
+    if T == 0:
+        return
+    k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (k_THC, v_THC))
+    write_kernel[(T,)](
+        keys_PSHC, values_PSHC, k, v, slots_T, k.stride(0), v.stride(0), K_SIZE=k_size, V_SIZE=v_size,
+        BLOCK=min(1024, next_power_of_2(max(k_size, v_size))), num_warps=2,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)

@@ -72,7 +72,7 @@ def _check(bank: AdapterBank, handle: AdapterHandle) -> None:
     if handle.tokens:
         raise BatchError(f"{refusal} replaces rows of {min(handle.tokens)} (trainable_token_indices)")
     for module, ranks in handle.ranks.items():
-        if module not in layout.experts and any(ranks[LinearFactor.GAIN :]):
+        if any(ranks[ExpertsFactor.GAIN_GATE if module in layout.experts else LinearFactor.GAIN :]):
             raise BatchError(f"{refusal} has DoRA on {module}")
         target = layout.experts.get(module) or layout.linears.get(module)
         if target is not None and target.lane_shares > 1:

@@ -46,6 +46,9 @@ def _experts_factors(layout: BankLayout, module: str, lora: ExpertsLoRA) -> Iter
         ExpertsFactor.B_UP: lora.b_up,
         ExpertsFactor.A2: lora.a2,
         ExpertsFactor.B2: lora.b2,
+        ExpertsFactor.GAIN_GATE: lora.gain_gate,
+        ExpertsFactor.GAIN_UP: lora.gain_up,
+        ExpertsFactor.GAIN2: lora.gain2,
     }
     held = {factor: tensor for factor, tensor in tensors.items() if tensor is not None}
     _check_expert_ids(module, target, lora, any_factor=bool(held))
@@ -86,6 +89,10 @@ def _check_partners(module: str, target: ExpertsTarget, lora: ExpertsLoRA) -> No
         raise AdapterTensorError(f"{module}: a13 needs b_gate or b_up beside it, and they need a13")
     if (lora.a2 is None) != (lora.b2 is None):
         raise AdapterTensorError(f"{module}: a2 and b2 come together or not at all")
+    gains = (("gain_gate", lora.gain_gate, lora.b_gate), ("gain_up", lora.gain_up, lora.b_up))
+    for name, gain, b in (*gains, ("gain2", lora.gain2, lora.b2)):
+        if gain is not None and (b is None or gain.shape[1] != 1):
+            raise AdapterTensorError(f"{module} {name}: shape {list(gain.shape)}, expected one row beside a B")
     pairs = (
         ("b_gate", lora.b_gate, "a13", lora.a13, 0),
         ("b_up", lora.b_up, "a13", lora.a13, lora.up_lane),

@@ -67,7 +67,7 @@ def _by_frequency(row_lens: Iterable[int]) -> list[int]:
 class BankLayout:
     """The entries of an adapter bank for one base model.
 
-    An experts module has 5 consecutive entries (ExpertsFactor), a linear map 3 (LinearFactor), an embedding 2
+    An experts module has 8 consecutive entries (ExpertsFactor), a linear map 3 (LinearFactor), an embedding 2
     (LinearFactor.A with rows of length V, LinearFactor.B), a saveable parameter 1. ``expert_columns`` are the columns
     that an experts module owns in the bank's table of expert positions. ``page_bytes`` is a wish: see
     ``choose_page_elems``. Raises ValueError where one name is two kinds of module.
@@ -90,8 +90,9 @@ class BankLayout:
 
     def _number_modules(self) -> None:
         for name, experts in self.experts.items():
-            hidden, inter = experts.hidden_size, experts.intermediate_size
-            self._add(name, ExpertsFactor, (hidden, inter, inter, inter, experts.output_size or hidden))
+            hidden, inter, out = experts.hidden_size, experts.intermediate_size, experts.output_size
+            out = out or experts.hidden_size
+            self._add(name, ExpertsFactor, (hidden, inter, inter, inter, out, inter, inter, out))
             first = self.num_expert_columns
             self.num_expert_columns += experts.num_experts
             self._expert_columns[name] = slice(first, self.num_expert_columns)

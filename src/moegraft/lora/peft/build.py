@@ -59,7 +59,10 @@ def build_linear(
     UnfinishedDora where this rank has only its columns of the base weight.
     """
     gain = None
-    if plan.magnitude is None:
+    if plan.parts:
+        a, b = _read_parts(plan, read)
+        a, b = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs)), cut_tensor(b, _cut(1, mine.outputs))
+    elif plan.magnitude is None:
         a, b = _read_pair(plan.pair, read, mine)
     else:
         weight = _base_weight(plan, mine)
@@ -68,7 +71,7 @@ def build_linear(
         # The norm of a row of W + BA takes all of A; what this rank does not keep of it is dropped again.
         a, b = _read_pair(plan.pair, read, LinearSlice(outputs=mine.outputs))
         magnitude = read(plan.magnitude.name, _cut(0, mine.outputs))
-        gain = magnitude.to(b.dtype) / _square_sums(weight, a, b).sqrt()
+        gain = magnitude.to(b.dtype) / square_sums(weight, a, b).sqrt()
         b = b * gain
         a = cut_tensor(_own_lanes(a, mine), _cut(1, mine.inputs))
     return LinearLoRA(
@@ -76,6 +79,17 @@ def build_linear(
         b=cast(b, dtype, plan.pair.b),
         gain=None if plan.magnitude is None or gain is None else cast(gain, dtype, plan.magnitude),
     )
+
+
+def _read_parts(plan: LinearPlan, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r of all parts, in] and scale * B transposed, zero outside of each part's block of outputs."""
+    sides = [(*_read_pair(pair, read, WHOLE_LINEAR), start) for pair, start in plan.parts]
+    b = sides[0][1].new_zeros(plan.pair.rank, plan.target.out_features)
+    lane = 0
+    for _, rows, start in sides:
+        b[lane : lane + rows.shape[0], start : start + rows.shape[1]] = rows
+        lane += rows.shape[0]
+    return torch.cat([a for a, _, _ in sides]), b
 
 
 def _unfinished(
@@ -88,7 +102,7 @@ def _unfinished(
         a=a,
         b=cut_tensor(b, _cut(1, mine.outputs)),
         magnitude=read(plan.magnitude.name),
-        square_sums_O=_square_sums(weight, a, b).double(),
+        square_sums_O=square_sums(weight, a, b).double(),
         outputs=mine.outputs,
         dtype=dtype,
         where=plan.magnitude.where,
@@ -134,9 +148,31 @@ def build_tokens(
     return EmbeddingLoRA(a=a, b=b) if isinstance(target, EmbeddingTarget) else LinearLoRA(a=a, b=b)
 
 
+def lora_param(plan: AdapterPlan, module: str) -> str | None:
+    """The parameter of a module that its LoRA is on; None without."""
+    if module in plan.linears:
+        return plan.linears[module].target.param
+    return "weight" if module in plan.embeddings else None
+
+
+def build_bias(plan: LinearPlan, base: torch.Tensor, read: Read, mine: ParameterSlice | None = None) -> torch.Tensor:
+    """The bias of a linear map with the scaled one of lora_B added, in the dtype of ``base``, which may be cut already.
+
+    Raises AdapterConfigError where the base's cannot be read, or AdapterTensorError.
+    """
+    assert plan.bias is not None
+    if base.is_meta:
+        raise AdapterConfigError(f"lora_bias: {plan.bias.where} needs the bias of {plan.target.name}")
+    cuts = {} if mine is None else {mine.axis: mine.pieces}
+    added = widen(read(plan.bias.name, cuts)) * plan.pair.scale
+    own = base.detach() if base.shape == added.shape else cut_tensor(base.detach(), cuts)
+    return cast(widen(own.cpu()) + added, base.dtype, plan.bias)
+
+
 def build_saved(
     plan: AdapterPlan,
     module: str,
+    param: str,
     base: torch.Tensor,
     info: TensorInfo,
     read: Read,
@@ -150,7 +186,7 @@ def build_saved(
     """
     cuts = {} if mine is None else {mine.axis: mine.pieces}
     stored = read(info.name, cuts)
-    has_lora = module in plan.linears or module in plan.embeddings
+    has_lora = lora_param(plan, module) == param
     if not base.is_meta:
         own = cut_tensor(base.detach(), cuts).cpu()
         # Beside LoRA the copy may have been rounded to another dtype: it is the base's own in the narrower one.
@@ -164,10 +200,9 @@ def build_saved(
 
 
 def _is_merged(plan: AdapterPlan, module: str, info: TensorInfo) -> bool:
-    """Whether this parameter is the weight that the LoRA of its module is on, and can take it."""
+    """Whether this parameter, which the LoRA of its module is on, can take it."""
     linear = plan.linears.get(module)
-    param = "weight" if linear is None else linear.target.param
-    return len(info.shape) == 2 and info.name.endswith(f".{param}") and (linear is None or linear.magnitude is None)
+    return len(info.shape) == 2 and (linear is None or linear.magnitude is None)
 
 
 def _whole_delta(plan: AdapterPlan, module: str, read: Read) -> torch.Tensor:
@@ -213,7 +248,7 @@ def _base_weight(plan: LinearPlan, mine: LinearSlice) -> torch.Tensor:
     )
 
 
-def _square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def square_sums(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """||W + b^T a||^2 of each row: W [out, in], a [r, in], b [r, out] scaled."""
     sums = []
     for start in range(0, weight.shape[0], _NORM_ROWS):

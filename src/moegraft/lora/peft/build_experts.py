@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from moegraft.core.cuts import pad_axis
+from moegraft.core.errors import AdapterConfigError
 from moegraft.core.halves import split_halves
 from moegraft.lora.peft import fused
-from moegraft.lora.peft.build import Read, cast, scalable
+from moegraft.lora.peft.build import Read, cast, scalable, square_sums
 from moegraft.lora.peft.names import Projection
 from moegraft.lora.peft.plan import ExpertsPlan, FusedPair, Pair
 from moegraft.lora.targets import ExpertsLoRA, ExpertsTarget
@@ -29,6 +31,7 @@ def build_experts(
     if not experts:
         return None
     sides = {cut.projection: cut.read(plan, read) for cut in _cuts(plan, mine, dtype)}
+    gains = _gains(plan, sides, experts, read, mine) if plan.magnitudes else {}
     spread = {projection: (_spread(a, experts), _spread(b, experts)) for projection, (a, b) in sides.items()}
     a13, b_gate, b_up, up_lane = _join_gate_and_up(plan, spread)
     if a13 is not None and mine.low_rank is not None:
@@ -41,6 +44,7 @@ def build_experts(
         "b_up": _padded(b_up, columns.padded),
         "a2": _padded(a2, columns.padded),
         "b2": _padded(b2, hidden.padded),
+        **gains,
     }
     file = next(info.file for info in plan.infos())
     return ExpertsLoRA(
@@ -52,6 +56,54 @@ def build_experts(
             if rows is not None
         },
     )
+
+
+def _gains(
+    plan: ExpertsPlan,
+    sides: Mapping[Projection, _Sides],
+    experts: tuple[int, ...],
+    read: Read,
+    mine: ExpertsSlice,
+) -> dict[str, torch.Tensor]:
+    """DoRA's gains of ``ExpertsLoRA``: magnitude / ||W_e + B_e A_e||_row, 1 for experts without.
+
+    Raises AdapterConfigError where ranks share the experts out.
+    """
+    target, infos = plan.target, next(iter(plan.magnitudes.values()))
+    if mine is not WHOLE_EXPERTS or target.weights is None:
+        where = next(iter(infos.values())).where
+        raise AdapterConfigError(f"use_dora: {where}: DoRA on experts that ranks share out is not supported")
+    weights, halves = target.weights(), partial(split_halves, num_halves=1 + target.has_gate)
+    sizes = (target.intermediate_size, target.intermediate_size, target.hidden_size)
+    found: dict[str, torch.Tensor] = {}
+    for projection, magnitudes in plan.magnitudes.items():
+        a_rows, b_rows = sides[projection]
+        for position, expert in enumerate(a_rows.experts or ()):
+            if projection is Projection.DOWN:
+                weight = weights.w2_in_out_of(expert, torch.float32).T
+            else:
+                weight = weights.w13_in_out_of(expert, torch.float32).T
+                if projection is not Projection.GATE_UP:
+                    weight = halves(weight, 0, is_interleaved=target.is_interleaved)[projection is Projection.UP]
+            sums = square_sums(weight, a_rows.rows[position].float(), b_rows.rows[position].float())
+            gain = (read(magnitudes[expert].name).float() / sums.sqrt())[None]
+            parts = {_GAINS[projection]: gain}
+            if projection is Projection.GATE_UP:
+                parts = dict(
+                    zip(("gain_gate", "gain_up"), halves(gain, is_interleaved=target.is_interleaved), strict=True)
+                )
+            for name, part in parts.items():
+                size = sizes[("gain_gate", "gain_up", "gain2").index(name)]
+                found.setdefault(name, torch.ones(len(experts), 1, size))[experts.index(expert)] = part
+    return found
+
+
+_GAINS = {
+    Projection.GATE: "gain_gate",
+    Projection.UP: "gain_up",
+    Projection.GATE_UP: "gain_gate",
+    Projection.DOWN: "gain2",
+}
 
 
 def num_elems(plan: ExpertsPlan, mine: ExpertsSlice) -> int:

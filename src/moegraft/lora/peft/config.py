@@ -21,7 +21,6 @@ _REFUSED = {
     "arrow_config": "Arrow routing between adapters",
     "kasa_config": "KaSA, which replaces the base weights by a truncated decomposition",
     "layer_replication": "a base model with replicated layers",
-    "lora_bias": "a bias on lora_B",
     "monteclora_config": "MonteCLoRA, which samples around the adapter",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA, whose A reads pooled inputs",
@@ -37,7 +36,7 @@ _IGNORED = frozenset(
     "velora_config".split()
 )
 _READ = frozenset(
-    "alpha_pattern bias init_lora_weights lora_alpha peft_type peft_version r rank_pattern target_parameters "
+    "alpha_pattern bias init_lora_weights lora_alpha lora_bias peft_type peft_version r rank_pattern target_parameters "
     "trainable_token_indices use_dora use_rslora".split()
 )
 
@@ -53,6 +52,7 @@ class PeftConfig:
     lora_alpha: float
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     bias: str = "none"
     target_parameters: frozenset[str] = frozenset()
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -118,6 +118,7 @@ def parse_config(raw: Mapping[str, Any]) -> PeftConfig:
         lora_alpha=_number("lora_alpha", raw.get("lora_alpha")),
         use_rslora=_flag("use_rslora", raw.get("use_rslora")),
         use_dora=_flag("use_dora", raw.get("use_dora")),
+        lora_bias=_flag("lora_bias", raw.get("lora_bias")),
         bias=bias,
         target_parameters=_names("target_parameters", raw.get("target_parameters")),
         token_indices=_token_indices("trainable_token_indices", raw.get("trainable_token_indices")),

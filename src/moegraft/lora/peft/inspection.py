@@ -12,7 +12,14 @@ import torch
 
 from moegraft.core.errors import AdapterError
 from moegraft.files import TensorInfo, WeightFolder, limits
-from moegraft.lora.peft.build import build_embedding, build_linear, build_saved, build_tokens, check_twins
+from moegraft.lora.peft.build import (
+    build_bias,
+    build_embedding,
+    build_linear,
+    build_saved,
+    build_tokens,
+    check_twins,
+)
 from moegraft.lora.peft.build_experts import build_experts
 from moegraft.lora.peft.config import PeftConfig, read_config
 from moegraft.lora.peft.loader import as_adapter_error, open_folder, open_weights, read_config_bytes
@@ -150,7 +157,10 @@ def _builds(plan: AdapterPlan, targets: ModelTargets, tensors: WeightFolder) -> 
     for experts in plan.experts.values():
         yield from _one_build(tensors, experts.infos(), partial(build_experts, experts, read, dtype))
     for linear in plan.linears.values():
-        yield from _one_build(tensors, linear.pair.infos, partial(build_linear, linear, read, dtype))
+        yield from _one_build(tensors, linear.infos, partial(build_linear, linear, read, dtype))
+        if linear.bias is not None:
+            base = targets.saveable[linear.target.name]["bias"]
+            yield from _one_build(tensors, [linear.bias], partial(build_bias, linear, base, read))
     for embedding in plan.embeddings.values():
         yield from _one_build(tensors, embedding.pair.infos, partial(build_embedding, embedding, read, dtype))
     for module, tokens in plan.tokens.items():
@@ -159,7 +169,7 @@ def _builds(plan: AdapterPlan, targets: ModelTargets, tensors: WeightFolder) -> 
     for module, params in plan.saved.items():
         for param, info in params.items():
             base = targets.saveable[module][param]
-            yield from _one_build(tensors, [info], partial(build_saved, plan, module, base, info, read))
+            yield from _one_build(tensors, [info], partial(build_saved, plan, module, param, base, info, read))
 
 
 def _one_build(
@@ -176,8 +186,7 @@ def _planned_modules(plan: AdapterPlan) -> Iterator[ModuleSummary]:
     for name, experts in plan.experts.items():
         yield _summary(name, "experts", experts.infos(), ranks=experts.ranks())
     for name, linear in plan.linears.items():
-        magnitude = [linear.magnitude] if linear.magnitude else []
-        yield _summary(name, "linear", [*linear.pair.infos, *magnitude], ranks={"lora": linear.pair.rank})
+        yield _summary(name, "linear", linear.infos, ranks={"lora": linear.pair.rank})
     for name, embedding in plan.embeddings.items():
         yield _summary(name, "embedding", embedding.pair.infos, ranks={"lora": embedding.pair.rank})
     for name, tokens in plan.tokens.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -22,8 +23,17 @@ from moegraft.core.errors import (
     FileError,
     StoredTensorError,
 )
-from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits
-from moegraft.lora.peft.build import Read, build_embedding, build_linear, build_saved, build_tokens, check_twins
+from moegraft.files import Folder, TensorInfo, WeightFiles, WeightFolder, limits, shorten
+from moegraft.lora.peft.build import (
+    Read,
+    build_bias,
+    build_embedding,
+    build_linear,
+    build_saved,
+    build_tokens,
+    check_twins,
+    lora_param,
+)
 from moegraft.lora.peft.build_experts import build_experts, num_elems, tensors_elsewhere
 from moegraft.lora.peft.config import CONFIG_FILE, read_config
 from moegraft.lora.peft.plan import AdapterPlan, EmbeddingPlan, LinearPlan, plan_adapter
@@ -207,7 +217,18 @@ def read_config_bytes(folder: Folder) -> bytes:
     try:
         return folder.read(CONFIG_FILE, max_bytes=limits.MAX_CONFIG_BYTES)
     except FileError as error:
-        raise AdapterConfigError(str(error)) from error
+        inside = "" if folder.has(CONFIG_FILE) else _adapters_inside(folder)
+        raise AdapterConfigError(f"{error}{inside}") from error
+
+
+def _adapters_inside(folder: Folder) -> str:
+    """The adapters that lie in a folder that is none, in words."""
+    found = []
+    with os.scandir(folder.path) as entries:
+        for entry in itertools.islice(entries, limits.MAX_STRAY):
+            if os.path.lexists(os.path.join(entry.path, CONFIG_FILE)):
+                found.append(shorten(entry.name))
+    return f"; adapters lie in its folders {', '.join(sorted(found)[:10])}: pass one of them" if found else ""
 
 
 def open_weights(folder: Folder, targets: ModelTargets | None = None) -> WeightFolder:
@@ -272,7 +293,7 @@ def _build(
     plan: AdapterPlan, targets: ModelTargets, read: Read, dtype: torch.dtype, mine: RankSlice
 ) -> tuple[AdapterWeights, list[str]]:
     saved, notes = _build_saved(plan, targets, read, mine)
-    merged = saved.keys() & (plan.linears.keys() | plan.embeddings.keys())
+    merged = {module for module, params in saved.items() if lora_param(plan, module) in params}
     notes += [f"{module} is another one than the base model's: LoRA was merged into it" for module in sorted(merged)]
     experts = {
         module: build_experts(item, read, dtype, mine.experts.get(module, WHOLE_EXPERTS))
@@ -321,11 +342,16 @@ def _build_saved(
     for module, params in plan.saved.items():
         for param, info in params.items():
             base = targets.saveable[module][param]
-            tensor = build_saved(plan, module, base, info, read, mine.saved.get((module, param)))
+            tensor = build_saved(plan, module, param, base, info, read, mine.saved.get((module, param)))
             if tensor is None:
                 notes.append(f"{info.name} equals the base model's {module}.{param}")
             else:
                 saved.setdefault(module, {})[param] = tensor
+    for module, linear in plan.linears.items():
+        if linear.bias is not None:
+            base = saved.get(module, {}).get("bias", targets.saveable[module]["bias"])
+            bias = build_bias(linear, base, read, mine.saved.get((module, "bias")))
+            saved.setdefault(module, {})["bias"] = bias
     return saved, notes
 
 

@@ -21,6 +21,7 @@ _PROJECTIONS = GATE_NAMES | UP_NAMES | DOWN_NAMES
 # gpt-oss as unsloth unpacks it: lists of linear maps.
 _LISTED = re.compile(r"(?P<experts>.+)\.(?P<proj>gate_up_projs|down_projs)\.(?P<index>0|[1-9][0-9]{0,5})", re.ASCII)
 _EXPERT = re.compile(r"(?P<experts>.+)\.(?P<index>0|[1-9][0-9]{0,5})\.(?P<proj>\w+)", re.ASCII)
+_PART = re.compile(r"(?P<joined>(?:.+\.)?in_proj_)(?P<part>[qkv])", re.ASCII)
 _PROJECTION = re.compile(r"(?P<parent>.+)\.(?P<proj>\w+)", re.ASCII)
 
 
@@ -133,7 +134,8 @@ class Site:
     """``module``: the target's name in the base model. For experts:
 
     ``projection`` None: a fused parameter whose role the shapes and the config tell. ``expert`` None: a tensor for all
-    experts at once; ``is_fused``: in PEFT's two-dimensional packing. ``param``: a saved parameter's name.
+    experts at once; ``is_fused``: in PEFT's two-dimensional packing. ``param``: a saved parameter's name. ``part``: of
+    a linear map that was several where the adapter was trained: ``q``, ``k`` or ``v``.
     """
 
     kind: Kind
@@ -142,6 +144,7 @@ class Site:
     expert: int | None = None
     is_fused: bool = False
     param: str = ""
+    part: str = ""
 
 
 class SiteFinder:
@@ -169,7 +172,7 @@ class SiteFinder:
             )
         if key.factor in (Factor.SAVED, Factor.ORIGINAL):
             return self._find_saved(key)
-        site = self._exact(key.module) or self._find_projection(key)
+        site = self._exact(key.module) or self._find_projection(key) or self._find_part(key)
         if site is not None:
             return site
         names = [name for name in self._candidates(key.module) if self._exact(name) is not None]
@@ -211,6 +214,15 @@ class SiteFinder:
                 projection = Projection.DOWN if is_down else first_projection(experts)
                 return Site(kind=Kind.EXPERTS, module=experts.name, projection=projection, is_fused=True)
         return None
+
+    def _find_part(self, key: TensorKey) -> Site | None:
+        """``in_proj_q``, ``_k``, ``_v`` (Tinker) of what is one map of three parts in Qwen3.5."""
+        match = _PART.fullmatch(key.module)
+        if match is None:
+            return None
+        joined = f"{match['joined']}qkv"
+        names = [name for name in self._candidates(joined) if name in self._targets.linears]
+        return Site(kind=Kind.LINEAR, module=self._only(key, names), part=match["part"]) if names else None
 
     def _experts(self, key: TensorKey, name: str) -> ExpertsTarget | None:
         experts = self._targets.experts

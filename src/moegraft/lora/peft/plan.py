@@ -7,7 +7,7 @@ data is touched. Problems are collected, one per module or stray tensor.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moegraft.core.errors import (
@@ -52,18 +52,23 @@ class FusedPair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsPlan:
-    """One experts module: pairs of single experts, pairs of three-dimensional tensors, fused pairs."""
+    """One experts module: pairs of single experts, pairs of three-dimensional tensors, fused pairs.
+
+    ``magnitudes``: of single experts (DoRA).
+    """
 
     target: ExpertsTarget
     single: Mapping[Projection, Mapping[int, Pair]] = field(default_factory=dict)
     stacked: Mapping[Projection, Pair] = field(default_factory=dict)
     fused: tuple[FusedPair, ...] = ()
+    magnitudes: Mapping[Projection, Mapping[int, TensorInfo]] = field(default_factory=dict)
 
     def infos(self) -> list[TensorInfo]:
         """All of its tensors."""
         singles = [pair for pairs in self.single.values() for pair in pairs.values()]
         pairs = (*singles, *self.stacked.values(), *(fused_pair.pair for fused_pair in self.fused))
-        return [info for pair in pairs for info in pair.infos]
+        magnitudes = [info for infos in self.magnitudes.values() for info in infos.values()]
+        return [info for pair in pairs for info in pair.infos] + magnitudes
 
     def ranks(self) -> dict[str, int]:
         """Projection -> rank of an expert, the largest where they differ."""
@@ -74,11 +79,23 @@ class ExpertsPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearPlan:
-    """One linear map; ``magnitude`` for DoRA."""
+    """One linear map; ``magnitude`` for DoRA; ``bias``: of lora_B (``lora_bias``).
+
+    ``parts``: where the adapter has a pair for each of several blocks of outputs, those and where each block begins;
+    ``pair`` is then the first, with the rank of all.
+    """
 
     target: LinearTarget
     pair: Pair
     magnitude: TensorInfo | None = None
+    bias: TensorInfo | None = None
+    parts: tuple[tuple[Pair, int], ...] = ()
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """All of its tensors."""
+        pairs = [info for pair, _ in self.parts for info in pair.infos] or self.pair.infos
+        return (*pairs, *(info for info in (self.magnitude, self.bias) if info is not None))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +155,7 @@ def plan_adapter(
     if not infos:
         problems.append(AdapterFileError("the weight files hold no tensors"))
     left_out: dict[str, str] = {}
-    groups = _sort_by_module(infos, targets, problems, left_out if skip_unserved else None)
+    groups = _sort_by_module(infos, config, targets, problems, left_out if skip_unserved else None)
     if left_out and len(left_out) == len(infos):
         stray = next(iter(left_out.values()))
         problems.append(AdapterMismatchError(f"all of its modules are unserved, such as {shorten(stray)}"))
@@ -149,6 +166,7 @@ def plan_adapter(
         except AdapterError as error:
             problems.append(error)
     planner.tie_tokens()
+    problems += planner.biases_beside_dora()
     experts, notes = _settle_orientation(planner.experts, config)
     return AdapterPlan(
         experts=experts,
@@ -166,6 +184,7 @@ def plan_adapter(
 
 def _sort_by_module(
     infos: Mapping[str, TensorInfo],
+    config: PeftConfig,
     targets: ModelTargets,
     problems: list[AdapterError],
     left_out: dict[str, str] | None,
@@ -180,7 +199,8 @@ def _sort_by_module(
             if left_out is not None and isinstance(error, UnservedModuleError):
                 left_out[info.name] = error.module
                 continue
-            error.args = (f"{info.file}: {error}",)
+            is_bias = config.bias != "none" and key.factor is Factor.SAVED and "bias" in key.param
+            error.args = (f"{info.file}: " + (f"bias {config.bias!r}: " if is_bias else "") + str(error),)
             problems.append(error)
             if len(problems) >= limits.MAX_STRAY:
                 break
@@ -222,9 +242,42 @@ class _Planner:
         else:
             self.saved[module] = self._plan_saved(module, members)
 
+    def _plan_parts(self, target: LinearTarget, members: list[_Member]) -> LinearPlan:
+        """q, k and v side by side, q and k of one size: a B that is block-diagonal, behind all of A."""
+        self._refuse_dora(target.name, members)
+        self._refuse_bias(target.name, members)
+        pairs: dict[str, Pair] = {}
+        for part in "qkv":
+            held = [member for member in members if member.site.part == part]
+            if held:
+                a, b = _partners(_by_factor(held, (Factor.A, Factor.B)), Factor.A, Factor.B)
+                size_out = b.info.shape[0] if b.info.shape else 0
+                sizes = {"size_in": target.in_features, "size_out": size_out}
+                pairs[part] = self._pair(a.info, b.info, name=a.key.module, **sizes)
+        sizes = {part: pair.b.shape[0] for part, pair in pairs.items()}
+        whole = next((member for member in members if not member.site.part), None)
+        key_size = sizes.get("q", sizes.get("k", 0))
+        value_size = sizes.get("v", target.out_features - 2 * key_size)
+        if whole is not None or sizes.get("k", key_size) != key_size:
+            raise AdapterTensorError(
+                f"{(whole or members[-1]).info.where}: does not fit beside the parts of {target.name}"
+            )
+        if (key_size and 2 * key_size + value_size != target.out_features) or not 0 < value_size < target.out_features:
+            raise AdapterTensorError(
+                f"{members[0].info.where}: parts of {sizes} outputs, expected two of one size and a third, "
+                f"{target.out_features} in all, as {target.name} has"
+            )
+        starts = {"q": 0, "k": key_size, "v": target.out_features - value_size}
+        parts = tuple((pair, starts[part]) for part, pair in pairs.items())
+        first = dataclasses.replace(parts[0][0], rank=sum(pair.rank for pair, _ in parts))
+        return LinearPlan(target=target, pair=first, parts=parts)
+
     def _plan_linear(self, target: LinearTarget, members: list[_Member]) -> LinearPlan:
-        found = _by_factor(members, (Factor.A, Factor.B, Factor.MAGNITUDE))
+        if any(member.site.part for member in members):
+            return self._plan_parts(target, members)
+        found = _by_factor(members, (Factor.A, Factor.B, Factor.MAGNITUDE, Factor.B_BIAS))
         a, b = _partners(found, Factor.A, Factor.B)
+        bias = self._lora_bias(target, a, found.get(Factor.B_BIAS))
         module = a.key.module
         parameter = f"{module}.{target.param}"
         pair = self._pair(
@@ -234,25 +287,49 @@ class _Planner:
             size_in=target.in_features,
             size_out=target.out_features,
         )
-        magnitude = found.get(Factor.MAGNITUDE)
+        magnitude = self._magnitude(a.info, found.get(Factor.MAGNITUDE), target.out_features, target)
+        return LinearPlan(target=target, pair=pair, magnitude=magnitude, bias=bias)
+
+    def _magnitude(
+        self, a: TensorInfo, magnitude: _Member | None, size_out: int, target: LinearTarget | ExpertsTarget
+    ) -> TensorInfo | None:
+        """DoRA's vector [out], where the config says that there is one."""
         if (magnitude is not None) != self._config.use_dora:
             has = "has no lora_magnitude_vector" if magnitude is None else f"comes with {shorten(magnitude.info.name)}"
-            raise AdapterTensorError(f"{a.info.where} {has}, but use_dora is {str(self._config.use_dora).lower()}")
+            raise AdapterTensorError(f"{a.where} {has}, but use_dora is {str(self._config.use_dora).lower()}")
         if magnitude is None:
-            return LinearPlan(target=target, pair=pair)
-        if magnitude.info.shape != (target.out_features,):
-            raise AdapterTensorError(
-                f"{magnitude.info.where}: shape {list(magnitude.info.shape)}, expected [{target.out_features}]"
-            )
-        if target.weight is None:
+            return None
+        info = magnitude.info
+        if info.shape != (size_out,):
+            raise AdapterTensorError(f"{info.where}: shape {list(info.shape)}, expected [{size_out}]")
+        if (target.weight if isinstance(target, LinearTarget) else target.weights) is None:
             raise AdapterConfigError(
-                f"use_dora: {magnitude.info.where} needs the base weight of {target.name}, which cannot be read"
+                f"use_dora: {info.where} needs the base weight of {target.name}, which cannot be read"
             )
-        return LinearPlan(target=target, pair=pair, magnitude=magnitude.info)
+        return info
+
+    def _lora_bias(self, target: LinearTarget, a: _Member, bias: _Member | None) -> TensorInfo | None:
+        """The bias of lora_B [out], where the config says that there is one."""
+        config, name = self._config, target.name
+        if (bias is not None) != config.lora_bias:
+            has = "has no lora_B.bias" if bias is None else f"comes with {shorten(bias.info.name)}"
+            raise AdapterTensorError(f"{a.info.where} {has}, but lora_bias is {str(config.lora_bias).lower()}")
+        if bias is None:
+            return None
+        if config.use_dora:
+            raise AdapterConfigError(f"lora_bias: {bias.info.where}: a bias beside DoRA; not supported")
+        if bias.info.shape != (target.out_features,):
+            raise AdapterTensorError(
+                f"{bias.info.where}: shape {list(bias.info.shape)}, expected [{target.out_features}]"
+            )
+        if "bias" not in self._targets.saveable.get(name, {}):
+            raise AdapterConfigError(f"lora_bias: {bias.info.where}: {name} is none of the maps that can have a bias")
+        return bias.info
 
     def _plan_embedding(self, target: EmbeddingTarget, members: list[_Member]) -> EmbeddingPlan:
         found = _by_factor(members, (Factor.EMBEDDING_A, Factor.EMBEDDING_B, Factor.MAGNITUDE))
         self._refuse_dora(target.name, members)
+        self._refuse_bias(target.name, members)
         a, b = _partners(found, Factor.EMBEDDING_A, Factor.EMBEDDING_B)
         sizes = {"size_in": target.num_embeddings, "size_out": target.embedding_dim}
         return EmbeddingPlan(target=target, pair=self._pair(a.info, b.info, name=a.key.module, **sizes))
@@ -275,6 +352,15 @@ class _Planner:
             )
         self.tokens[module] = TokensPlan(target=target, param=param, info=info, tokens=tokens)
 
+    def biases_beside_dora(self) -> Iterator[AdapterError]:
+        """DoRA scales what the base gives less its bias, and knows the base's own."""
+        for module, params in self.saved.items():
+            linear = self.linears.get(module)
+            if "bias" in params and linear is not None and linear.magnitude is not None:
+                yield AdapterConfigError(
+                    f"bias {self._config.bias!r}: {params['bias'].where}: a trained bias beside DoRA; not supported"
+                )
+
     def tie_tokens(self) -> None:
         """Rows of an embedding that is the head's weight too are the head's, where the file has none of its own."""
         for plan in [plan for plan in self.tokens.values() if isinstance(plan.target, EmbeddingTarget)]:
@@ -294,6 +380,9 @@ class _Planner:
             if param in params:
                 self.twins.append((params[param], info))
             base = self._targets.saveable[module][param]
+            linear = self._targets.linears.get(module)
+            if linear is not None and param == "bias" and not linear.has_bias:
+                raise AdapterMismatchError(f"{info.where}: {module} of the base model has no bias")
             if info.shape != tuple(base.shape):
                 raise AdapterTensorError(
                     f"{info.where}: shape {list(info.shape)}, expected {list(base.shape)} as {module}.{param} of the "
@@ -305,7 +394,7 @@ class _Planner:
         return params
 
     def _plan_experts(self, target: ExpertsTarget, members: list[_Member]) -> ExpertsPlan:
-        self._refuse_dora(target.name, members)
+        self._refuse_bias(target.name, members)
         slots: dict[tuple[Projection | None, int | None, bool, int], list[_Member]] = {}
         for member in members:
             site = member.site
@@ -317,18 +406,29 @@ class _Planner:
         single: dict[Projection, dict[int, Pair]] = {}
         stacked: dict[Projection, Pair] = {}
         packed: list[tuple[Projection | None, FusedTensors]] = []
+        magnitudes: dict[Projection, dict[int, TensorInfo]] = {}
         for (projection, expert, is_fused, depth), slot in slots.items():
-            a, b = _partners(_by_factor(slot, (Factor.A, Factor.B)), Factor.A, Factor.B)
+            found = _by_factor(slot, (Factor.A, Factor.B, Factor.MAGNITUDE))
+            a, b = _partners(found, Factor.A, Factor.B)
+            if projection is None or expert is None:
+                self._refuse_dora(f"{target.name} as a whole", slot, "linear layers and single experts")
             if is_fused:
                 packed.append((projection, FusedTensors(module=a.key.module, depth=depth, a=a.info, b=b.info)))
             elif projection is not None and expert is not None:
                 size_in, size_out = fused.sizes(target, projection)
                 pair = self._pair(a.info, b.info, name=a.key.module, size_in=size_in, size_out=size_out)
                 single.setdefault(projection, {})[expert] = pair
+                magnitude = self._magnitude(a.info, found.get(Factor.MAGNITUDE), size_out, target)
+                if magnitude is not None:
+                    magnitudes.setdefault(projection, {})[expert] = magnitude
             elif projection is not None:
                 stacked[projection] = self._stacked_pair(target, projection, a, b)
         plan = ExpertsPlan(
-            target=target, single=single, stacked=stacked, fused=tuple(self._fused_pairs(target, packed))
+            target=target,
+            single=single,
+            stacked=stacked,
+            fused=tuple(self._fused_pairs(target, packed)),
+            magnitudes=magnitudes,
         )
         _check_projections(plan)
         _check_padding(plan)
@@ -378,11 +478,17 @@ class _Planner:
             raise AdapterTensorError(f"{a.where}: rank {rank} (shape {list(a.shape)}), but the config says {origin}")
         return Pair(a=a, b=b, rank=rank, scale=self._config.scale(name, rank))
 
-    def _refuse_dora(self, module: str, members: list[_Member]) -> None:
+    def _refuse_bias(self, module: str, members: list[_Member]) -> None:
+        bias = next((m for m in members if m.key.factor is Factor.B_BIAS), None)
+        if bias is not None or self._config.lora_bias:
+            where = (bias or members[0]).info.where
+            raise AdapterConfigError(f"lora_bias: {where}: biases are supported on linear layers only, not on {module}")
+
+    def _refuse_dora(self, module: str, members: list[_Member], where_served: str = "linear layers") -> None:
         magnitude = next((m for m in members if m.key.factor is Factor.MAGNITUDE), None)
         if magnitude is not None or self._config.use_dora:
             where = (magnitude or members[0]).info.where
-            raise AdapterConfigError(f"use_dora: {where}: DoRA is supported on linear layers only, not on {module}")
+            raise AdapterConfigError(f"use_dora: {where}: DoRA is supported on {where_served} only, not on {module}")
 
 
 def _by_factor(members: Iterable[_Member], wanted: tuple[Factor, ...]) -> dict[Factor, _Member]:

@@ -85,6 +85,10 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
     def adds_lora_separately() -> bool:
         return True
 
+    @staticmethod
+    def scales_lora() -> bool:
+        return True
+
     @classmethod
     def is_supported_config(cls, request: BackendRequest) -> tuple[bool, str]:
         if request.format_name not in FORMAT_NAMES:
@@ -107,7 +111,7 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
         plan = _plan_rows(rows.topk_ids_MK, self.sizes.num_experts, rows.x_MD.dtype, rows.expected_choices)
         x_MD = rows.x_MD if rows.is_quantised else self.weights.quantise_input(rows.x_MD)
         x_PD = x_MD.index_select(0, plan.token_P)
-        segments = None
+        segments = slot_P = None
         if context is not None:
             slot_P = rows.slots_M.index_select(0, plan.token_P)
             slot_P[plan.padding] = BASE_SLOT
@@ -119,11 +123,16 @@ class TorchExperts(LoRAExpertsMixin, FusedMoEExpertsModular):
             plain_PD = x_PD if x_MD is rows.unquantised_MD else rows.unquantised_MD.index_select(0, plan.token_P)
             self.apply_w13_lora(context, u_PGF, plain_PD, segments)
         u_PGF = _grouped_gemm(u_PGF, x_PD, _w13(w, width13), plan)
+        has_gains = context is not None and context.bounds.has_gains
+        if has_gains and context is not None and slot_P is not None:
+            self.apply_w13_gains(context, u_PGF, plan.expert_P, slot_P, w.b13)
         h_PF = apply_activation(u_PGF, self.config.activation, is_interleaved=self.is_interleaved)
         y_PD = _seed(x_PD, w.b2, plan.expert_P, D, segments)
         if context is not None and segments is not None and y_PD is not None:
             self.apply_w2_lora(context, y_PD, h_PF, segments)
         y_PD = _grouped_gemm(y_PD, w.quantise_input(h_PF, of_w2=True), _w2(w, D), plan)
+        if has_gains and context is not None and slot_P is not None:
+            self.apply_w2_gains(context, y_PD, plan.expert_P, slot_P, w.b2)
 
         if not plan.is_all_local:
             y_PD = torch.cat([y_PD, y_PD.new_zeros(1, D)])

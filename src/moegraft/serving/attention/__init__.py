@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.serving.attention.latents import LatentExpansion
 
 IMPLEMENTATION = "moegraft_paged"
 
@@ -22,12 +23,13 @@ IMPLEMENTATION = "moegraft_paged"
 class AttentionOptions:
     """What a layer asks of its attention. window: a query sees this many keys, itself included; None all before it.
     softcap: scores x become softcap * tanh(x / softcap). sinks_H: a score per head that takes part in the softmax and
-    has no value."""
+    has no value. latents: how heads are made of what pages keep; keys and values are then latents and rotated keys."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     sinks_H: torch.Tensor | None = None
+    latents: LatentExpansion | None = None
 
 
 class AttentionStep(Protocol):
@@ -65,6 +67,7 @@ def paged_attention(  # noqa: PLR0913  # as transformers calls it
         window=sliding_window or None,
         softcap=softcap or None,
         sinks_H=s_aux,
+        latents=expansion if isinstance(expansion := vars(module).get("expand_kv"), LatentExpansion) else None,
     )
     layer: int = module.layer_idx  # type: ignore[assignment]
     return paged.attend(layer, query, key, value, options)[:, None], None

@@ -16,6 +16,8 @@ from moegraft.integrations.transformers.checkpoint.build import plain_config
 from moegraft.integrations.transformers.checkpoint.files import CONFIG_FILE
 from moegraft.integrations.transformers.checkpoint.scheme import QUANTISATION_FIELDS
 
+# Types of repositories with code of their own that is transformers' code of another type.
+_ALIASES = {"kimi_k2": "deepseek_v3"}
 _SEARCH_SECONDS = 10.0
 # Names of fields that count something, and the largest number that is taken.
 _CAPS = (
@@ -29,7 +31,8 @@ _CAPS = (
 def model_of_fields(fields: Mapping[str, Any], build: Callable[[PreTrainedConfig], PreTrainedModel]) -> PreTrainedModel:
     """``build`` of the config without its quantisation. Raises CheckpointError that names the file and the field."""
     check_sizes(fields)
-    model_type = fields.get("model_type")
+    model_type = _ALIASES.get(str(fields.get("model_type")), fields.get("model_type"))
+    fields = {**fields, "model_type": model_type}
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{CONFIG_FILE}: model_type is {shorten(model_type)}, expected one that transformers knows"

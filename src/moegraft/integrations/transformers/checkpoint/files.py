@@ -13,8 +13,10 @@ import torch
 from moegraft.core.errors import CheckpointError, FileError
 from moegraft.files import Folder, WeightFiles, WeightFolder, limits
 from moegraft.files.safetensors import DTYPES
+from moegraft.integrations.transformers.checkpoint.scheme import quantisation_fields
 
 CONFIG_FILE = "config.json"
+MODELOPT_FILE = "hf_quant_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 # What quantised checkpoints store beside the dtypes of plain weights, by safetensors' names.
@@ -58,9 +60,14 @@ class Checkpoint(Folder):
             raise CheckpointError(f"{self.path}: {CONFIG_FILE} is missing")
 
     def config(self) -> dict[str, Any]:
-        """``config.json``. Raises CheckpointError."""
+        """``config.json``, with what modelopt says of quantisation beside it. Raises CheckpointError."""
         with as_checkpoint_error():
-            return self.read_object(CONFIG_FILE, max_bytes=limits.MAX_CONFIG_BYTES)
+            config = self.read_object(CONFIG_FILE, max_bytes=limits.MAX_CONFIG_BYTES)
+            if quantisation_fields(config) is None and self.has(MODELOPT_FILE):
+                found = self.read_object(MODELOPT_FILE, max_bytes=limits.MAX_CONFIG_BYTES).get("quantization")
+                if isinstance(found, dict) and found.get("quant_algo"):
+                    config["quantization_config"] = {"quant_method": "modelopt", **found}
+            return config
 
     def generation_config(self) -> dict[str, Any] | None:
         """``generation_config.json``, None where there is none. Raises CheckpointError."""

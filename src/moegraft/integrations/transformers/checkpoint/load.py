@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from moegraft.integrations.transformers.checkpoint.files import (
 from moegraft.integrations.transformers.checkpoint.plan import CheckpointPlan, PackedLayer, plan_checkpoint
 from moegraft.integrations.transformers.checkpoint.scheme import (
     GROUP_ORDER,
+    cache_note,
     find_schemes,
     quantisation_fields,
     read_schemes,
@@ -45,11 +47,15 @@ _LOG = logging.getLogger("moegraft")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointStructure:
-    """A quantised checkpoint without its weights: the model on the meta device, and where every tensor goes."""
+    """A quantised checkpoint without its weights: the model on the meta device, and where every tensor goes.
+
+    ``cache_note``: what the config says of a quantised cache, in words.
+    """
 
     folder: Path
     model: PreTrainedModel
     plan: CheckpointPlan
+    cache_note: str | None = None
 
 
 def is_quantised(path: str | os.PathLike[str]) -> bool:
@@ -93,6 +99,8 @@ def load_quantised(
     model.config.name_or_path = str(folder.path)
     if generation_config is not None:
         model.generation_config = generation_config
+    if structure.cache_note is not None:
+        _LOG.info("%s: %s", folder.path, structure.cache_note)
     _LOG.info(
         "%s: experts of %d layers read by moegraft and kept packed (%s); %d linear maps dequantised to %s",
         folder.path,
@@ -134,16 +142,18 @@ def _structure(folder: Checkpoint, tensors: WeightFolder) -> CheckpointStructure
     if not targets:
         raise UnsupportedModelError(f"{folder.path}: {type(model).__name__} has no experts that moegraft can reach")
     stored = model.state_dict()
+    # What is ignored where it is unexpected is read where the model has it (the talker of the whole Qwen3-Omni).
+    patterns = sorted(model._keys_to_ignore_on_load_unexpected or ())
     plan = plan_checkpoint(
         tensors.infos,
         schemes,
         targets,
         model_type=model.config.model_type,
-        ignore=sorted(model._keys_to_ignore_on_load_unexpected or ()),
+        ignore=[pattern for pattern in patterns if not any(re.search(pattern, name) for name in stored)],
         integers={name.rpartition(".")[2] for name, tensor in stored.items() if not tensor.is_floating_point()},
     )
     _check_size(stored.values(), targets.values(), tensors.infos.values())
-    return CheckpointStructure(folder=folder.path, model=model, plan=plan)
+    return CheckpointStructure(folder=folder.path, model=model, plan=plan, cache_note=cache_note(fields))
 
 
 def _check_size(model: Iterable[torch.Tensor], experts: Iterable[ExpertsTarget], stored: Iterable[TensorInfo]) -> None:

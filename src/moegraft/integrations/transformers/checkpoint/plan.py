@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from moegraft.core.errors import CheckpointError
 from moegraft.files import TensorInfo
 from moegraft.files.renames import DOWN_NAMES, GATE_NAMES, UP_NAMES, Renamer
-from moegraft.integrations.transformers.checkpoint.scheme import PARTS, Layout, Parts, Scheme
+from moegraft.integrations.transformers.checkpoint.scheme import CACHE_SCALES, PARTS, Layout, Parts, Scheme
 from moegraft.lora.targets import ExpertsTarget
 
 _EXPERT = re.compile(r"(?P<experts>.+)\.(?P<index>0|[1-9][0-9]{0,5})\.(?P<proj>\w+)", re.ASCII)
 # Everything that gpt-oss keeps in an experts module; fp8 checkpoints of fused experts have the scales of theirs.
-_FUSED = re.compile(r"(?P<param>gate_up_proj|up_proj|down_proj)(?P<part>_blocks|_scales|_scale_inv|_bias)?")
+_FUSED = re.compile(
+    r"(?P<param>gate_up_proj|up_proj|down_proj)(?P<part>_blocks|_scales|_scale_inv|_bias|_activation_scale)?"
+)
+# Families whose fused experts are stored as [E, in, out] and turned round when transformers loads them.
+_TURNED_ROUND = ("qwen3_vl_moe", "qwen3_vl_moe_text")
 _FUSED_MARKERS = {Layout.MXFP4: "_blocks", Layout.FP8_BLOCKS: "_scale_inv"}
 
 
@@ -27,13 +31,14 @@ class PackedLayer:
     """One experts layer that is stored quantised.
 
     ``matrices``: (expert, "gate" | "up" | "down") -> {part: tensor}; or, for fused experts, ``fused``: tensors by
-    their last names. One of the two is empty.
+    their last names. One of the two is empty. ``is_turned``: fused matrices are stored as [in, out].
     """
 
     target: ExpertsTarget
     scheme: Scheme
     matrices: Mapping[tuple[int, str], Mapping[str, str]] = field(default_factory=dict)
     fused: Mapping[str, str] = field(default_factory=dict)
+    is_turned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +88,16 @@ def plan_checkpoint(
     part is quantised; names the file and the tensor.
     """
     left_out = re.compile("|".join(f"({pattern})" for pattern in ignore)) if ignore else None
-    ignored = tuple(name for name in infos if left_out is not None and left_out.search(name))
+    ignored = tuple(
+        name
+        for name in infos
+        if (left_out is not None and left_out.search(name)) or name.rpartition(".")[2] in CACHE_SCALES
+    )
     modules: dict[str, dict[str, str]] = {}
     for name in infos.keys() - set(ignored):
         module, _, part = name.rpartition(".")
         modules.setdefault(module, {})[part] = name
-    finder, planner = _ExpertsFinder(targets, model_type), _Planner(infos, schemes)
+    finder, planner = _ExpertsFinder(targets, model_type), _Planner(infos, schemes, model_type)
     plain: list[str] = []
     linears: dict[str, QuantisedLinear] = {}
     matrices: dict[str, dict[tuple[int, str], dict[str, str]]] = {}
@@ -169,7 +178,8 @@ class _ExpertsFinder:
 class _Planner:
     """Tells quantised matrices from plain ones, and checks that they are complete."""
 
-    def __init__(self, infos: Mapping[str, TensorInfo], schemes: Sequence[Scheme]) -> None:
+    def __init__(self, infos: Mapping[str, TensorInfo], schemes: Sequence[Scheme], model_type: str) -> None:
+        self._model_type = model_type
         self._infos = infos
         self._schemes = schemes
 
@@ -216,6 +226,7 @@ class _Planner:
     def _scheme(self, tensors: Mapping[str, str]) -> Scheme | None:
         """The scheme of which a matrix has the marker; where two share it, the dtype of the weight tells."""
         found = [s for s in self._schemes if s.layout in PARTS and PARTS[s.layout].marker in tensors]
+        found.sort(key=lambda scheme: -len(PARTS[scheme.layout].required & tensors.keys()))
         if len(found) > 1 and "weight" in tensors:
             dtype = self._infos[tensors["weight"]].dtype
             found = [scheme for scheme in found if scheme.weight_dtype is dtype] or found
@@ -247,7 +258,8 @@ class _Planner:
                 return None
             words = "; ".join(scheme.description for scheme in self._schemes)
             raise CheckpointError(f"{self._where(fused)}: fused experts that are not stored as {words}")
-        stored = ("_blocks", "_scales") if scheme.layout is Layout.MXFP4 else ("", "_scale_inv")
+        stored: tuple[str, ...] = ("_blocks", "_scales") if scheme.layout is Layout.MXFP4 else ("", "_scale_inv")
+        stored += ("_activation_scale",) if scheme.is_static else ()
         wanted = {param + part for param in (target.w13_param, target.w2_param) for part in stored}
         if wanted - fused.keys():
             raise CheckpointError(f"{target.name}: {min(wanted - fused.keys())} is missing")
@@ -255,4 +267,14 @@ class _Planner:
         if unknown:
             where = self._infos[fused[min(unknown)]].where
             raise CheckpointError(f"{where}: not known beside {_FUSED_MARKERS[scheme.layout]}")
-        return PackedLayer(target=target, scheme=scheme, fused=fused)
+        return PackedLayer(target=target, scheme=scheme, fused=fused, is_turned=self._is_turned(target, scheme, fused))
+
+    def _is_turned(self, target: ExpertsTarget, scheme: Scheme, fused: Mapping[str, str]) -> bool:
+        """Whether matrices are stored as [in, out], where the model has [out, in]; shapes tell, or the family."""
+        if scheme.layout is Layout.MXFP4:
+            return False
+        D, F = target.hidden_size, target.intermediate_size
+        for param, sizes in ((target.w13_param, ((1 + target.has_gate) * F, D)), (target.w2_param, (D, F))):
+            if sizes[0] != sizes[1]:
+                return tuple(self._infos[fused[param]].shape[1:]) == sizes[::-1]
+        return self._model_type in _TURNED_ROUND

@@ -27,6 +27,8 @@ class Layout(enum.StrEnum):
     FP8 = "float-quantized"  # compressed-tensors
     FP8_BLOCKS = "fp8"  # weight_scale_inv: DeepSeek, Qwen, MiniMax
     MXFP4 = "mxfp4"  # gpt-oss
+    NVFP4 = "NVFP4"  # modelopt
+    PACKED_NVFP4 = "nvfp4-pack-quantized"  # compressed-tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,13 @@ PARTS: Mapping[Layout, Parts] = {
     Layout.INT8: _parts("weight_scale", "weight weight_scale"),
     Layout.FP8: _parts("weight_scale", "weight weight_scale", "input_scale"),
     Layout.FP8_BLOCKS: _parts("weight_scale_inv", "weight weight_scale_inv", "activation_scale input_scale"),
+    Layout.NVFP4: _parts("weight_scale_2", "weight weight_scale weight_scale_2", "input_scale"),
+    Layout.PACKED_NVFP4: _parts(
+        "weight_global_scale", "weight_packed weight_scale weight_global_scale", "input_global_scale"
+    ),
 }
+CACHE_SCALES = frozenset({"k_scale", "v_scale", "kv_scale", "q_scale", "prob_scale"})
+"""Last names of what stands beside attention for a quantised cache."""
 GROUP_ORDER: Mapping[Layout, str] = {Layout.GPTQ: "g_idx", Layout.PACKED_INT4: "weight_g_idx"}
 """The part that tells the group of each input, of layouts that have one."""
 FORMAT_OF_LAYOUT: Mapping[Layout, str] = {
@@ -70,6 +78,8 @@ FORMAT_OF_LAYOUT: Mapping[Layout, str] = {
     Layout.FP8: "fp8",
     Layout.FP8_BLOCKS: "fp8",
     Layout.MXFP4: "mxfp4",
+    Layout.NVFP4: "nvfp4",
+    Layout.PACKED_NVFP4: "nvfp4",
 }
 """``ExpertsWeights.format_name`` of each layout."""
 
@@ -107,7 +117,7 @@ class Scheme:
     @property
     def weight_dtype(self) -> torch.dtype:
         """The name of ``weight``, where the layout has a tensor of that name."""
-        return torch.int8 if self.layout is Layout.INT8 else torch.float8_e4m3fn
+        return {Layout.INT8: torch.int8, Layout.NVFP4: torch.uint8}.get(self.layout, torch.float8_e4m3fn)
 
     @property
     def description(self) -> str:
@@ -158,6 +168,13 @@ def quantisation_fields(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
+def cache_note(config: Mapping[str, Any]) -> str | None:
+    """What a config says of a quantised cache, which is not used: keys and values stay in the model's dtype."""
+    fields = quantisation_fields(config) or {}
+    names = [name for name in ("kv_cache_scheme", "kv_cache_quant_algo") if fields.get(name)]
+    return f"quantization_config.{names[0]} is not used: keys and values are not quantised" if names else None
+
+
 class _Fields:
     """Fields of an untrusted object; each error names the field, what was found and what was expected."""
 
@@ -191,8 +208,8 @@ def _read_gptq(fields: _Fields) -> tuple[Scheme, ...]:
     fields.get("bits", 4, default=None)
     fields.get("pack_dtype", "int32", default="int32")
     rules = fields.fields.get("dynamic") or {}
-    if not isinstance(rules, Mapping) or not all(str(rule).startswith("-:") for rule in rules):
-        raise fields.refused("dynamic", rules, "rules that leave modules out (-:), no others")
+    if not isinstance(rules, Mapping) or not all(_changes_nothing(fields, *rule) for rule in rules.items()):
+        raise fields.refused("dynamic", rules, "rules that leave modules out (-:), or that repeat what holds for all")
     form = fields.get("checkpoint_format", "gptq", "gptq_v2", default=fields.fields.get("format", "gptq"))
     scheme = Scheme(
         layout=Layout.GPTQ,
@@ -201,6 +218,13 @@ def _read_gptq(fields: _Fields) -> tuple[Scheme, ...]:
         has_group_order=bool(fields.get("desc_act", True, False, None, default=None)),
     )
     return (scheme,)
+
+
+def _changes_nothing(fields: _Fields, rule: Any, values: Any) -> bool:
+    """A rule of GPTQModel that leaves modules out, which the tensors tell, or gives some the options of all."""
+    if str(rule).startswith("-:"):
+        return True
+    return isinstance(values, Mapping) and all(fields.fields.get(name) == value for name, value in values.items())
 
 
 def _read_awq(fields: _Fields) -> tuple[Scheme, ...]:
@@ -228,7 +252,18 @@ def _read_fp8(fields: _Fields) -> tuple[Scheme, ...]:
         block_size=None if block_size is None else (128, 128),
         is_static=fields.get("activation_scheme", "dynamic", "static", default="dynamic") == "static",
     )
-    return (scheme,)
+    if "weight_block_size" in fields.fields:
+        return (scheme,)
+    # AutoFP8 says nothing of blocks, and names its scales as compressed-tensors does.
+    return scheme, Scheme(layout=Layout.FP8, is_static=scheme.is_static)
+
+
+def _read_modelopt(fields: _Fields) -> tuple[Scheme, ...]:
+    """NVIDIA's: what is quantised how stands in its tensors; activations of fp8 have scales of their own."""
+    algo = fields.get("quant_algo", "FP8", "NVFP4", "MIXED_PRECISION", default=None)
+    fp8 = Scheme(layout=Layout.FP8, is_static=True)
+    nvfp4 = Scheme(layout=Layout.NVFP4, group_size=fields.get("group_size", 16, None, default=None) or 16)
+    return {"FP8": (fp8,), "NVFP4": (nvfp4,)}.get(algo, (fp8, nvfp4))
 
 
 def _read_mxfp4(fields: _Fields) -> tuple[Scheme, ...]:
@@ -241,7 +276,6 @@ def _read_compressed_tensors(fields: _Fields) -> tuple[Scheme, ...]:
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise fields.refused("sparsity_config", sparsity, "none: sparse weights are not served")
     fields.absent("transform_config", "rotations of activations are not served")
-    fields.absent("kv_cache_scheme", "a quantised cache is not served")
     groups = fields.object("config_groups")
     schemes = []
     for name in groups.fields:
@@ -265,10 +299,14 @@ _UNSORTED = ("weight", "static")
 
 def _read_group(group: _Fields, form: Any) -> Scheme:
     weights = group.object("weights")
-    layouts = {"pack-quantized": Layout.PACKED_INT4, "int-quantized": Layout.INT8, "float-quantized": Layout.FP8}
+    layouts = {str(layout): layout for layout in (Layout.PACKED_INT4, Layout.INT8, Layout.FP8, Layout.PACKED_NVFP4)}
     if not isinstance(form, str) or form not in layouts:
         raise group.refused("format", form, " or ".join(layouts))
     layout = layouts[form]
+    if layout is Layout.PACKED_NVFP4:  # activations are read as they are, whatever input_activations says
+        weights.get("num_bits", 4, default=None)
+        weights.get("type", "float", default=None)
+        return Scheme(layout=layout, group_size=weights.get("group_size", 16, default=None))
     weights.get("num_bits", 4 if layout is Layout.PACKED_INT4 else 8, default=None)
     weights.get("type", "float" if layout is Layout.FP8 else "int", default="int")
     symmetric = weights.get("symmetric", *((True, False) if layout is Layout.PACKED_INT4 else (True,)), default=True)
@@ -304,4 +342,5 @@ _READERS = {
     "gptq": _read_gptq,
     "awq": _read_awq,
     "compressed-tensors": _read_compressed_tensors,
+    "modelopt": _read_modelopt,
 }

@@ -9,6 +9,7 @@ import torch
 
 from moegraft.core.errors import CheckpointError
 from moegraft.formats.int4 import Int4Matrix
+from moegraft.formats.nvfp4 import dequantise
 from moegraft.formats.scaled import spread_blocks
 from moegraft.integrations.transformers.checkpoint.scheme import Layout, Scheme
 
@@ -35,7 +36,31 @@ def dequantise_linear(scheme: Scheme, parts: Mapping[str, torch.Tensor], where: 
     with unfit(f"{where}: {shapes} are no matrix stored as {scheme.description}"):
         if scheme.format_name == "int4":
             return int4_matrix(scheme, parts).values(torch.float32)
+        if scheme.format_name == "nvfp4":
+            return _nvfp4(scheme, parts)
         return _scaled(scheme, parts)
+
+
+def nvfp4_parts(scheme: Scheme) -> tuple[str, str, bool]:
+    """(last name of the codes, of the scale of the whole matrix, whether that divides instead of multiplying)."""
+    if scheme.layout is Layout.PACKED_NVFP4:
+        return "weight_packed", "weight_global_scale", True
+    return "weight", "weight_scale_2", False
+
+
+def check_block_scales(scale: torch.Tensor) -> None:
+    """Raises ValueError for scales that are no finite e4m3."""
+    if scale.dtype is not torch.float8_e4m3fn or bool(scale.float().isnan().any()):
+        raise ValueError(f"found scales of {scale.dtype}, expected torch.float8_e4m3fn without NaN")
+
+
+def _nvfp4(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    codes, whole, divides = nvfp4_parts(scheme)
+    if parts[codes].dim() != 2 or parts[codes].dtype is not torch.uint8 or parts[whole].numel() != 1:
+        raise ValueError(f"found {codes} in {parts[codes].dtype}, expected bytes on 2 axes and one scale of them all")
+    check_block_scales(parts["weight_scale"])
+    of_all = read_scale(parts[whole]).reshape(())
+    return dequantise(parts[codes], parts["weight_scale"], of_all.reciprocal() if divides else of_all)
 
 
 def int4_matrix(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> Int4Matrix:

@@ -13,9 +13,16 @@ from moegraft.formats.fp8 import Fp8Experts
 from moegraft.formats.int4 import SYMMETRIC_ZERO, Int4Experts, Int4Matrix
 from moegraft.formats.int8 import Int8Experts
 from moegraft.formats.mxfp4 import MXFP4Experts, MXFP4Matrix
+from moegraft.formats.nvfp4 import NVFP4Experts
 from moegraft.integrations.transformers.checkpoint.plan import PackedLayer
 from moegraft.integrations.transformers.checkpoint.scheme import Layout, Scheme
-from moegraft.integrations.transformers.checkpoint.unpack import int4_matrix, read_scale, unfit
+from moegraft.integrations.transformers.checkpoint.unpack import (
+    check_block_scales,
+    int4_matrix,
+    nvfp4_parts,
+    read_scale,
+    unfit,
+)
 
 Read = Callable[[str], torch.Tensor]
 
@@ -137,6 +144,9 @@ def _fp8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeig
         w13, w2, b13, b2 = (None if tensor is None else reader.to_device(tensor) for tensor in map(reader.fused, names))
         w13_scale, w2_scale = reader.fused_scales(f"{first}_scale_inv", f"{second}_scale_inv")
         assert w13 is not None and w2 is not None  # planned so
+        if reader.layer.is_turned:
+            w13, w2 = (tensor.view(torch.uint8).mT.contiguous().view(tensor.dtype) for tensor in (w13, w2))
+            w13_scale, w2_scale = (scale.mT if scale.dim() == 3 else scale for scale in (w13_scale, w2_scale))
     else:
         w13, w2, b13, b2 = reader.first("weight"), reader.second("weight"), None, None
         w13_scale, w2_scale = reader.scales(scale)
@@ -150,6 +160,9 @@ def _fp8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeig
         b13=None if b13 is None else b13.to(dtype),
         b2=None if b2 is None else b2.to(dtype),
     )
+    if reader.layer.fused:
+        static_of = [f"{name}_activation_scale" for name in (reader.target.w13_param, reader.target.w2_param)]
+        return weights.with_static_scales(*reader.fused_scales(*static_of)) if scheme.is_static else weights
     static = next((name for name in ("input_scale", "activation_scale") if reader.has(name)), None)
     if scheme.is_static != (static is not None):
         found, expected = ("none", "some") if scheme.is_static else (static, "none")
@@ -157,6 +170,26 @@ def _fp8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeig
     if static is not None:
         weights = weights.with_static_scales(*reader.scales(static))
     return weights
+
+
+def _nvfp4(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeights:
+    codes, whole, invert = nvfp4_parts(scheme)
+    scales = [read("weight_scale") for read in (reader.first, reader.second)]
+    for scale in scales:
+        check_block_scales(scale)
+    for part in ("input_scale", "input_global_scale"):
+        if reader.has(part):
+            reader.scales(part)  # checked, and not used: activations are read as they are
+    w13_global, w2_global = (scale.reciprocal() if invert else scale for scale in reader.scales(whole))
+    return NVFP4Experts.from_checkpoint(
+        w13=reader.first(codes),
+        w2=reader.second(codes),
+        w13_scale=scales[0],
+        w2_scale=scales[1],
+        w13_global=w13_global,
+        w2_global=w2_global,
+        num_halves=reader.num_halves,
+    )
 
 
 def _int8(reader: LayerReader, scheme: Scheme, dtype: torch.dtype) -> ExpertsWeights:
@@ -230,4 +263,6 @@ _READERS: dict[Layout, Callable[[LayerReader, Scheme, torch.dtype], ExpertsWeigh
     Layout.FP8: _fp8,
     Layout.FP8_BLOCKS: _fp8,
     Layout.MXFP4: _mxfp4,
+    Layout.NVFP4: _nvfp4,
+    Layout.PACKED_NVFP4: _nvfp4,
 }

@@ -123,6 +123,7 @@ class HostExperts(ABC):
             is_transposed=self.module.is_transposed,
             is_interleaved=self.is_interleaved,
             w13_param=self.w13_param,
+            weights=self.weights,
         )
 
     def config(self, top_k: int, dtype: torch.dtype, *, batch_invariant: bool = False) -> MoEConfig:
@@ -314,14 +315,22 @@ def packed_experts(module: nn.Module) -> PackedExperts | None:
 
 
 def empty_experts(module: nn.Module) -> None:
-    """Takes the parameters out of an experts module, so that nothing is loaded into them or initialised."""
+    """Takes the parameters out of an experts module, so that nothing is loaded into them or initialised.
+
+    Until weights are packed, empty tensors stand in their places: parents reach for them to initialise them.
+    """
     for name in list(module._parameters):
         del module._parameters[name]
+        place = torch.empty(0)
+        setattr(place, "_is_hf_initialized", True)  # noqa: B010  # what transformers asks before it fills a tensor
+        module.__dict__[name] = place
     setattr(module, "_is_hf_initialized", True)  # noqa: B010  # no attribute that nn.Module declares
 
 
 def pack_experts(module: nn.Module, weights: ExpertsWeights, dtype: torch.dtype) -> None:
     """Puts weights behind an emptied experts module."""
+    for name in [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]:
+        del module.__dict__[name]
     module.add_module(_PACKED, PackedExperts(weights, dtype))
 
 

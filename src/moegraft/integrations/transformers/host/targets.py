@@ -297,6 +297,7 @@ def _linear_targets(scope: TextScope, routers: Mapping[str, nn.Module]) -> dict[
             out_features=out_features,
             router=by_weight,
             weight=partial(getattr, module, "weight") if by_weight else _linear_weight(module),
+            has_bias=module._parameters.get("bias") is not None,
         )
     return targets
 
@@ -359,7 +360,18 @@ def _saveable(scope: TextScope, routers: Mapping[str, nn.Module]) -> dict[str, d
         if name in routers or name in linear_routers or name in heads or is_norm or isinstance(module, nn.Embedding):
             tensors = {**module._parameters, **module._buffers}
             saveable[name] = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        if name not in routers and _is_linear_map(module) and not _is_read_directly(name):
+            bias = _bias(module)
+            saveable[name] = saveable.get(name, {}) | ({} if bias is None else {"bias": bias})
     return {name: tensors for name, tensors in saveable.items() if tensors}
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    """The bias [out] of a linear map, zeros where it has none; None where it can have none."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if bias is not None or weight is None or weight.dtype not in WEIGHT_DTYPES or "bias" not in module._parameters:
+        return bias
+    return torch.zeros(cast("nn.Linear", module).out_features, dtype=weight.dtype)
 
 
 def _is_router_name(name: str) -> bool:

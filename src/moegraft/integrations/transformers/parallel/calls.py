@@ -71,13 +71,19 @@ class RankCalls:
         self._is_alone = not layout.is_parallel
 
     @contextmanager
-    def acquire(self, names: Sequence[str | None]) -> Iterator[tuple[AdapterBatch, GroupBatch | None]]:
-        """The adapters of this rank's rows and, where experts see rows of other ranks, those of all ranks' rows."""
-        if self._is_alone:
+    def acquire(
+        self, names: Sequence[str | None], agreed: Sequence[str | None] | None = None
+    ) -> Iterator[tuple[AdapterBatch, GroupBatch | None]]:
+        """The adapters of this rank's rows and, where experts see rows of other ranks, those of all ranks' rows.
+
+        ``agreed``: the latter, where the caller has agreed on them with the other ranks.
+        """
+        if self._is_alone or (agreed is not None and not self.layout.rows_travel):
             with self.adapters.bank.acquire(names) as batch:
                 yield batch, None
         else:
-            with self.adapters.acquire(names) as group:
+            group = self.adapters.acquire(names) if agreed is None else self.adapters.acquire_agreed(names, agreed)
+            with group:
                 yield group.own, group if self.layout.rows_travel else None
 
     @contextmanager

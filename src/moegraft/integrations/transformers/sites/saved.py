@@ -50,7 +50,8 @@ class SavedSeam(HookSeam):
     def install(self) -> None:
         """Raises UnsupportedModelError where a copy of the module could not run what the module runs."""
         self._copy({})
-        super().install()
+        # Before LoRA of the module, which is added to what the copy gives.
+        self.module.register_forward_hook(self._hook, with_kwargs=True, prepend=True)
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises UnsupportedModelError for modules that take or give more than tensors."""

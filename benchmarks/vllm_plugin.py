@@ -1,0 +1,324 @@
+#!/usr/bin/env python3
+"""Real vLLM with and without the plug-in, one after the other on one GPU: the same weights, adapters and requests.
+
+    python benchmarks/vllm_plugin.py                       # both, a table, and one line of JSON at the end
+    python benchmarks/vllm_plugin.py --layers 48 --batches 8,32
+
+Qwen3-30B-A3B's architecture with random weights and as many of its layers as asked for; adapters of rank 16 on
+attention and all experts. Times: `step_ms` is the median of the engine's steps in which all requests decode one token
+(wall clock around LLMEngine.step(), CUDA graphs on); `total_s` goes from prompts to the last token; `prefill_s` is one
+batch of prompts and one token each.
+
+Before anything is reported the engines' logprobs of the same prompts are compared. Their kernels round differently, and
+rows without adapters show by how much; rows with adapters may differ by twice that, and their adapter's own effect must
+be at least five times as large. Where that fails, or an engine does, there is no report and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ARCHITECTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16",
+    "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+    "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 151643, "eos_token_id": 151645,
+    "initializer_range": 0.02, "max_window_layers": 48, "sliding_window": None, "use_sliding_window": False,
+}  # fmt: skip
+VOCAB = 151936
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RANK, NUM_ADAPTERS, DISTINCT = 16, 8, 3
+PROMPT, OUTPUT = 128, 128
+CHECK_PROMPT, CHECK_OUTPUT = 64, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--batches", default="1,8,32,128")
+    parser.add_argument("--adapters", default="0,1,8")
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=270, help="seconds for each engine")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/vllm_plugin"))
+    parser.add_argument("--engine", choices=["with", "without"], help="one engine, in this process")
+    args = parser.parse_args()
+    if args.engine:
+        run_engine(args)
+        sys.stdout.flush()
+        os._exit(0)  # the engine's own end waits for threads
+    args.work.mkdir(parents=True, exist_ok=True)
+    write_model(args.work / "model", args.layers)
+    begin = time.perf_counter()
+    for number in range(DISTINCT):
+        write_adapter(args.work / f"adapter{number}", args.layers, seed=number)
+    print(f"adapters written in {time.perf_counter() - begin:.0f} s", flush=True)
+    results = {which: run_child(which, args) for which in ("with", "without")}
+    failed = [which for which, result in results.items() if result is None]
+    if failed:
+        sys.exit(f"no report: the engine {' and the engine '.join(failed)} the plug-in failed")
+    check = compare(results["with"]["logprobs"], results["without"]["logprobs"])
+    print(json.dumps({"logprobs": check}), flush=True)
+    if not check["alike"]:
+        sys.exit("no report: the engines' logprobs differ")
+    report(results, check)
+
+
+def run_child(which: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """An engine in a process of its own; None where it failed."""
+    file = args.work / f"{which}.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--engine", which, "--work", str(args.work)]
+    for name in ("layers", "batches", "adapters", "repeat", "limit"):
+        command += [f"--{name}", str(getattr(args, name))]
+    print(f"--- {which} the plug-in", flush=True)
+    subprocess.run(command, check=False)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+# ---- one engine
+
+
+def run_engine(args: argparse.Namespace) -> None:
+    """Checks and times one engine; writes its results to a file."""
+    faulthandler.dump_traceback_later(args.limit, exit=True)
+    start = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{args.engine} {time.perf_counter() - start:6.1f} s] {text}", flush=True)
+
+    if args.engine == "with":
+        from moegraft.integrations.vllm import register
+
+        register()
+    import vllm
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    say(f"vllm {vllm.__version__}, torch {torch.__version__}, {device_name()}")
+    batches = [int(batch) for batch in args.batches.split(",")]
+    llm = LLM(
+        model=str(args.work / "model"), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16",
+        max_model_len=PROMPT + OUTPUT + 16, max_num_seqs=max(batches),
+        max_num_batched_tokens=min(16384, max(2048, max(batches) * PROMPT)), gpu_memory_utilization=0.9,
+        enable_prefix_caching=False, generation_config="vllm", seed=0, disable_log_stats=True, enable_lora=True,
+        max_loras=NUM_ADAPTERS, max_lora_rank=RANK, max_cpu_loras=NUM_ADAPTERS,
+        compilation_config={"cudagraph_capture_sizes": sorted({1, 2, 4, *batches})},
+    )  # fmt: skip
+    startup = time.perf_counter() - start
+    say("engine started")
+    llm.apply_model(fill_weights)
+    adapters = [
+        LoRARequest(lora_name=f"adapter{i}", lora_int_id=i + 1, lora_path=str(args.work / f"adapter{i % DISTINCT}"))
+        for i in range(NUM_ADAPTERS)
+    ]
+    begin = time.perf_counter()
+    for adapter in adapters:
+        llm.llm_engine.add_lora(adapter)
+    load = (time.perf_counter() - begin) / NUM_ADAPTERS
+    say(f"adapters loaded, {load:.1f} s each")
+    result: dict[str, Any] = {
+        "gpu": device_name(), "torch": torch.__version__, "vllm": vllm.__version__,
+        "startup_s": round(startup, 1), "load_s": round(load, 2), "logprobs": check_rows(llm, adapters), "rows": [],
+        "layers": llm.apply_model(lora_layers)[0],
+    }  # fmt: skip
+    say("logprobs taken; " + ", ".join(result["layers"]))
+    for kind in (int(kind) for kind in args.adapters.split(",")):
+        for batch in batches:
+            if kind <= max(1, batch):
+                row = {"batch": batch, "adapters": kind, **time_batch(llm, adapters[:kind], batch, args.repeat)}
+                say(json.dumps(row))
+                result["rows"].append(row)
+    (args.work / f"{args.engine}.json").write_text(json.dumps(result))
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+
+
+def fill_weights(model: torch.nn.Module) -> None:
+    """The same random weights whoever wraps the modules, large enough that adapters and experts matter."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            name = name.replace("base_layer.", "")
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.02, generator=generator)
+            else:
+                parameter.fill_(1.0)
+
+
+def lora_layers(model: torch.nn.Module) -> list[str]:
+    """Modules of the classes that serve LoRA."""
+    classes = {type(module) for module in model.modules() if "WithLoRA" in type(module).__name__}
+    return sorted({f"{cls.__module__}.{cls.__name__}" for cls in classes})
+
+
+def prompts_of(count: int, length: int, seed: int) -> list[dict[str, list[int]]]:
+    rng = random.Random(seed)
+    return [{"prompt_token_ids": [rng.randrange(10, VOCAB - 1000) for _ in range(length)]} for _ in range(count)]
+
+
+def check_rows(llm: Any, adapters: list[Any]) -> dict[str, Any]:
+    """Logprobs of one prompt in a mixed batch: base rows and a row of each adapter, prompt and first tokens."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=CHECK_OUTPUT, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
+    )
+    rows = [None, *adapters, None]
+    outputs = llm.generate(
+        prompts_of(1, CHECK_PROMPT, seed=5) * len(rows), params, lora_request=rows, use_tqdm=False
+    )  # fmt: skip
+    prompt = [[next(iter(step.values())).logprob for step in output.prompt_logprobs[1:]] for output in outputs]
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    decoded = [
+        [step[token].logprob for token, step in zip(found, output.outputs[0].logprobs, strict=True)]
+        for found, output in zip(tokens, outputs, strict=True)
+    ]
+    return {"names": [row and row.lora_name for row in rows], "prompt": prompt, "tokens": tokens, "decoded": decoded}
+
+
+def time_batch(llm: Any, adapters: list[Any], batch: int, repeat: int) -> dict[str, float]:
+    """Medians of decode steps, time from prompts to end, and time of prompts alone."""
+    loras = [adapters[i % len(adapters)] if adapters else None for i in range(batch)]
+    run(llm, batch, loras, 8, seed=7)  # kernels of this size
+    run(llm, batch, loras, 1, seed=8)
+    prefill = min(sum(run(llm, batch, loras, 1, seed=9 + i)) for i in range(repeat))
+    runs = [run(llm, batch, loras, OUTPUT, seed=20 + i) for i in range(repeat)]
+    steps = [statistics.median(times[-OUTPUT + OUTPUT // 8 : -2]) for times in runs]
+    return {
+        "step_ms": round(1e3 * min(steps), 3), "total_s": round(min(map(sum, runs)), 4), "prefill_s": round(prefill, 4)
+    }  # fmt: skip
+
+
+def run(llm: Any, batch: int, loras: list[Any], output: int, seed: int) -> list[float]:
+    """Seconds of each of the engine's steps."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
+    requests = loras if any(loras) else None
+    llm.enqueue(prompts_of(batch, PROMPT, seed), params, lora_request=requests, use_tqdm=False)
+    times = []
+    while llm.llm_engine.has_unfinished_requests():
+        begin = time.perf_counter()
+        llm.llm_engine.step()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+# ---- both
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Mean absolute differences of logprobs; ``alike``: what the module's first lines say."""
+    names = ours["names"]
+    base = names.index(None)
+    errors = [_distance(a, b) for a, b in zip(ours["prompt"], theirs["prompt"], strict=True)]
+    decoded = [
+        _decoded_distance(ours, theirs, row)
+        for row in range(len(names))
+        if ours["tokens"][row][0] == theirs["tokens"][row][0]
+    ]
+    effects = [_distance(row, theirs["prompt"][base]) for row in theirs["prompt"]]
+    of_base = max(error for error, name in zip(errors, names, strict=True) if name is None)
+    of_adapters = max(error for error, name in zip(errors, names, strict=True) if name is not None)
+    effect = min(effect for effect, name in zip(effects, names, strict=True) if name is not None)
+    return {
+        "base_error": round(of_base, 5), "adapter_error": round(of_adapters, 5), "adapter_effect": round(effect, 5),
+        "decoded_error": round(max(decoded, default=float("nan")), 5), "decoded_rows": len(decoded),
+        "alike": of_adapters <= 2 * of_base + 0.01 and effect >= 5 * of_adapters and len(decoded) > 0,
+    }  # fmt: skip
+
+
+def _distance(a: list[float], b: list[float]) -> float:
+    return statistics.fmean(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def _decoded_distance(ours: dict[str, Any], theirs: dict[str, Any], row: int) -> float:
+    """As far as both chose the same tokens."""
+    pairs = []
+    for step, (a, b) in enumerate(zip(ours["tokens"][row], theirs["tokens"][row], strict=True)):
+        if a != b:
+            break
+        pairs.append(abs(ours["decoded"][row][step] - theirs["decoded"][row][step]))
+    return statistics.fmean(pairs)
+
+
+def report(results: dict[str, Any], check: dict[str, Any]) -> None:
+    """The table, and the last line."""
+    rows, gains = [], {}
+    heads = ("step, ms: without -> with", "prompts to end, s", "prompts, s")
+    print(f"{'batch':>6} {'adapters':>9} | " + " | ".join(f"{head:<28}" for head in heads))
+    for theirs, ours in zip(results["without"]["rows"], results["with"]["rows"], strict=True):
+        cells = [f"{theirs['batch']:>6} {theirs['adapters']:>9}"]
+        row = {key: ours[key] for key in ("batch", "adapters")}
+        for key, width in (("step_ms", 8), ("total_s", 7), ("prefill_s", 6)):
+            gain = theirs[key] / ours[key]
+            cells.append(f"{theirs[key]:>{width + 3}} -> {ours[key]:>{width}} {gain:5.2f}")
+            row |= {f"{key}_without": theirs[key], f"{key}_with": ours[key]}
+            gains[f"{key}:{ours['batch']}:{ours['adapters']}"] = round(gain, 3)
+        print(" | ".join(cells))
+        rows.append(row)
+    keys = ("gpu", "torch", "vllm")
+    sides = {f"{key}_{which}": results[which][key] for which in results for key in ("startup_s", "load_s")}
+    print(json.dumps({**{key: results["with"][key] for key in keys}, **sides, **check, "faster": gains, "rows": rows}))
+
+
+def write_model(folder: Path, layers: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**ARCHITECTURE, "num_hidden_layers": layers}))
+
+
+def write_adapter(folder: Path, layers: int, seed: int) -> None:
+    """As PEFT saves it, without needing PEFT or safetensors: bfloat16, A and B of std 0.02 and 0.05."""
+    folder.mkdir(parents=True, exist_ok=True)
+    D, F, E = ARCHITECTURE["hidden_size"], ARCHITECTURE["moe_intermediate_size"], ARCHITECTURE["num_experts"]
+    q, kv = 32 * 128, 4 * 128
+    maps: dict[str, tuple[int, int]] = {}
+    for layer in range(layers):
+        at = f"base_model.model.model.layers.{layer}"
+        for name, size_in, size_out in (("q_proj", D, q), ("k_proj", D, kv), ("v_proj", D, kv), ("o_proj", q, D)):
+            maps[f"{at}.self_attn.{name}"] = (size_in, size_out)
+        for expert in range(E):
+            for name, size_in, size_out in (("gate_proj", D, F), ("up_proj", D, F), ("down_proj", F, D)):
+                maps[f"{at}.mlp.experts.{expert}.{name}"] = (size_in, size_out)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    header, blocks, end = {}, [], 0
+    for name, (size_in, size_out) in maps.items():
+        for side, shape, std in (("A", [RANK, size_in], 0.02), ("B", [size_out, RANK], 0.05)):
+            block = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_(std=std, generator=generator)
+            header[f"{name}.lora_{side}.weight"] = {
+                "dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * block.numel()]
+            }  # fmt: skip
+            blocks.append(block.flatten())
+            end += 2 * block.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "adapter_model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(torch.cat(blocks).cpu().view(torch.uint8).numpy().tobytes())
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0,
+        "bias": "none", "base_model_name_or_path": "local", "inference_mode": True,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""vLLM's manager of adapters over pages: what a file means, when pages are filled, and when they are given back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm.lora.worker_manager as worker_manager
+from vllm.logger import init_logger
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.utils import get_adapter_absolute_path
+
+from moegraft.core.errors import AdapterError, AdapterMemoryError
+from moegraft.core.memory import format_bytes, parse_bytes
+from moegraft.integrations.vllm.linear_layers import PagedLinear, Serving
+from moegraft.integrations.vllm.moe_layers import PagedExperts, PagedFusedMoEWithLoRA
+from moegraft.integrations.vllm.pages import SlotPages
+from moegraft.integrations.vllm.versions import (
+    finish_mapping,
+    prepare_mapping,
+    wanted_memory,
+    wanted_mode,
+    why_not_lora,
+)
+from moegraft.lora.peft.config import CONFIG_FILE, PeftConfig, read_config
+from moegraft.lora.targets import ModelTargets
+
+if TYPE_CHECKING:
+    from vllm.lora.lora_model import LoRAModel
+
+logger = init_logger("vllm.moegraft")
+
+
+class PagedLoRAModelManager(LRUCacheLoRAModelManager):
+    """One pool of pages for all layers of the model; slots are vLLM's own numbers."""
+
+    pages: SlotPages | None = None
+
+    def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        self._model_dtype = vllm_config.model_config.dtype
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)
+
+    def _create_lora_modules(self) -> None:
+        """vLLM's layers, ours among them, then the pages that ours share."""
+        reason = why_not_lora(self.lora_config, self._model_dtype)
+        if reason is None and not self._is_moe and wanted_mode() != "all":
+            reason = "the model has no experts"
+        Serving.linears = reason is None
+        try:
+            super()._create_lora_modules()
+        finally:
+            Serving.linears = False
+        if reason is not None:
+            logger.info("moegraft leaves LoRA to vLLM: %s", reason)
+            return
+        experts, linears = self._paged(PagedExperts), self._paged(PagedLinear)
+        if self._is_moe and not experts:
+            logger.info(
+                "moegraft serves linear maps only: the experts' weights are quantised or have kernels of vLLM's"
+            )
+        if experts or linears:
+            self._make_pages(experts, linears)
+
+    def _paged(self, kind: type) -> dict[str, Any]:
+        return {name: module for name, module in self.modules.items() if isinstance(module, kind)}
+
+    def _make_pages(self, experts: dict[str, Any], linears: dict[str, Any]) -> None:
+        layers = experts | linears
+        memory = wanted_memory()
+        self.pages = SlotPages(
+            ModelTargets(
+                model_type="vllm",
+                experts={name: layer.target(name) for name, layer in experts.items()},
+                linears={name: layer.target(name) for name, layer in linears.items()},
+            ),
+            {name: layer.largest() for name, layer in layers.items()},
+            num_slots=self.lora_slots,
+            dtype=self.lora_config.lora_dtype,
+            device=self.device,
+            capacity_bytes=None if memory is None else parse_bytes(memory),
+        )
+        for name, layer in experts.items():
+            layer.bind(self.pages.tables.experts[name])
+        for name, layer in linears.items():
+            layer.bind(self.pages.tables.linears[name])
+        for wrapper in {id(layer.punica_wrapper): layer.punica_wrapper for layer in layers.values()}.values():
+            prepare_mapping(wrapper)
+        dense = sum(layer.dense_bytes() for layer in layers.values())
+        logger.info(
+            "moegraft serves LoRA of %d experts layers and %d linear maps: %s of pages in place of %s of buffers",
+            len(experts), len(linears), format_bytes(self.pages.pool.capacity_bytes), format_bytes(dense),
+        )  # fmt: skip
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """vLLM's, and then the pages of the slot: other adapters leave, the longest unused first, where they must.
+
+        Raises AdapterMemoryError where the adapter finds no room even so; it is not active then.
+        """
+        pages = self.pages
+        if pages is None or lora_id in self._active_adapters:
+            return bool(super().activate_adapter(lora_id))
+        result = bool(super().activate_adapter(lora_id))
+        slot = self.lora_index_to_id.index(lora_id)
+        parts = {}
+        for name, layer in (self._paged(PagedExperts) | self._paged(PagedLinear)).items():
+            if layer.parts:
+                parts[name] = layer.parts
+            layer.parts = ()
+        try:
+            self._make_room(pages.pages_of(parts), lora_id)
+            pages.put(slot, parts)
+        except AdapterError:
+            self.deactivate_adapter(lora_id)
+            raise
+        logger.debug("adapter %d takes %d of %d pages", lora_id, pages.held(slot), pages.pool.num_pages)
+        return result
+
+    def _make_room(self, num_pages: int, lora_id: int) -> None:
+        assert self.pages is not None
+        while self.pages.pool.num_free < num_pages:
+            others = [other for other in self._active_adapters.order if other != lora_id]
+            if not others:
+                raise AdapterMemoryError(
+                    f"adapter {lora_id} takes {num_pages} pages of {format_bytes(self.pages.pool.page_bytes)}, "
+                    f"{self.pages.pool.num_free} of {self.pages.pool.num_pages} are free"
+                )
+            self.deactivate_adapter(others[0])
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        slot = self.lora_index_to_id.index(lora_id) if lora_id in self.lora_index_to_id else None
+        super()._deactivate_adapter(lora_id)
+        if self.pages is not None and slot is not None:
+            self.pages.drop(slot)
+
+    def remove_all_adapters(self) -> None:
+        """vLLM's, and all pages are free."""
+        super().remove_all_adapters()
+        if self.pages is not None:
+            for slot in range(self.lora_slots):
+                self.pages.drop(slot)
+
+    def _set_adapter_mapping(self, mapping: Any) -> None:
+        super()._set_adapter_mapping(mapping)
+        if self.pages is not None:
+            num_rows = len(mapping.index_mapping)
+            Serving.run_length = max(1, num_rows // max(1, len(mapping.prompt_mapping)))
+            for wrapper in self.punica_wrapper_mapping.values():
+                finish_mapping(wrapper, num_rows)
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        for name, layer in self._paged(PagedFusedMoEWithLoRA).items():
+            if name in self.packed_modules and not layer.enable_moe_shared_loras:
+                names = self._restrict_to_local_experts(name, self.packed_modules[name])
+                complete_experts(lora_model.loras, names, layer)
+        super()._create_merged_loras_inplace(lora_model)
+
+
+def complete_experts(loras: dict[str, LoRALayerWeights], names: list[str], layer: Any) -> None:
+    """Gives every expert all its matrices, as vLLM needs them: of rank 0 where the adapter has none of a projection,
+    of zeros where it has those of other experts, padded with zeros where another expert's rank is larger."""
+    if not any(name in loras for name in names):
+        return
+    per_expert = 3 if layer.moe_config.is_act_and_mul else 2
+    inner, outer = layer.intermediate_size_per_partition * layer.tp_size, layer.hidden_size
+    sizes = ((outer, inner), (inner, outer), (outer, inner))[:per_expert]  # gate, down, up
+    for projection, (size_in, size_out) in enumerate(sizes):
+        of_projection = names[projection::per_expert]
+        rank = max((loras[name].lora_a.shape[0] for name in of_projection if name in loras), default=0)
+        for name in of_projection:
+            held = loras.get(name)
+            if held is not None and held.lora_a.shape[0] == rank:
+                continue
+            a = torch.zeros(rank, size_in, dtype=layer.lora_dtype)
+            b = torch.zeros(size_out, rank, dtype=layer.lora_dtype)
+            if held is not None:
+                a[: held.lora_a.shape[0]] = held.lora_a
+                b[:, : held.lora_b.shape[1]] = held.lora_b
+            loras[name] = LoRALayerWeights(name, 1, 1, a, b)
+
+
+def fold_scales(lora_model: LoRAModel, config: PeftConfig, max_rank: int) -> None:
+    """Each module's scale as PEFT has it (rank_pattern, alpha_pattern, rsLoRA), folded into B; vLLM's become 1.
+
+    Raises ValueError where the rank of a module is above ``max_rank``.
+    """
+    for name, lora in lora_model.loras.items():
+        rank, _ = config.rank(name)
+        if rank > max_rank:
+            raise ValueError(f"the rank of {name} is {rank}, max_lora_rank is {max_rank}")
+        lora.lora_b *= config.scale(name, rank)
+        lora.rank, lora.lora_alpha, lora.scaling = rank, rank, 1
+
+
+def install() -> None:
+    """Both managers of vLLM's workers make ours; what they load means what PEFT says."""
+    workers = (worker_manager.WorkerLoRAManager, worker_manager.LRUCacheWorkerLoRAManager)
+    if workers[1]._manager_cls is PagedLoRAModelManager:
+        return
+    workers[1]._manager_cls = PagedLoRAModelManager
+    theirs = workers[0]._load_adapter
+
+    def _load_adapter(self: Any, lora_request: Any) -> LoRAModel:
+        lora = theirs(self, lora_request)
+        manager = self._adapter_manager
+        if isinstance(manager, PagedLoRAModelManager) and manager.pages is not None:
+            file = Path(get_adapter_absolute_path(lora_request.lora_path)) / CONFIG_FILE
+            if lora_request.tensorizer_config_dict is None and file.is_file():
+                try:
+                    config = read_config(file.read_bytes())
+                except AdapterError as error:
+                    raise ValueError(f"adapter {lora_request.lora_name}: {error}") from error
+                fold_scales(lora, config, self.lora_config.max_lora_rank)
+        return lora
+
+    workers[0]._load_adapter = _load_adapter

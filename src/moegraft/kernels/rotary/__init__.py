@@ -1,0 +1,1 @@
+"""Rotary position embeddings of queries and keys, in one launch."""

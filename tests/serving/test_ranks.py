@@ -1,0 +1,166 @@
+"""One engine over two ranks, real processes over gloo: its tokens are those of each request alone, whatever happens."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.churn import NARROW, Churn, expect
+from support.families import build
+from support.http_server import Served, eventually, make_served
+from support.serving import draw_prompts
+
+from moegraft import Engine, ParallelConfig, SamplingParams
+from moegraft.serving.requests import EngineClosedError, FinishReason, Request
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, min_tokens=8)
+LONG = SamplingParams(temperature=0, max_tokens=120, min_tokens=120)
+NAMES = ("fused", None, "per_expert", "dora", "everything", "save lm_head", None, "lm_head", "embeddings", "save norms")
+LENGTHS = (7, 4, 16, 3, 5, 20, 33, 8, 9, 12)
+
+
+def layout(**sizes: Any) -> dict[str, Any]:
+    return {"parallel": ParallelConfig(timeout_seconds=20.0, **sizes), "device": "cpu"}
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp": layout(tp=2),
+    "ep": layout(ep=2),
+    "ep, data parallel": layout(ep=2, data_parallel=True),
+    "tp by transformers' plan": {**layout(tp=2), "plan": True},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    build("qwen3_moe").save_pretrained(folder)
+    return folder
+
+
+def followers() -> list[multiprocessing.process.BaseProcess]:
+    return [child for child in multiprocessing.active_children() if child.name.startswith("rank ")]
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_tokens_are_those_of_one_process(checkpoint: Path, kinds: dict[str, Path], truth: Any, how: str) -> None:
+    """Mixed adapters in chunks; then they come, go and change under fire, and some cannot be read."""
+    requests = list(zip(draw_prompts(LENGTHS), NAMES, strict=True))
+    # The same number of pages in all: where ranks share heads or sequences, a rank has half.
+    kv_memory = NARROW["kv_memory"] // (2 if "data" in how or "plan" in how else 1)
+    with Engine(checkpoint, **{**NARROW, "kv_memory": kv_memory}, **LAYOUTS[how]) as engine:
+        assert len(followers()) == 1
+        heads = {shape.kv_heads for shape in engine._loop.runner.shapes.values()}
+        assert heads == ({1} if "plan" in how else {2})  # pages hold the keys of this rank's heads
+        for name, path in kinds.items():
+            engine.load_adapter(name, path)
+        found = list(engine.generate(requests, GREEDY))
+        assert [each.outputs[0].error for each in found] == [None] * len(found)
+        assert [each.token_ids for each in found] == truth(requests, 8)
+        for name in kinds:
+            engine.unload_adapter(name)
+        churn = Churn(engine, kinds, expect(truth))
+        churn.run(3)
+        churn.check_end()
+    assert not followers()
+
+
+def test_a_lost_rank_ends_all(checkpoint: Path, kinds: dict[str, Path]) -> None:
+    """Requests that run, requests that come later, and loading say which rank is gone."""
+    spread = LAYOUTS["ep, data parallel"]
+    with Engine(checkpoint, adapters={"a": kinds["fused"]}, adapter_memory="4MiB", **spread) as engine:
+        heard: list[str] = []
+        engine.on_failure = heard.append
+        prompt = draw_prompts([5])[0]
+        stream = engine.submit(Request(request_id="1", prompt_ids=prompt, adapter="a", sampling=LONG))
+        assert stream.get(30) is not None
+        os.kill(followers()[0].pid or 0, signal.SIGKILL)
+        began = time.monotonic()
+        while (event := stream.get(60)) is not None:
+            last = event
+        assert time.monotonic() - began < 20
+        assert last.finish_reason is FinishReason.ERROR
+        assert last.error == "rank 1 of 2: was killed by SIGKILL" == engine.failure
+        eventually(lambda: heard == [engine.failure])
+        with pytest.raises(EngineClosedError, match="rank 1 of 2: was killed by SIGKILL"):
+            engine.submit(Request(request_id="2", prompt_ids=prompt, sampling=GREEDY))
+        with pytest.raises(EngineClosedError, match="rank 1 of 2: was killed by SIGKILL"):
+            engine.load_adapter("b", kinds["fused"])
+    assert not followers()
+
+
+COMMAND = [sys.executable, "-c", "from moegraft.cli import main; main()", "serve"]
+
+
+@contextmanager
+def serving(served: Served, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    sizes = ["--port", "0", "--kv-memory", "4MiB", "--adapter-memory", "16MiB", "--device", "cpu"]
+    adapters = ["--adapter", f"a={served.adapters['experts']}"]
+    command = [*COMMAND, str(served.model), *adapters, *sizes, *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line):
+                yield process, found[1]
+                return
+        raise AssertionError("the server did not start: " + "".join(lines))
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """Ranks, beside multiprocessing's own tracker."""
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return make_served(tmp_path_factory.mktemp("served"))
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_server_ends_with_a_lost_rank(served: Served, killed: int) -> None:
+    """Its supervisor starts it again: the exit code is not zero, and no rank is left."""
+    with serving(served, "--ep", "2") as (process, url):
+        body = {"model": "a", "prompt": "x", "max_tokens": 4, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        expected = served.tokenizer.decode(served.alone("x", "experts", max_new_tokens=4), skip_special_tokens=True)
+        assert answer["choices"][0]["text"] == expected
+        (rank_1,) = children(process)
+        body |= {"max_tokens": 400, "min_tokens": 400, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as streamed:
+            lines = streamed.iter_lines()
+            next(lines)
+            os.kill(process.pid if killed == 0 else rank_1, signal.SIGKILL)
+            if killed == 1:
+                assert "rank 1 of 2: was killed by SIGKILL" in "".join(lines)
+        assert process.wait(30) == (-signal.SIGKILL if killed == 0 else 1)
+        assert process.stderr is not None
+        if killed == 1:
+            assert "error: rank 1 of 2: was killed by SIGKILL" in process.stderr.read()
+        deadline = time.monotonic() + 20
+        while is_running(rank_1):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)

@@ -1,0 +1,179 @@
+"""Real vLLM with the plug-in: logprobs of mixed batches against PEFT or merged weights, on tiny models.
+
+One process of vLLM a model (``support.vllm_run``). Where vLLM is missing they fail: scripts/test.sh installs it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.vllm_cpu import ROOT, environment, missing
+from support.vllm_models import Case, by_merging, by_peft, new_case
+
+# float32 sums in other orders through two layers give about 3e-6; an adapter changes logprobs by more than 0.1.
+TOL = 3e-5
+PROMPTS = ([5, 6, 7, 8], [9, 10, 11])
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    reason = missing()
+    assert reason is None, reason
+
+
+def rows_of(*names: str | None) -> list[list[object]]:
+    return [[name, prompt] for name in names for prompt in PROMPTS]
+
+
+def attention(layers: int, rank: int, projections: str = "qkvo") -> dict[str, int]:
+    return {f"model.layers.{i}.self_attn.{p}_proj": rank for i in range(layers) for p in projections}
+
+
+def experts(layers: range, numbers: range, ranks: dict[str, int], block: str = "mlp") -> dict[str, int]:
+    return {
+        f"model.layers.{i}.{block}.experts.{e}.{projection}": rank
+        for i in layers
+        for e in numbers
+        for projection, rank in ranks.items()
+    }
+
+
+def check(case: Case, rows: list[list[object]], found: list[dict[str, object]]) -> None:
+    assert case.worst(rows, found) < TOL
+    base = [row for row in rows if row[0] is None]
+    assert case.worst(base, [one for row, one in zip(rows, found, strict=True) if row[0] is None]) < TOL
+    for row, one in zip(rows, found, strict=True):  # the adapter shows
+        if row[0] is not None:
+            assert case.worst([[None, row[1]]], [one]) > 1000 * TOL
+
+
+def test_qwen3_moe_through_the_life_of_adapters(tmp_path: Path) -> None:
+    """Ranks by pattern and rsLoRA, in one batch with an adapter of PEFT's; replaced in place, more adapters than slots,
+    removed: their pages come back."""
+    case = new_case("qwen3_moe", tmp_path)
+    every = {"gate_proj": 4, "up_proj": 4, "down_proj": 3}
+    maps = attention(2, 4) | experts(range(2), range(8), every)
+    case.truths["hand"] = by_merging(case.model, tmp_path / "hand", 1, maps, alpha=8.0, use_rslora=True)
+    case.truths["peft"] = by_peft(
+        case.model, tmp_path / "peft", 2, r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "o_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 5},
+    )  # fmt: skip
+    # One side of some experts, of unequal ranks.
+    some = experts(range(1), range(1, 4), {"down_proj": 2}) | {"model.layers.1.mlp.experts.5.down_proj": 6}
+    case.truths["some"] = by_merging(case.model, tmp_path / "some", 3, some, alpha=6.0)
+    later = by_merging(case.model, tmp_path / "later", 4, experts(range(2), range(8), every), alpha=8.0)
+    mixed, replaced = rows_of(None, "hand", "peft"), rows_of("hand")
+    case.stages = [
+        mixed,
+        rows_of(None, "some", "hand"),
+        {"replace": ["hand", str(tmp_path / "later")]},
+        replaced,
+        {"remove": "hand"},
+        {"remove": "some"},
+        {"remove": "peft"},
+        rows_of(None),
+    ]
+    result = case.run()
+    found, pages = result["stages"], result["pages"]
+    ours = "moegraft.integrations.vllm"
+    for name in (f"{ours}.experts.MoegraftExperts", f"{ours}.linear_layers.MergedQKVParallelLinearWithLoRA"):
+        assert name in result["layers"]
+    check(case, mixed, found[0])
+    check(case, case.stages[1], found[1])
+    assert case.worst(replaced, found[3]) > 1000 * TOL
+    case.truths["hand"] = later
+    check(case, replaced, found[3])
+    assert case.worst(rows_of(None), found[7]) < TOL
+    assert pages[0] > 0 and pages[-1] == 0
+    assert "in place of" in case.log
+
+
+def test_mixtral(tmp_path: Path) -> None:
+    case = new_case("mixtral", tmp_path)
+    block = "block_sparse_moe"
+    every = experts(range(2), range(4), {"w1": 2, "w2": 2, "w3": 2}, block)
+    case.truths["all"] = by_merging(case.model, tmp_path / "all", 1, every | attention(2, 2, "qv"), alpha=4.0)
+    case.truths["gate"] = by_merging(
+        case.model, tmp_path / "gate", 2, experts(range(2), range(4), {"w1": 7}, block), alpha=7.0
+    )  # fmt: skip
+    case.stages = [rows_of(None, "all", "gate")]
+    check(case, case.stages[0], case.run()["stages"][0])
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    """Experts stacked in one tensor, gate and up alternating, with biases."""
+    case = new_case("gpt_oss", tmp_path)
+    stacked = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    case.truths["stacked"] = by_peft(
+        case.model, tmp_path / "stacked", 1, r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"],
+        target_parameters=stacked,
+    )  # fmt: skip
+    case.truths["attention"] = by_peft(
+        case.model, tmp_path / "attention", 2, r=2, lora_alpha=8, target_modules=["k_proj", "v_proj"]
+    )
+    case.stages = [rows_of(None, "stacked", "attention")]
+    check(case, case.stages[0], case.run()["stages"][0])
+
+
+def test_deepseek_v3(tmp_path: Path) -> None:
+    """Shared experts, a dense layer, groups of experts, a router with a bias."""
+    case = new_case("deepseek_v3", tmp_path)
+    every = experts(range(1, 2), range(8), {"gate_proj": 4, "up_proj": 4, "down_proj": 4})
+    maps = {f"model.layers.{i}.self_attn.{p}": 4 for i in range(2) for p in ("q_b_proj", "o_proj")}
+    shared = {f"model.layers.1.mlp.shared_experts.{p}_proj": 4 for p in ("gate", "up", "down")}
+    dense = {f"model.layers.0.mlp.{p}_proj": 4 for p in ("gate", "down")}
+    case.truths["all"] = by_merging(case.model, tmp_path / "all", 1, every | maps | shared | dense, alpha=4.0)
+    case.truths["shared"] = by_merging(case.model, tmp_path / "shared", 2, shared, alpha=8.0)
+    case.stages = [rows_of(None, "all", "shared")]
+    check(case, case.stages[0], case.run()["stages"][0])
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor", "expert"])
+@pytest.mark.soak
+def test_two_ranks(tmp_path: Path, expert_parallel: bool) -> None:
+    case = new_case("qwen3_moe", tmp_path)
+    every = experts(range(2), range(8), {"gate_proj": 4, "up_proj": 4, "down_proj": 4})
+    case.truths["all"] = by_merging(case.model, tmp_path / "all", 1, every | attention(2, 4), alpha=8.0)
+    case.options = {"tensor_parallel_size": 2, "enable_expert_parallel": expert_parallel}
+    case.stages = [rows_of(None, "all")]
+    check(case, case.stages[0], case.run()["stages"][0])
+
+
+def test_switched_off_or_in_an_unknown_version_nothing_changes(tmp_path: Path) -> None:
+    """In one process, in this order: off, an unknown version, on, on again."""
+    script = """
+import os
+import vllm.lora.utils as utils
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.custom_op import op_registry_oot
+import moegraft.integrations.vllm as plugin
+from moegraft.integrations.vllm import versions
+
+def state():
+    return utils._all_lora_classes, dict(op_registry_oot), LRUCacheWorkerLoRAManager._manager_cls
+
+before = state()
+os.environ["MOEGRAFT_VLLM"] = "off"
+plugin.register()
+assert state() == before
+os.environ["MOEGRAFT_VLLM"] = "lora"
+known, versions.installed_version = versions.installed_version, lambda: "0.1.0"
+plugin.register()
+assert state() == before
+versions.installed_version = known
+plugin.register()
+after = state()
+assert all(was != now for was, now in zip(before, after)), after
+plugin.register()
+assert state() == after
+print("all seen")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "all seen" in done.stdout, done.stdout + done.stderr
+    assert "moegraft leaves vLLM as it is: MOEGRAFT_VLLM=off" in done.stdout + done.stderr
+    assert "moegraft leaves vLLM as it is: this is vLLM 0.1.0, known are 0.26" in done.stdout + done.stderr
