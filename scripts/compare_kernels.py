@@ -53,6 +53,7 @@ def cases(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"separate {rows}", functools.partial(call_separate, QWEN3, rows)
         for rank in (16, 64):
             yield f"linear {rows} r{rank}", functools.partial(call_linear, rows, rank)
+        yield f"q, k, v {rows} r16", functools.partial(call_linears, rows, 16)
     if capability < 90:
         return
     yield "llama4 1 r16", functools.partial(call_layer, LLAMA4, 1, 16)
@@ -120,6 +121,29 @@ def call_linear(rows: int, rank: int) -> None:
     for bias, run_length in ((None, 1), (empty(4096), 64)):
         add_lora_linear(
             empty(rows, 4096), empty(rows, 2048), slots, tables, rank_bound=rank, run_length=run_length, bias_O=bias
+        )
+
+
+def call_linears(rows: int, rank: int) -> None:
+    import torch
+
+    from moegraft.core.tables import NUM_FIELDS, LinearTables
+    from moegraft.kernels.lora_linear.host import add_lora_linears
+
+    factors = empty(8, 3, 3, NUM_FIELDS, dtype=torch.int32)
+    tables = [
+        LinearTables(
+            pool=empty(16 * PAGE_ELEMS),
+            page_table=empty(8, 16, dtype=torch.int32),
+            factors=factors[:, i],
+            page_elems=PAGE_ELEMS,
+        )
+        for i in range(3)
+    ]
+    ys, slots = [empty(rows, width) for width in (4096, 512, 512)], empty(rows, dtype=torch.int32)
+    for run_length in (1, 64):
+        add_lora_linears(
+            ys, empty(rows, 2048), slots, tables, rank_bound=rank, run_length=run_length, biases=[None] * 3
         )
 
 

@@ -12,6 +12,7 @@ from support.adapters import save_with_peft
 from support.families import build
 from support.mixed import KINDS, ROWS, MixedBatch, random_ids, save_kinds
 from support.oracle import merged_logits
+from support.zoo import tiny_model
 
 import moegraft
 from moegraft.integrations.transformers.host.targets import discover_targets
@@ -150,3 +151,33 @@ class TestBfloat16:
 
 def token_errors(found_SV: torch.Tensor, truth_SV: torch.Tensor) -> torch.Tensor:
     return (found_SV.float() - truth_SV).norm(dim=1) / truth_SV.norm(dim=1)
+
+
+class TestExpertsThatTransformersCallsItself:
+    """Llama 4: every token for each expert, weighted before; no implementation to choose."""
+
+    @pytest.mark.parametrize("top_k", [1, 2])
+    def test_against_peft(self, top_k: int, tmp_path: Path) -> None:
+        model = tiny_model("llama4_text", num_experts_per_tok=top_k)
+        experts = "model.layers.1.feed_forward.experts"
+        config = LoraConfig(
+            r=2,
+            lora_alpha=4,
+            target_modules=["q_proj", "shared_expert.up_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        )
+        input_ids = torch.tensor([[1, 5, 9, 2, 7, 3, 11]] * 2)
+        expected = save_with_peft(model, config, tmp_path, input_ids)
+        before = model(input_ids=input_ids).logits
+        with moegraft.attach(model, adapter_memory="8MiB") as graft:
+            graft.load_adapter(tmp_path, "a")
+            base = graft(input_ids=input_ids).logits
+            found = graft(input_ids=input_ids, adapters=["a", None]).logits
+            assert "forward" in vars(model.get_submodule(experts))
+            assert model(input_ids=input_ids).logits.requires_grad  # as without a graft
+        torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=0)
+        assert torch.equal(found[1], base[1])
+        torch.testing.assert_close(base, before, atol=1e-5, rtol=0)
+        assert (found[0] - base[0]).abs().max() > 0.01
+        assert "forward" not in vars(model.get_submodule(experts))
+        assert torch.equal(model(input_ids=input_ids).logits, before)

@@ -16,6 +16,9 @@ from support.mixed import KINDS, random_ids, save_kinds
 import moegraft
 from moegraft import GraftedModel
 from moegraft.core.errors import BatchError, UnsupportedModelError
+from moegraft.integrations.transformers.sites.seams import LinearSeam
+from moegraft.lora.call import AdapterCall
+from moegraft.lora.punica import PunicaWrapperGPU
 from moegraft.testing import assert_close_delta
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,8 +147,9 @@ def test_the_models_own_compile(kinds: tuple[Path, dict[str, torch.Tensor]]) -> 
         last = graft(input_ids=IDS, adapters=rows, logits_to_keep=2).logits
         tokens = graft.generate(input_ids=IDS, adapters=rows, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         graft.model.compile(backend="aot_eager")
-        assert torch.allclose(graft(input_ids=IDS, adapters=rows).logits, eager, atol=1e-6)
-        assert torch.allclose(graft(input_ids=IDS, adapters=rows, logits_to_keep=2).logits, last, atol=1e-6)
+        # Eager code has one product for A of q, k and v together, a graph that follows any batch has three.
+        assert torch.allclose(graft(input_ids=IDS, adapters=rows).logits, eager, atol=1e-5)
+        assert torch.allclose(graft(input_ids=IDS, adapters=rows, logits_to_keep=2).logits, last, atol=1e-5)
         again = graft.generate(input_ids=IDS, adapters=rows, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         assert torch.equal(again, tokens)
 
@@ -202,3 +206,71 @@ def test_a_number_without_an_owner_is_refused() -> None:
 
     with pytest.raises(UnsupportedModelError, match="compile the model again"):
         torch.ops.moegraft.graft_end(torch.zeros(1, dtype=torch.int32), 10**9)
+
+
+def test_maps_that_read_the_same_input_share_two_launches(
+    kinds: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose calls are static: here the kernels run in Triton's interpreter."""
+    pytest.importorskip("triton", reason="needs triton")
+    folder, _ = kinds
+    monkeypatch.setattr(AdapterCall, "is_static", property(lambda call: call.slots_M is not None))
+    ops: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        ops.extend(str(node.target) for node in graph.graph.nodes if "add_lora" in str(node.target))
+        return graph.forward
+
+    with moegraft.attach(build("qwen3_moe"), adapter_memory="4MiB", compiled=True) as graft:
+        graft.load_adapter(folder / "attention", name="a")
+        for seam in graft._fittings._seams.values():
+            if isinstance(seam, LinearSeam):
+                seam.delta.punica = PunicaWrapperGPU()
+        attention = graft.model.model.layers[0].self_attn
+        x = torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(0))
+
+        def maps() -> list[torch.Tensor]:
+            return [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+
+        traced = torch.compile(maps, fullgraph=True, backend=backend)
+        slot = graft.bank.get("a").slot
+        with torch.no_grad():
+            base = maps()
+            with graft.batch(["a"], lengths=[4]):
+                expected = maps()
+            for rows in ([0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]):
+                slots = torch.tensor([slot if row else -1 for row in rows], dtype=torch.int32)
+                with graft.batch(["a"], slots=slots, rank_bound=16, all_threads=True):
+                    found = traced()
+                for y, own, plain in zip(found, expected, base, strict=True):
+                    for i, row in enumerate(rows):
+                        assert torch.allclose(y[i], own[i] if row else plain[i], atol=1e-5)
+                        assert row or torch.equal(y[i], plain[i])
+        assert set(ops) == {"moegraft.add_lora_linears"}
+        assert all((own - plain).abs().max() > 0.01 for own, plain in zip(expected, base, strict=True))
+
+
+def test_a_map_that_is_not_called_behind_the_first_goes_alone(kinds: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    """Nothing is lost or added twice where a parent calls its maps on other inputs, or not at all."""
+    folder, _ = kinds
+    with moegraft.attach(build("qwen3_moe"), adapter_memory="4MiB") as graft:
+        graft.load_adapter(folder / "attention", name="a")
+        attention = graft.model.model.layers[0].self_attn
+        assert "forward" in vars(attention.k_proj)
+        x = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), graft.batch(["a", None], lengths=[1, 1]):
+            together = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+            alone = [attention.v_proj(x), attention.k_proj(x + 0), attention.q_proj(x)]
+            for y, own in zip(alone, reversed(together), strict=True):
+                assert torch.allclose(y, own, atol=1e-6)
+            x_changed = x.clone()
+            attention.q_proj(x_changed)
+            x_changed += 1
+            assert torch.allclose(attention.k_proj(x_changed), attention.k_proj(x + 1), atol=1e-6)
+            for _ in range(12):
+                assert torch.allclose(attention.q_proj(x), together[0], atol=1e-6)
+            assert torch.allclose(attention.k_proj(x), together[1], atol=1e-6)
+            with torch.inference_mode():
+                assert torch.allclose(graft.model(IDS[:2, :1]).logits, graft.model(IDS[:2, :1]).logits)
+        graft.unload_adapter("a")
+        assert "forward" not in vars(attention.k_proj)

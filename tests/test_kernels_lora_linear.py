@@ -11,11 +11,17 @@ import torch
 pytest.importorskip("triton", reason="needs triton")
 
 from support.kernels import DEVICE
-from support.linear import LinearCase, make_linear_case
+from support.linear import LinearCase, make_group_case, make_linear_case
 
 import moegraft.kernels.lora_linear.host as lora_linear
 from moegraft.build import punica_for
-from moegraft.kernels.lora_linear.host import add_lora_linear, choose_tile, run_lora_linear
+from moegraft.kernels.lora_linear.host import (
+    add_lora_linear,
+    add_lora_linears,
+    choose_tile,
+    run_lora_linear,
+    run_lora_linears,
+)
 from moegraft.kernels.lora_linear.reference import add_lora_linear_reference
 from moegraft.lora.punica import PunicaWrapperCPU, PunicaWrapperGPU
 from moegraft.lora.rows import AdapterRows
@@ -189,3 +195,30 @@ def test_wrapper_agrees_with_torch(sequences: int, repeats: int, rank_bound: int
 def test_wrapper_of_a_device() -> None:
     assert type(punica_for(torch.device("cpu"))) is PunicaWrapperCPU
     assert (type(punica_for(torch.device(DEVICE))) is PunicaWrapperGPU) == (DEVICE == "cuda")
+
+
+@pytest.mark.parametrize(("num_rows", "run_length"), [(1, 1), (17, 1), (70, 40)])
+@pytest.mark.parametrize("widths", [(45, 16), (130, 16, 37), (16, 300, 45, 16)])
+def test_maps_that_read_the_same_input(widths: tuple[int, ...], num_rows: int, run_length: int) -> None:
+    """Ranks, gains and biases by map; the bits are those of one map after the other."""
+    picks = shuffled(num_rows, 3)
+    ranks = [[3, 16, 1], [20, 0, 2], [5, 5, 5], [0, 9, 4]][: len(widths)]
+    case = make_group_case(ranks, picks, widths=widths, gains=(1,))
+    expected = [y.clone() for y in case.ys]
+    for y, tables, bias in zip(expected, case.tables, case.biases, strict=True):
+        add_lora_linear(y, case.x_MI, case.slots_M, tables, rank_bound=20, run_length=run_length, bias_O=bias)
+    with poison_allocations():
+        run_lora_linears(
+            case.ys, case.x_MI, case.slots_M, case.tables[0].pool, case.tables[0].page_table,
+            [each.factors for each in case.tables], case.biases, case.tables[0].page_elems, 20, run_length,
+        )  # fmt: skip
+    for found, wanted in zip(case.ys, expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    case = make_group_case([[3], [3]], [0], widths=(16, 16))
+    with pytest.raises(ValueError, match="expected 2 to 4"):
+        add_lora_linears(case.ys[:1], case.x_MI, case.slots_M, case.tables[:1], rank_bound=3, biases=[None])
+    with pytest.raises(ValueError, match="expected 2 to 4"):
+        add_lora_linears(case.ys, case.x_MI, case.slots_M, case.tables, rank_bound=3, biases=[None])

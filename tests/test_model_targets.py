@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     DbrxConfig,
     JetMoeConfig,
-    Llama4TextConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -53,10 +52,6 @@ def _with_experts_in_its_tower_alone() -> PreTrainedModel:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
-    "llama4": (
-        lambda: _causal(Llama4TextConfig(**TINY, intermediate_size_mlp=24, num_local_experts=4, head_dim=8)),
-        ("Llama4ForCausalLM", "Llama4TextExperts", "does not dispatch"),
-    ),
     "dbrx": (
         lambda: _causal(
             DbrxConfig(
@@ -84,10 +79,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "longcat_flash": (
         lambda: tiny_model("longcat_flash"),
         ("LongcatFlashForCausalLM", "LongcatFlashExperts", "does not dispatch"),
-    ),
-    "step 3.5 and 3.7": (
-        lambda: tiny_model("step3p7"),
-        ("Step3p7ForConditionalGeneration", "Step3p7Experts", "does not dispatch"),
     ),
     "experts in embeddings": (
         lambda: tiny_model("doge"),
@@ -327,6 +318,7 @@ def test_alpha_and_limit_are_read_and_checked() -> None:
         ("deepseek_v4", Activation(kind=ActivationKind.SILU_CLAMPED, limit=0.5)),
         ("hy_v4", Activation(kind=ActivationKind.SILU_CLAMPED, limit=0.5)),
         ("glm5_next", Activation(kind=ActivationKind.SILU_CLAMPED, limit=0.5)),
+        ("step3p7", Activation(kind=ActivationKind.CLAMPED_SILU, limit=0.5)),
         ("inkling2", Activation(kind=ActivationKind.SILU_SOFTCAPPED, alpha=0.75, limit=0.5)),
     ],
 )

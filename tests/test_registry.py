@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "swiglu_oai": Activation(kind=ActivationKind.SWIGLU_OAI),
     "silu_clamped": Activation(kind=ActivationKind.SILU_CLAMPED, limit=0.75),
     "silu_softcapped": Activation(kind=ActivationKind.SILU_SOFTCAPPED, alpha=0.75, limit=0.5),
+    "clamped_silu": Activation(kind=ActivationKind.CLAMPED_SILU, limit=0.5),
     "relu2": Activation(kind=ActivationKind.RELU2, gated=False),
 }
 CASE = MoECase(

@@ -201,6 +201,8 @@ def activate(activation: Activation, u_G: list[torch.Tensor]) -> torch.Tensor:
     if activation.kind == ActivationKind.SILU_CLAMPED:
         clamped = torch.minimum(gate, torch.tensor(7.0))
         return u_G[1].clip(-7, 7) * clamped / (1 + (-clamped).exp())
+    if activation.kind == ActivationKind.CLAMPED_SILU:
+        return u_G[1].clip(-7, 7) * (gate / (1 + (-gate).exp())).clip(max=7)
     if activation.kind == ActivationKind.SILU_SOFTCAPPED:
         return 1.702 * (gate / 1.702).tanh() / (1 + (-gate).exp()) * 7 * (u_G[1] / 7).tanh()
     return table[activation.kind]() * (u_G[1] if activation.gated else 1.0)

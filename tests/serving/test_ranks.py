@@ -17,8 +17,10 @@ from typing import Any
 import httpx
 import pytest
 from support.churn import NARROW, Churn, expect
+from support.distributed import WorldPool
 from support.families import build
 from support.http_server import Served, eventually, make_served
+from support.rank_engines import RankCase, serve_case
 from support.serving import draw_prompts
 
 from moegraft import Engine, ParallelConfig, SamplingParams
@@ -164,3 +166,31 @@ def test_the_server_ends_with_a_lost_rank(served: Served, killed: int) -> None:
         while is_running(rank_1):
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+def test_all_ranks_capture_and_replay_the_same_steps(world2: WorldPool, kinds: dict[str, Path], truth: Any) -> None:
+    """In a world that is there already. Steps begin before the tokens of the one before are known; adapters of larger
+    ranks, on further modules, and such that no graph may serve, come one after the other."""
+    prompts = draw_prompts((5, 3))
+    rounds: list[Any] = []
+    files: list[Any] = []
+    for loaded, names in (
+        ({}, (None, None)),
+        ({"a": "fused", "b": "per_expert"}, ("a", "b")),
+        ({"c": "lm_head"}, ("c", "a")),
+        ({"d": "save lm_head"}, ("a", "d")),
+        ({"a": "dora"}, ("a", None)),
+    ):
+        behind = {**(files[-1][0] if files else {}), **loaded}
+        rounds.append(({name: kinds[file] for name, file in loaded.items()}, list(zip(prompts, names, strict=True))))
+        files.append((behind, [(p, None if n is None else behind[n]) for p, n in zip(prompts, names, strict=True)]))
+    case = RankCase(
+        parallel=ParallelConfig(ep=2, timeout_seconds=60.0),
+        rounds=rounds,
+        graphs=True,
+        new=4,
+        options={"page_size": 4, "max_model_len": 40, "max_rows": 2, "batch_sizes": (2,), "overlap": True},
+    )
+    found, captures, _ = world2.run(serve_case, case)[0]
+    assert found == [truth(requests, 4) for _, requests in files]
+    assert captures >= 3  # the base, adapters, adapters on the head

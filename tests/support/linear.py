@@ -94,3 +94,50 @@ def make_linear_case(
         bank=bank,
         loras=loras,
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupCase:
+    """Several maps of one bank over the same rows."""
+
+    x_MI: torch.Tensor
+    ys: list[torch.Tensor]
+    slots_M: torch.Tensor
+    biases: list[torch.Tensor | None]
+    tables: list[LinearTables]
+
+
+def make_group_case(
+    ranks: Sequence[Sequence[int]], picks: Sequence[int], *, widths: Sequence[int], gains: Sequence[int] = ()
+) -> GroupCase:
+    """Map g has ``widths[g]`` columns; adapter i has rank ``ranks[g][i]`` on it, 0 for none, and a gain on map 0 where
+    i is in ``gains``. Every second map has a bias."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    linears = {
+        f"map{g}": LinearTarget(name=f"map{g}", in_features=37, out_features=width) for g, width in enumerate(widths)
+    }
+    layout = BankLayout(ModelTargets(model_type="tiny", linears=linears), dtype=torch.float32, page_bytes=2048)
+    bank = AdapterBank(layout, capacity_bytes=1 << 20, device=DEVICE, max_slots=8, poison=True)
+    slots = []
+    for i in range(len(ranks[0])):
+        loras = {
+            f"map{g}": LinearLoRA(
+                a=randn(ranks[g][i], 37) / 6,
+                b=randn(ranks[g][i], width),
+                gain=1 + 0.3 * randn(width) if g == 0 and i in gains else None,
+            )
+            for g, width in enumerate(widths)
+            if ranks[g][i]
+        }
+        slots.append(bank.load(f"a{i}", AdapterWeights(linears=loras)).slot)
+    return GroupCase(
+        x_MI=randn(len(picks), 37).to(DEVICE),
+        ys=[randn(len(picks), width).to(DEVICE) for width in widths],
+        slots_M=torch.tensor([-1 if pick < 0 else slots[pick] for pick in picks], dtype=torch.int32, device=DEVICE),
+        biases=[randn(width).to(DEVICE) if g % 2 else None for g, width in enumerate(widths)],
+        tables=[bank.linear_tables(name) for name in linears],
+    )

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import moegraft
+from moegraft.integrations.transformers.host.storage import is_adopted
 from moegraft.integrations.transformers.host.targets import discover_targets, find_unsupported
 from moegraft.lora.targets import ModelTargets
 from support.family_adapters import NOT_FOR_PEFT, PEFT_MISTAKES, output_of, save_all_of
@@ -128,7 +129,9 @@ def stray_rows(model: PreTrainedModel, inputs: Inputs) -> dict[str, str]:
     """
     targets = discover_targets(model)
     by_weight = {name for name, linear in targets.linears.items() if linear.router}
-    names = dict.fromkeys((*targets.experts, *targets.linears, *targets.embeddings, *targets.saveable))
+    # Llama 4's experts see every token for each expert: what they give a token says whose it was.
+    experts = [name for name in targets.experts if not is_adopted(model.get_submodule(name))]
+    names = dict.fromkeys((*experts, *targets.linears, *targets.embeddings, *targets.saveable))
     before = _seen(model, inputs, names)
     problems = {name: "is never called" for name in names if name not in before and name not in by_weight}
     B, S = inputs["input_ids"].shape

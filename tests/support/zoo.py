@@ -154,7 +154,7 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
         "indexer_compress_ratio": 2, "ngram_vocab_size_base": 97, "ple_embed_dim": 16, "ple_layer_ids": [1],
         "heads_per_ngram": 2, "ngram_size": 2,
     },
-    "step3p5": {"mlp_layer_types": ["dense", "sparse"]},
+    "step3p5": {"mlp_layer_types": ["dense", "sparse"], "swiglu_limits": [0.5, 0.5]},
     "vitpose_backbone": {"image_size": [16, 16], "patch_size": [4, 4], "part_features": 8, "num_experts": 2},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -166,7 +166,7 @@ _WRAPPERS = ("internvl",)
 # Part of another model: it has no keys and values of its own.
 _NOT_ALONE = ("gemma4_assistant",)
 # Their vision encoders are built for images of 768 pixels and more.
-NO_IMAGES = ("deepseek_ocr2", "unlimited_ocr")
+NO_IMAGES = ("deepseek_ocr2", "unlimited_ocr", "llama4")
 
 
 @functools.cache

@@ -28,6 +28,7 @@ class ActivationKind(enum.StrEnum):
     SWIGLU_OAI = "swiglu_oai"  # gpt-oss: clamped, (up + 1) * gate * sigmoid(alpha * gate)
     SILU_CLAMPED = "silu_clamped"  # DeepSeek-V4: silu(min(gate, limit)) * clamp(up, -limit, limit)
     SILU_SOFTCAPPED = "silu_softcapped"  # Inkling 2: softcap(gate, alpha) * sigmoid(gate) * softcap(up, limit)
+    CLAMPED_SILU = "clamped_silu"  # Step-3.7: min(silu(gate), limit) * clamp(up, -limit, limit)
 
     @property
     def needs_gate(self) -> bool:
@@ -35,15 +36,22 @@ class ActivationKind(enum.StrEnum):
         return self in _OF_BOTH_HALVES
 
 
-_OF_BOTH_HALVES = frozenset({ActivationKind.SWIGLU_OAI, ActivationKind.SILU_CLAMPED, ActivationKind.SILU_SOFTCAPPED})
+_OF_BOTH_HALVES = frozenset(
+    {
+        ActivationKind.SWIGLU_OAI,
+        ActivationKind.SILU_CLAMPED,
+        ActivationKind.SILU_SOFTCAPPED,
+        ActivationKind.CLAMPED_SILU,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
     """``h = kind(gate) * up`` where ``gated``, else ``h = kind(u)``.
 
-    ``alpha``: read by SWIGLU_OAI and SILU_SOFTCAPPED; ``limit``: by those and SILU_CLAMPED. Raises ValueError for a
-    kind that needs a gate and has none.
+    ``alpha``: read by SWIGLU_OAI and SILU_SOFTCAPPED; ``limit``: by those, SILU_CLAMPED and CLAMPED_SILU. Raises
+    ValueError for a kind that needs a gate and has none.
     """
 
     kind: ActivationKind = ActivationKind.SILU

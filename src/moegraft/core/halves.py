@@ -95,7 +95,7 @@ def apply_activation(u_NGF: torch.Tensor, activation: Activation, *, is_interlea
 
     Semantics: h = kind(gate) * up; ungated h = kind(u); SWIGLU_OAI (gpt-oss): gate' = min(gate, limit),
     up' = clamp(up, -limit, limit), h = (up' + 1) * gate' * sigmoid(alpha * gate'). SILU_CLAMPED: the same clamps,
-    h = silu(gate') * up'. SILU_SOFTCAPPED: cap(x, c) = c * tanh(x / c),
+    h = silu(gate') * up'. CLAMPED_SILU: h = min(silu(gate), limit) * up'. SILU_SOFTCAPPED: cap(x, c) = c * tanh(x / c),
     h = cap(gate, alpha) * sigmoid(gate) * cap(up, limit).
     """
     gate_NF, up_NF = split_halves(u_NGF.float(), num_halves=2 if activation.gated else 1, is_interleaved=is_interleaved)
@@ -106,6 +106,8 @@ def apply_activation(u_NGF: torch.Tensor, activation: Activation, *, is_interlea
         h_NF = (up_NF + 1) * gate_NF * torch.sigmoid(alpha * gate_NF)
     elif activation.kind is ActivationKind.SILU_CLAMPED:
         h_NF = F.silu(gate_NF) * up_NF
+    elif activation.kind is ActivationKind.CLAMPED_SILU:
+        h_NF = F.silu(gate_NF).clamp(max=limit) * up_NF.clamp(-limit, limit)
     elif activation.kind is ActivationKind.SILU_SOFTCAPPED:
         h_NF = alpha * torch.tanh(gate_NF / alpha) * torch.sigmoid(gate_NF) * (limit * torch.tanh(up_NF / limit))
     else:

@@ -138,7 +138,8 @@ class Engine:
         self._vocab_size: int = self._graft.model.get_input_embeddings().weight.shape[0]
         leader = None
         if opened.channel is not None:
-            leader = Leader(self._graft.layout, opened.channel, self._graft.bank)
+            assert isinstance(runner, RankRunner)
+            leader = Leader(runner, opened.channel)
         self._store = AdapterStore(self._graft, self.text, folder=folder, leader=leader)
         self._resources.callback(self._store.close)
         scheduler = self._make_scheduler(opened)
@@ -146,8 +147,7 @@ class Engine:
             runner, scheduler, self._store, runs_ahead=self._runs_ahead(runner), on_failure=self._lose
         )
         if leader is not None:
-            assert isinstance(runner, RankRunner)
-            runner.leader, leader.call = leader, self._loop.call
+            leader.lead(self._loop.call)
             self._resources.callback(leader.close)
         self._grammars = None
         if self.text.has_tokenizer:

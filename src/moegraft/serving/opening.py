@@ -105,9 +105,10 @@ def open_model(setup: Setup, names: Callable[[int], str], keep: Callable[[Callab
     # Captured decode steps have sizes of their own: a request's bits would follow how many others run.
     # Experts in torch's own operations copy their plan from the host, which no graph may capture.
     is_capturable = runner.states is None and all(choice.backend != "TorchExperts" for choice in graft.explain())
-    is_capturable = is_capturable and channel is None
+    # Rows that travel are counted on the host first; a plan of transformers gathers as it likes.
+    is_capturable = is_capturable and not setup.parallel.data_parallel and not setup.plan
     if config.cuda_graphs and is_capturable and not config.batch_invariant and runner.device.type == "cuda":
-        runner.open_graphs(max_model_len)
+        runner.open_graphs(max_model_len, config.chunk_tokens)
     return Opened(
         graft=graft,
         runner=runner,

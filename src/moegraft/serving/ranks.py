@@ -24,11 +24,11 @@ import torch.distributed as dist
 
 from moegraft.core.errors import AdapterMemoryError, MoegraftError, ParallelError
 from moegraft.integrations.transformers import GraftedModel
-from moegraft.integrations.transformers.parallel.layout import RankLayout
-from moegraft.lora.bank import AdapterBank, AdapterBatch
+from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.peft import LoadReport
 from moegraft.parallel import Agreement, ParallelGroups
 from moegraft.serving.pages import SCRATCH_PAGE
+from moegraft.serving.rank_graphs import Decision, RankGraphs, rank_bound_of
 from moegraft.serving.runner import Runner
 from moegraft.serving.scheduler import BASE, Chunk, SequenceState, StepPlan
 
@@ -115,6 +115,7 @@ class RankRunner(Runner):
     """Runs this rank's share of every plan; see ``Runner``. ``leader``: rank 0's, once the model is open."""
 
     leader: Leader | None = None
+    graphs_type = RankGraphs
     _agreed: tuple[str, ...] = ()
 
     @property
@@ -131,25 +132,45 @@ class RankRunner(Runner):
         ParallelError where the ranks have parted."""
         if self.leader is None:
             return super().run(plan, ids)
-        self.leader.channel.say("step", encode_plan(plan), ids is not None)
+        decision = self._decide(plan)
+        self.leader.channel.say("step", encode_plan(plan), ids is not None, decision)
         try:
-            return self.run_share(plan, ids)
+            return self.run_share(plan, ids, decision)
         except ParallelError:
             raise
         except Exception as error:
             agree_on_failure(self.leader.channel, error)
             raise
 
+    def _decide(self, plan: StepPlan) -> Decision | None:
+        """How all ranks run a step: as which graph, or None."""
+        if self.graphs is None or not all(chunk.samples and chunk.count == 1 for chunk in plan.chunks):
+            return None
+        assert self.leader is not None
+        bank = self.graft.bank
+        lanes = {chunk.sequence.lane for chunk in plan.chunks} - {BASE}
+        return self.graphs.decide(
+            plan, [bank.get(self._names(lane)) for lane in lanes], may_capture=self.leader.is_quiet
+        )
+
+    @property
+    def graphs(self) -> RankGraphs | None:
+        return cast("RankGraphs | None", self._graphs)
+
     def hear_ids(self, plan: StepPlan) -> torch.Tensor:
         """Room for the tokens that only the device of rank 0 knows yet."""
         return torch.empty(len(plan.chunks), dtype=torch.long, device=self.device)
 
-    def run_share(self, plan: StepPlan, ids: torch.Tensor | None) -> torch.Tensor:
+    @torch.no_grad()
+    def run_share(self, plan: StepPlan, ids: torch.Tensor | None, decision: Decision | None) -> torch.Tensor:
         """This rank's rows of a plan, and what the head gives for those of all ranks. ids: of rank 0, where any."""
         groups, places = self.graft.layout.groups, [chunk.place for chunk in plan.chunks]
         self._agreed = tuple({self._names(c.sequence.lane) for c in plan.chunks if c.sequence.lane != BASE})
         if ids is not None:
             ids = groups.world.broadcast(ids.long())
+        if decision is not None:
+            assert self.graphs is not None
+            return self.graphs.follow(decision, plan, ids)
         if not groups.config.data_parallel:
             return super().run(plan, ids)
         own = [i for i, place in enumerate(places) if place == groups.ep.rank]
@@ -165,23 +186,29 @@ class RankRunner(Runner):
         names = [None if lane == BASE else self._names(lane) for lane in lanes]
         return self.graft.batch(names, lengths=lengths, agreed=self._agreed)
 
+    def _bounded(self, lanes: Sequence[int], *, rank_bound: int | None, **stated: Any) -> AbstractContextManager[Any]:
+        names = [None if lane == BASE else self._names(lane) for lane in lanes]
+        return self.graft.batch(names, len(names), rank_bound=rank_bound, agreed=self._agreed, **stated)
+
+    def hold_together(self, channel: Channel, key: str) -> AdapterBatch:
+        """Makes an adapter resident on all ranks. Raises AdapterMemoryError on all where one has no room for it."""
+        held = None
+        try:
+            with channel.agreement.step([0]) as step:
+                held = self.graft.bank.acquire([key])
+                step.words[0] = rank_bound_of(self.graft.bank, key)
+        except BaseException:
+            if held is not None:
+                held.release()
+            raise
+        if self.graphs is not None:
+            self.graphs.bound = max(self.graphs.bound, *(words[0] for words in step.told))
+        return held
+
 
 def _no_row() -> Chunk:
     """A rank without requests takes part with a row of the base model that leaves nothing behind."""
     return Chunk(SequenceState(tokens=[0], lane=BASE, pages=[SCRATCH_PAGE]), 0, 1, samples=True)
-
-
-def hold_together(channel: Channel, bank: AdapterBank, key: str) -> AdapterBatch:
-    """Makes an adapter resident on all ranks. Raises AdapterMemoryError on all where one has no room for it."""
-    held = None
-    try:
-        with channel.agreement.step():
-            held = bank.acquire([key])
-    except BaseException:
-        if held is not None:
-            held.release()
-        raise
-    return held
 
 
 def agree_on_failure(channel: Channel, error: Exception) -> None:
@@ -198,21 +225,27 @@ def _vote_on_failure(channel: Channel, error: Exception | None) -> None:
 class Leader:
     """Rank 0's side of the channel; of the engine's thread, save for ``announce``.
 
-    ``call``: runs something on the engine's thread between two steps.
+    ``is_quiet``: no rank loads or unloads an adapter.
     """
 
-    def __init__(self, layout: RankLayout, channel: Channel, bank: AdapterBank) -> None:
+    def __init__(self, runner: RankRunner, channel: Channel) -> None:
         self.channel = channel
-        self.bank = bank
+        self.is_quiet = True
         self.beat_seconds = min(5.0, channel.timeout_seconds / 4)
-        self.call: Callable[[Callable[[], Any]], Any] = lambda run: run()
+        self.call: Callable[[Callable[[], Any]], Any]
         self._is_closed = False
-        self._is_planned = layout.plan is not None
+        self._runner = runner
+        self._is_planned = runner.graft.layout.plan is not None
 
     def hold(self, lane: int, key: str) -> AdapterBatch:
-        """See ``hold_together``."""
+        """See ``RankRunner.hold_together``."""
         self.channel.say("hold", lane, key)
-        return hold_together(self.channel, self.bank, key)
+        return self._runner.hold_together(self.channel, key)
+
+    def lead(self, call: Callable[[Callable[[], Any]], Any]) -> None:
+        """From now on the runner says its steps; ``call``: runs something on the engine's thread between two."""
+        self.call = call
+        self._runner.leader = self
 
     def let_go(self, lane: int) -> None:
         with suppress(ParallelError):  # of a lost rank: its requests end, and the next step tells
@@ -233,11 +266,15 @@ class Leader:
         def say() -> T | None:
             if self._is_closed:
                 raise MoegraftError("the engine was closed")
+            self.is_quiet = False
             self.channel.say("adapters", act, args)
             return own() if self._is_planned else None
 
-        found = self.call(say)
-        return cast("T", found) if self._is_planned else own()
+        try:
+            found = self.call(say)
+            return cast("T", found) if self._is_planned else own()
+        finally:
+            self.is_quiet = True
 
     def close(self) -> None:
         """Lets the others leave. The engine's thread has ended."""
@@ -275,7 +312,16 @@ class RankedAdapters:
 
 
 def act_on_adapters(graft: GraftedModel, what: str, args: tuple[Any, ...]) -> LoadReport | None:
-    """One rank's part of what all do together. Raises AdapterError of the kind that fits."""
+    """One rank's part of what all do together: when it returns, or raises AdapterError of the kind that fits, all have
+    done theirs."""
+    try:
+        return _act_alone(graft, what, args)
+    finally:
+        with Agreement(graft.layout.groups.control).step():
+            pass
+
+
+def _act_alone(graft: GraftedModel, what: str, args: tuple[Any, ...]) -> LoadReport | None:
     match what:
         case "load":
             path, name, skip_unserved = args
@@ -325,7 +371,7 @@ class Follower:
                 raise failed.error
         match what:
             case "step":
-                self._step(decode_plan(args[0]), has_ids=args[1])
+                self._step(decode_plan(args[0]), *args[1:])
             case "hold":
                 self._hold(*args)
             case "let go":
@@ -342,9 +388,9 @@ class Follower:
                 _vote_on_failure(self._channel, None if failed is None else failed.error)
         return what != "close"
 
-    def _step(self, plan: StepPlan, *, has_ids: bool) -> None:
+    def _step(self, plan: StepPlan, has_ids: bool, decision: Decision | None) -> None:
         try:
-            self._runner.run_share(plan, self._runner.hear_ids(plan) if has_ids else None)
+            self._runner.run_share(plan, self._runner.hear_ids(plan) if has_ids else None, decision)
         except ParallelError:
             raise
         except Exception as error:
@@ -356,7 +402,7 @@ class Follower:
 
     def _hold(self, lane: int, key: str) -> None:
         with suppress(AdapterMemoryError):
-            self._held[lane] = hold_together(self._channel, self._graft.bank, key)
+            self._held[lane] = self._runner.hold_together(self._channel, key)
             self._keys[lane] = key
 
     def _act_all(self) -> None:

@@ -216,6 +216,7 @@ MOE_CASES: tuple[MoECase, ...] = (
     MoECase(name="gelu_tanh", config=_with_activation(ActivationKind.GELU_TANH)),
     MoECase(name="silu_clamped", config=_with_activation(ActivationKind.SILU_CLAMPED)),
     MoECase(name="silu_softcapped", config=_with_activation(ActivationKind.SILU_SOFTCAPPED)),
+    MoECase(name="clamped_silu", config=_with_activation(ActivationKind.CLAMPED_SILU)),
     MoECase(name="relu2_without_gate", config=_with_activation(ActivationKind.RELU2, gated=False)),
     MoECase(name="weight_on_input", config=replace(_SMALL, top_k=1, apply_router_weight_on_input=True)),
 )

@@ -207,6 +207,9 @@ def _activate(u_GMF: Sequence[torch.Tensor], activation: Activation) -> torch.Te
         case ActivationKind.SILU_CLAMPED:
             gate, up = gate.clamp(max=activation.limit), u_GMF[1].clamp(-activation.limit, activation.limit)
             return up * gate * torch.sigmoid(gate)
+        case ActivationKind.CLAMPED_SILU:
+            h = (gate * torch.sigmoid(gate)).clamp(max=activation.limit)
+            return h * u_GMF[1].clamp(-activation.limit, activation.limit)
         case ActivationKind.SILU_SOFTCAPPED:
             capped_gate = activation.alpha * torch.tanh(gate / activation.alpha)
             return capped_gate * torch.sigmoid(gate) * activation.limit * torch.tanh(u_GMF[1] / activation.limit)

@@ -331,7 +331,8 @@ class GraftedModel:
         between ranks.
 
         ``agreed``: on several ranks, the adapters of all ranks' rows, where the caller has seen to it that the ranks
-        run the same batch and have these adapters resident: nothing is sent to find that out.
+        run the same batch and have these adapters resident: nothing is sent to find that out. With ``rank_bound`` it
+        has also seen to it that no adapter of the batch, nor any that was loaded at a capture, replaces parameters.
         """
         with self._batch(
             adapters,
@@ -363,7 +364,7 @@ class GraftedModel:
         self._check_attached()
         with nullcontext() if agreed is not None else self._ranks.refusing(names_given=adapters is not None):
             names = _check_rows(adapters, rows, self.bank.names())
-            if rank_bound is not None:
+            if rank_bound is not None and agreed is None:
                 self._check_bounded(rank_bound)
         if names is None and self.layout.rows_travel and self._state.current() is None:
             names = (None,) * (1 if rows is None else rows)  # other ranks may have adapters

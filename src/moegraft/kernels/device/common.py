@@ -25,6 +25,7 @@ RELU2 = Constant(3)
 SWIGLU_OAI = Constant(4)
 SILU_CLAMPED = Constant(5)
 SILU_SOFTCAPPED = Constant(6)
+CLAMPED_SILU = Constant(7)
 
 
 @triton.jit
@@ -86,6 +87,8 @@ def activate(gate, up, KIND: tl.constexpr, GATED: tl.constexpr, alpha, limit):
     if KIND == SILU_SOFTCAPPED:
         capped = alpha * tanh(gate / alpha) / (1.0 + tl.exp(-gate))
         return capped * limit * tanh(up / limit)
+    if KIND == CLAMPED_SILU:
+        return tl.minimum(gate / (1.0 + tl.exp(-gate)), limit) * tl.minimum(tl.maximum(up, -limit), limit)
     if (KIND == SWIGLU_OAI) | (KIND == SILU_CLAMPED):
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)

@@ -37,17 +37,14 @@ def led_slots(slots, first_leader, TILE_M: tl.constexpr, LEADERS: tl.constexpr):
 
 
 @triton.jit
-def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, PAGE_ELEMS: tl.constexpr,
-                  ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr, RANK_BLOCKS: tl.constexpr,
-                  BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+def shrink_tile(v_ptr, x, slots_ptr, tables, factors_ptr, num_rows, pid, LENGTH: tl.constexpr,
+                PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr,
+                RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
     """v[split, m, j] = sum over the split's part of LENGTH of A[a][j] * x[m], for the lanes j that adapter a has."""
     TILE_M: tl.constexpr = ROWS.TILE_M
     GROUPS: tl.constexpr = ROWS.GROUPS
     LEADERS: tl.constexpr = ROWS.LEADERS
-    await_prior_kernel(PDL)
-    release_next_kernel(PDL)
-    pid = tl.program_id(0)
     split = pid % SPLITS
     rank_block = pid // SPLITS % RANK_BLOCKS
     group = pid // (SPLITS * RANK_BLOCKS) % GROUPS
@@ -60,7 +57,7 @@ def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, P
     led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
     slot = tl.min(led)
     while slot != NO_SLOT:
-        factor_ptr = tables.factors + slot * tables.stride_factors + A * NUM_FIELDS
+        factor_ptr = factors_ptr + slot * tables.stride_factors + A * NUM_FIELDS
         rank = tl.load(factor_ptr + FIELD_RANK)
         if rank_block * BLOCK_R < rank:
             mine = slots == slot
@@ -84,10 +81,44 @@ def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, P
 
 
 @triton.jit
-def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr,
-                  ALIGN: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, V_WIDTH: tl.constexpr,
-                  BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr,
-                  PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, PAGE_ELEMS: tl.constexpr,
+                  ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+                  BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """``shrink_tile`` of one map."""
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
+    shrink_tile(
+        v_ptr, x, slots_ptr, tables, tables.factors, num_rows, tl.program_id(0), LENGTH, PAGE_ELEMS, ALIGN, ROWS,
+        V_WIDTH, RANK_BLOCKS, BLOCK_R, BLOCK_K, SPLITS, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def shrink_group_kernel(v_ptr, x, slots_ptr, tables, shift1, shift2, shift3, num_rows, LENGTH: tl.constexpr,
+                        PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr,
+                        RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                        PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Of up to four maps that read the same x, one along the second axis of the grid; v [map, split, m, j]. shift: of
+    their descriptors from those of the first."""
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
+    number = tl.program_id(1)
+    shift = tl.where(number == 1, shift1, tl.where(number == 2, shift2, shift3))
+    factors_ptr = tables.factors + tl.where(number == 0, 0, shift)
+    mine_ptr = v_ptr + (number * SPLITS * num_rows).to(tl.int64) * V_WIDTH
+    shrink_tile(
+        mine_ptr, x, slots_ptr, tables, factors_ptr, num_rows, tl.program_id(0), LENGTH, PAGE_ELEMS, ALIGN, ROWS,
+        V_WIDTH, RANK_BLOCKS, BLOCK_R, BLOCK_K, SPLITS, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def expand_tile(y, v_ptr, bias_ptr, slots_ptr, tables, factors_ptr, num_rows, pid, COLUMNS: tl.constexpr,
+                PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
+                V_WIDTH: tl.constexpr,
+                BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr,
+                PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y[m] += B[a] v[m] + (gain[a] - 1) * (y[m] - bias), for TILE_M rows and STEPS_N blocks of BLOCK_N columns.
 
     The partial sums of v are added in a fixed order and rounded once. Slices begin at multiples of BLOCK_N; the columns
@@ -101,7 +132,6 @@ def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.c
     FOURTH: tl.constexpr = SLICES.FOURTH
     width: tl.constexpr = BLOCK_N * STEPS_N
     num_n: tl.constexpr = (COLUMNS + width - 1) // width
-    pid = tl.program_id(0)
     first_column = pid % num_n * width
     group = pid // num_n % GROUPS
     rows = pid // (num_n * GROUPS) * TILE_M + tl.arange(0, TILE_M)
@@ -116,8 +146,8 @@ def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.c
     v_ptrs = v_ptr + (splits[:, None] * num_rows + rows[None, :]).to(tl.int64)[:, :, None] * V_WIDTH
     while slot != NO_SLOT:
         pages_ptr = tables.pages + slot * tables.stride_pages
-        factor_ptr = tables.factors + slot * tables.stride_factors + B * NUM_FIELDS
-        gain_ptr = tables.factors + slot * tables.stride_factors + GAIN * NUM_FIELDS
+        factor_ptr = factors_ptr + slot * tables.stride_factors + B * NUM_FIELDS
+        gain_ptr = factors_ptr + slot * tables.stride_factors + GAIN * NUM_FIELDS
         rank = tl.minimum(tl.load(factor_ptr + FIELD_RANK), V_WIDTH)
         gain_rank = tl.load(gain_ptr + FIELD_RANK)
         mine = slots == slot
@@ -151,3 +181,53 @@ def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.c
                 tl.store(y_ptrs + columns[None, :], (base + acc).to(y.ptr.dtype.element_ty), mask=y_mask)
         led = tl.where(led == slot, NO_SLOT, led)
         slot = tl.min(led)
+
+
+@triton.jit
+def expand_kernel(y, v_ptr, bias_ptr, slots_ptr, tables, num_rows, COLUMNS: tl.constexpr, PAGE_ELEMS: tl.constexpr,
+                  ALIGN: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, V_WIDTH: tl.constexpr,
+                  BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr, SPLITS: tl.constexpr,
+                  PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """``expand_tile`` of one map."""
+    expand_tile(
+        y, v_ptr, bias_ptr, slots_ptr, tables, tables.factors, num_rows, tl.program_id(0), COLUMNS, PAGE_ELEMS, ALIGN,
+        ROWS, SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+    )  # fmt: skip
+
+
+@triton.jit
+def expand_group_kernel(y0, y1, y2, y3, v_ptr, bias0, bias1, bias2, bias3, slots_ptr, tables, shift1, shift2, shift3,
+                        num_rows, COLUMNS0: tl.constexpr, COLUMNS1: tl.constexpr, COLUMNS2: tl.constexpr,
+                        COLUMNS3: tl.constexpr, PAGE_ELEMS: tl.constexpr, ALIGN0: tl.constexpr, ALIGN1: tl.constexpr,
+                        ALIGN2: tl.constexpr, ALIGN3: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
+                        V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr,
+                        SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Of up to four maps (COLUMNS 0: none), whose programs stand behind each other; see ``shrink_group_kernel``."""
+    width: tl.constexpr = BLOCK_N * STEPS_N
+    row_programs = (num_rows + ROWS.TILE_M - 1) // ROWS.TILE_M * ROWS.GROUPS
+    v_step = (SPLITS * num_rows).to(tl.int64) * V_WIDTH
+    first1 = row_programs * ((COLUMNS0 + width - 1) // width)
+    first2 = first1 + row_programs * ((COLUMNS1 + width - 1) // width)
+    first3 = first2 + row_programs * ((COLUMNS2 + width - 1) // width)
+    pid = tl.program_id(0)
+    if pid < first1:
+        expand_tile(
+            y0, v_ptr, bias0, slots_ptr, tables, tables.factors, num_rows, pid, COLUMNS0, PAGE_ELEMS, ALIGN0, ROWS,
+            SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+        )  # fmt: skip
+    elif pid < first2:
+        expand_tile(
+            y1, v_ptr + v_step, bias1, slots_ptr, tables, tables.factors + shift1, num_rows, pid - first1, COLUMNS1,
+            PAGE_ELEMS, ALIGN1, ROWS, SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+        )  # fmt: skip
+    elif COLUMNS2 > 0:
+        if pid < first3:
+            expand_tile(
+                y2, v_ptr + 2 * v_step, bias2, slots_ptr, tables, tables.factors + shift2, num_rows, pid - first2,
+                COLUMNS2, PAGE_ELEMS, ALIGN2, ROWS, SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+            )  # fmt: skip
+        elif COLUMNS3 > 0:
+            expand_tile(
+                y3, v_ptr + 3 * v_step, bias3, slots_ptr, tables, tables.factors + shift3, num_rows, pid - first3,
+                COLUMNS3, PAGE_ELEMS, ALIGN3, ROWS, SLICES, V_WIDTH, BLOCK_R, BLOCK_N, STEPS_N, SPLITS, PRECISION, PDL,
+            )  # fmt: skip

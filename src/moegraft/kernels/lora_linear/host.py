@@ -11,13 +11,20 @@ import torch
 
 from moegraft.core.tables import LinearTables
 from moegraft.kernels.device import groups
-from moegraft.kernels.lora_linear.device import expand_kernel, shrink_kernel
+from moegraft.kernels.lora_linear.device import (
+    expand_group_kernel,
+    expand_kernel,
+    shrink_group_kernel,
+    shrink_kernel,
+)
 from moegraft.kernels.records import cdiv, check_token_slots, dot_precision, next_power_of_2, pdl_options
 
 _WAVE = 128
 """Shrink programs that fill a device: the H200 has 132 multiprocessors, which serves as the measure for all."""
 _SLICE_ALIGN = 16
 """Columns: the narrowest block that an expand writes."""
+
+MAX_GROUP = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +112,57 @@ def run_lora_linear(
     _launch(y_MO, x_MI, v_SMW, token_slots_M, tables, bias_O, tile, _slices(starts))
 
 
+def add_lora_linears(
+    ys: Sequence[torch.Tensor],
+    x_MI: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    tables: Sequence[LinearTables],
+    *,
+    rank_bound: int,
+    biases: Sequence[torch.Tensor | None],
+    run_length: int = 1,
+) -> None:
+    """``add_lora_linear`` of up to four maps that read the same x, in two launches: y of each [M, its out], tables of
+    one bank. The custom op ``moegraft::add_lora_linears``. Raises ValueError as that does."""
+    run = torch.ops.moegraft.add_lora_linears if torch.compiler.is_compiling() else run_lora_linears
+    run(
+        list(ys), x_MI, token_slots_M, tables[0].pool, tables[0].page_table, [each.factors for each in tables],
+        list(biases), tables[0].page_elems, rank_bound, run_length,
+    )  # fmt: skip
+
+
+def run_lora_linears(
+    ys: Sequence[torch.Tensor],
+    x_MI: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    pool: torch.Tensor,
+    page_table: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    page_elems: int,
+    rank_bound: int,
+    run_length: int,
+) -> None:
+    """The op's implementation: decides, allocates, launches."""
+    tables = [LinearTables(pool=pool, page_table=page_table, factors=each, page_elems=page_elems) for each in factors]
+    if not 1 < len(ys) <= MAX_GROUP or len(ys) != len(factors) or len(ys) != len(biases):
+        raise ValueError(f"add_lora_linears: {len(ys)} maps, expected 2 to {MAX_GROUP}, each with tables and a bias")
+    stored = factors[0].untyped_storage().data_ptr()
+    if any(each.stride() != factors[0].stride() or each.untyped_storage().data_ptr() != stored for each in factors):
+        raise ValueError("add_lora_linears: the maps are of several banks")
+    for y_MO, each in zip(ys, tables, strict=True):
+        _check(y_MO, x_MI, token_slots_M, each)
+    M, in_features = x_MI.shape
+    if M == 0 or rank_bound == 0:
+        return
+    tile = choose_tile(M, in_features, max(y.shape[1] for y in ys), rank_bound, run_length)
+    block_r = max(tile.shrink_r, tile.expand_r)
+    width = cdiv(rank_bound, block_r) * block_r
+    v_dtype = x_MI.dtype if tile.splits == 1 else torch.float32
+    v_GSMW = torch.empty(len(ys), tile.splits, M, width, dtype=v_dtype, device=x_MI.device)
+    _launch_group(ys, x_MI, v_GSMW, token_slots_M, tables, biases, tile)
+
+
 # define and impl instead of custom_op, whose wrapper costs ten times as much a call: a decode step makes hundreds.
 torch.library.define(
     "moegraft::add_lora_linear",
@@ -115,6 +173,14 @@ torch.library.impl("moegraft::add_lora_linear", "default", run_lora_linear)
 
 
 torch.library.register_fake("moegraft::add_lora_linear", lambda *tensors_and_sizes: None)
+
+torch.library.define(
+    "moegraft::add_lora_linears",
+    "(Tensor(a!)[] ys, Tensor x, Tensor token_slots, Tensor pool, Tensor page_table, Tensor[] factors, "
+    "Tensor?[] biases, int page_elems, int rank_bound, int run_length) -> ()",
+)
+torch.library.impl("moegraft::add_lora_linears", "default", run_lora_linears)
+torch.library.register_fake("moegraft::add_lora_linears", lambda *tensors_and_sizes: None)
 
 
 def _check(y_MO: torch.Tensor, x_MI: torch.Tensor, token_slots_M: torch.Tensor, tables: LinearTables) -> None:
@@ -237,6 +303,47 @@ def _launch(
         groups.Rows(y_MO, None, y_MO.stride(0)), v_SMW, bias_O, token_slots_M, operands, M, COLUMNS=out_features,
         ALIGN=_alignment(tables, out_features), BLOCK_R=tile.expand_r,
         BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, SLICES=slices, **options,
+    )  # fmt: skip
+
+
+def _launch_group(
+    ys: Sequence[torch.Tensor],
+    x_MI: torch.Tensor,
+    v_GSMW: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    tables: Sequence[LinearTables],
+    biases: Sequence[torch.Tensor | None],
+    tile: LinearTile,
+) -> None:
+    first, (M, in_features) = tables[0], x_MI.shape
+    G, splits, _, width = v_GSMW.shape
+    operands = groups.Tables(
+        first.pool, first.page_table, first.factors, None, first.page_table.stride(0), first.factors.stride(0), 0
+    )
+    options = {
+        "PAGE_ELEMS": first.page_elems, "V_WIDTH": width, "SPLITS": splits, "PRECISION": dot_precision(x_MI.dtype),
+        "num_warps": tile.num_warps, **pdl_options(x_MI.device),
+    }  # fmt: skip
+    absent = MAX_GROUP - G
+    starts = [each.factors.storage_offset() for each in tables] + [0] * absent
+    shifts = [start - starts[0] for start in starts[1:]]
+    rank_blocks = width // tile.shrink_r
+    programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
+    shrink_group_kernel[(programs * rank_blocks * splits, G)](
+        v_GSMW, groups.Rows(x_MI, None, x_MI.stride(0)), token_slots_M, operands, *shifts, M, LENGTH=in_features,
+        ALIGN=_alignment(first, in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
+        num_stages=3, ROWS=rows, **options,
+    )  # fmt: skip
+    programs, rows = _row_tiles(M, tile.expand_m, tile.leaders)
+    columns = [y.shape[1] for y in ys] + [0] * absent
+    alignments = [_alignment(first, count) if count else 1 for count in columns]
+    outs = [groups.Rows(y, None, y.stride(0)) for y in ys] + [groups.Rows(ys[0], None, 0)] * absent
+    blocks = sum(cdiv(count, tile.expand_n * tile.expand_steps) for count in columns)
+    expand_group_kernel[(programs * blocks,)](
+        *outs, v_GSMW, *biases, *[None] * absent, token_slots_M, operands, *shifts, M,
+        **{f"COLUMNS{i}": count for i, count in enumerate(columns)},
+        **{f"ALIGN{i}": alignment for i, alignment in enumerate(alignments)}, BLOCK_R=tile.expand_r,
+        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, SLICES=_slices(()), **options,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -69,3 +70,17 @@ class PunicaWrapperBase(ABC):
 
         ``rank_bound``: no adapter that the call, or a graph that captured it, may meet has a larger rank here.
         """
+
+    def add_lora_linears(
+        self,
+        ys: Sequence[torch.Tensor],
+        x_MI: torch.Tensor,
+        rows: AdapterRows,
+        tables: Sequence[LinearTables],
+        *,
+        rank_bound: int,
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        """``add_lora_linear`` of several maps that read the same x; their ``tables`` are of one bank."""
+        for y_MO, each, bias_O in zip(ys, tables, biases, strict=True):
+            self.add_lora_linear(y_MO, x_MI, rows, each, rank_bound=rank_bound, bias_O=bias_O)

@@ -97,6 +97,34 @@ class PunicaWrapperCPU(PunicaWrapperBase):
         else:
             add_rows(y_MO, segments.rows_L, delta_LO)
 
+    def add_lora_linears(
+        self,
+        ys: Sequence[torch.Tensor],
+        x_MI: torch.Tensor,
+        rows: AdapterRows,
+        tables: Sequence[LinearTables],
+        *,
+        rank_bound: int,
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        segments = segments_of(rows)
+        stacked = segments.factors.stacked(tables, x_MI.shape[1], [y.shape[1] for y in ys], segments.slots)
+        if stacked is None:
+            super().add_lora_linears(ys, x_MI, rows, tables, rank_bound=rank_bound, biases=biases)
+            return
+        a_SIR, b_SRO = stacked
+        x_LI = x_MI if segments.is_whole else x_MI.index_select(0, segments.rows_L)
+        v_LR = grouped_mm(x_LI.float(), a_SIR, segments.offsets).to(x_MI.dtype).float()
+        first = 0
+        for y_MO, each_SRO in zip(ys, b_SRO, strict=True):
+            last = first + each_SRO.shape[1]
+            delta_LO = grouped_mm(v_LR[:, first:last], each_SRO, segments.offsets)
+            first = last
+            if segments.is_whole:
+                y_MO.add_(delta_LO)
+            else:
+                add_rows(y_MO, segments.rows_L, delta_LO)
+
 
 @dataclass(frozen=True)
 class LoRASegments:
@@ -233,6 +261,7 @@ class BatchFactors:
     def __init__(self) -> None:
         self._indices: dict[tuple[int, int, tuple[int, ...]], FactorIndex | None] = {}
         self._copies: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
+        self._stacked: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]] | None] = {}
         self._segments: WeakKeyDictionary[AdapterRows, LoRASegments] = WeakKeyDictionary()
 
     def segments(self, rows: AdapterRows) -> LoRASegments:
@@ -265,6 +294,30 @@ class BatchFactors:
         if key not in self._copies:
             self._copies[key] = index.read(tables, index.unit_SHR[:, 0], row_len, slice(None)).float()
         return index, self._copies[key]
+
+    def stacked(
+        self, tables: Sequence[LinearTables], in_features: int, widths: Sequence[int], slots: tuple[int, ...]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        """A of several maps in a row, [S, I, R], and B of each, [S, its R, O], zero past an adapter's rank: float32 and
+        copied once a batch. None where one of the maps has a gain (DoRA), or no adapter."""
+        key = (*map(id, tables), *slots)
+        if key not in self._stacked:
+            self._stacked[key] = self._stack(tables, in_features, widths, slots)
+        return self._stacked[key]
+
+    def _stack(
+        self, tables: Sequence[LinearTables], in_features: int, widths: Sequence[int], slots: tuple[int, ...]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        a_SRI, b_SRO = [], []
+        for each, width in zip(tables, widths, strict=True):
+            a = self.whole(each, LinearFactor.A, in_features, slots)
+            b = self.whole(each, LinearFactor.B, width, slots)
+            if a is None or b is None or self.index(each, LinearFactor.GAIN, width, slots) is not None:
+                return None
+            lane_R = torch.arange(b[0].max_rank, device=b[1].device)
+            a_SRI.append(a[1])
+            b_SRO.append(b[1].masked_fill((lane_R >= b[0].rank_S[:, None])[..., None], 0))
+        return torch.cat(a_SRI, dim=1).transpose(1, 2), b_SRO
 
 
 def shrink_rows(

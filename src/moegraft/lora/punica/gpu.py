@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moegraft.core.tables import ExpertsTables, LinearTables
@@ -65,6 +67,23 @@ class PunicaWrapperGPU(PunicaWrapperBase):
         x_MI = x_MI if x_MI.stride(-1) == 1 else x_MI.contiguous()
         add_lora_linear(
             y_MO, x_MI, rows.slots_M, tables, rank_bound=rank_bound, run_length=rows.run_length, bias_O=bias_O
+        )
+
+    def add_lora_linears(
+        self,
+        ys: Sequence[torch.Tensor],
+        x_MI: torch.Tensor,
+        rows: AdapterRows,
+        tables: Sequence[LinearTables],
+        *,
+        rank_bound: int,
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        from moegraft.kernels.lora_linear.host import add_lora_linears
+
+        x_MI = x_MI if x_MI.stride(-1) == 1 else x_MI.contiguous()
+        add_lora_linears(
+            ys, x_MI, rows.slots_M, tables, rank_bound=rank_bound, run_length=rows.run_length, biases=biases
         )
 
 

@@ -7,9 +7,9 @@ transformers' own without its parameters; a child ``packed`` holds the weights i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self, cast
 
 import torch
@@ -31,6 +31,11 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PACKED = "packed"
 # Set on every instance by transformers' ``use_experts_implementation``; its other attributes came with later versions.
 _HOOK_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+# Experts that transformers does not dispatch, and what they do not say of their layout.
+_ADOPTED: Mapping[str, Mapping[str, bool]] = {
+    "Llama4TextExperts": {"has_gate": True, "has_bias": False, "is_transposed": True, "is_concatenated": True},
+    "Step3p7Experts": {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True},
+}
 # Both sides of every clamp and the bend of every curve: a limit beyond the last scale has no practical effect.
 _PROBE_SCALES = (1.0, 4.0, 16.0, 1000.0)
 
@@ -258,8 +263,32 @@ class PackedHostExperts(HostExperts):
         return self.packed.weights
 
 
-def host_experts(model: nn.Module) -> dict[str, HostExperts]:
-    """Experts modules that dispatch through transformers' experts interface, by name, in the order of the model."""
+def is_adopted(module: nn.Module) -> bool:
+    """Whether transformers calls the module without its interface: ``attach`` then stands in for its forward."""
+    return type(module).__name__ in _ADOPTED and type(module).__module__.startswith("transformers.models.")
+
+
+def _adopt(module: nn.Module) -> None:
+    """Says of the module what transformers' interface would."""
+    for name, value in _ADOPTED[type(module).__name__].items():
+        vars(module).setdefault(name, value)
+    if not hasattr(module, "_apply_gate"):
+        vars(module).setdefault("_apply_gate", partial(_gated, cast("nn.Module", module.act_fn)))
+
+
+def _gated(act_fn: Callable[[torch.Tensor], torch.Tensor], gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return act_fn(gate) * up
+
+
+def host_experts(model: nn.Module, *, adopts: bool = True) -> dict[str, HostExperts]:
+    """Experts modules that dispatch through transformers' experts interface, by name, in the order of the model.
+
+    ``adopts``: and those that ``attach`` can reach without it.
+    """
+    for module in model.modules() if adopts else ():
+        if is_adopted(module):
+            _adopt(module)
     return {
         name: HostExperts.of(module)
         for name, module in model.named_modules()
@@ -392,6 +421,7 @@ def _candidates(module: HookedExperts) -> Iterator[Activation]:
     limit = getattr(module, "limit", getattr(module, "swiglu_limit", None))
     if limit is not None:
         yield Activation(kind=ActivationKind.SILU_CLAMPED, limit=float(limit))
+        yield Activation(kind=ActivationKind.CLAMPED_SILU, limit=float(limit))
         if alpha is not None:
             yield Activation(kind=ActivationKind.SWIGLU_OAI, alpha=float(alpha), limit=float(limit))
     act_fn: Any = getattr(module, "act_fn", None)

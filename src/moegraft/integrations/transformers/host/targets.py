@@ -193,7 +193,7 @@ def _served_scope(model: nn.Module, hooked: Mapping[str, HostExperts]) -> TextSc
 
 def experts_targets(model: PreTrainedModel) -> dict[str, ExpertsTarget]:
     """All experts modules, those of towers too; their weights may lie on the meta device."""
-    return {name: host.target(name) for name, host in host_experts(model).items()}
+    return {name: host.target(name) for name, host in host_experts(model, adopts=False).items()}
 
 
 def experts_per_token(model: PreTrainedModel) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moegraft.build import build_fused_moe, build_fused_moe_with_lora, build_parallel_moe
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.errors import UnsupportedModelError
-from moegraft.integrations.transformers.host.storage import HostExperts, PackedExperts, packed_experts
+from moegraft.integrations.transformers.host.storage import (
+    HostExperts,
+    PackedExperts,
+    is_adopted,
+    packed_experts,
+)
 from moegraft.integrations.transformers.parallel.layout import RankLayout
 from moegraft.integrations.transformers.sites.call import CallState, register
 from moegraft.lora.bank import AdapterBank
@@ -105,6 +111,28 @@ def _traced_forward(
         torch.ops.moegraft.graft_no_batch(state.order, state.number)
         return cast("torch.Tensor", _original_forward(module, site)(module, x_TD, topk_ids_TK, topk_weights_TK))
     return torch.ops.moegraft.graft_experts(x_TD, topk_weights_TK, topk_ids_TK, state.order, site.number, state.version)
+
+
+def unrouted_forward(module: nn.Module, routed_in: torch.Tensor) -> torch.Tensor:
+    """In the place of Llama 4's: every token for each expert, weighted, or zero where it does not go there.
+
+    routed_in [E * T, D], expert-major -> the same of the outputs. What is zero is not computed.
+    """
+    site: ExpertsSite | None = module.__dict__.get(_SITE)
+    is_traced = torch.compiler.is_compiling()
+    call = None if site is None or is_traced else site.state.current()
+    if site is None or (call is None and _wants_grad(module, routed_in)):
+        return cast("torch.Tensor", type(module).forward(module, routed_in))
+    E, D = cast("torch.Tensor", module.gate_up_proj).shape[:2]
+    x_ETD = routed_in.view(E, -1, D)
+    token_T = torch.arange(x_ETD.shape[1], device=routed_in.device)
+    is_chosen_TE = (x_ETD != 0).any(-1).T
+    out_ETD = torch.zeros_like(x_ETD)
+    for expert_T in is_chosen_TE.int().topk(site.base.method.experts.config.top_k, dim=1).indices.unbind(1):
+        x_TD = x_ETD[expert_T, token_T]
+        weights_T1 = x_TD.new_ones(len(token_T), 1)
+        out_ETD[expert_T, token_T] = experts_forward(module, x_TD, expert_T[:, None], weights_T1)
+    return out_ETD.view(-1, D)
 
 
 def guard_implementation(module: nn.Module) -> None:
@@ -196,6 +224,9 @@ def build_site(name: str, options: SiteOptions) -> ExpertsSite:
     host, config = options.experts[name], options.configs[name]
     layout, backend = options.layout, options.backend
     expert_map = layout.expert_maps.get(name)
+    adopted = is_adopted(host.module)
+    if adopted and expert_map is not None:
+        raise UnsupportedModelError(f"{type(host.module).__name__} ({name}) cannot be shared out over ranks")
     if expert_map is None:
         weights = host.weights()
         local = replace(config, num_experts=weights.num_experts, intermediate_size=weights.intermediate_size)
@@ -212,7 +243,9 @@ def build_site(name: str, options: SiteOptions) -> ExpertsSite:
         with_lora=build_fused_moe_with_lora(base, tables, layout.groups) if options.lora_experts else None,
         decision=decision,
         state=options.state,
-        previous_implementation=cast("PreTrainedConfig", host.module.config)._experts_implementation,
+        previous_implementation=None
+        if adopted
+        else cast("PreTrainedConfig", host.module.config)._experts_implementation,
         is_cut=expert_map is not None,
     )
 
@@ -221,16 +254,27 @@ def install_sites(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> N
     """Puts the sites behind their modules, then gives up the weights of those that are cut."""
     for name, site in sites.items():
         # Not a submodule: its parameters are the module's own and must not be listed twice.
-        object.__setattr__(model.get_submodule(name), _SITE, site)
-    model.set_experts_implementation(IMPLEMENTATION)
+        module = model.get_submodule(name)
+        object.__setattr__(module, _SITE, site)
+        if is_adopted(module):
+            takes_routing = "top_k_index" in inspect.signature(type(module).forward).parameters
+            forward = experts_forward if takes_routing else unrouted_forward
+            object.__setattr__(module, "forward", MethodType(forward, module))
+    if experts_configs(model, sites):
+        model.set_experts_implementation(IMPLEMENTATION)
     for name, site in sites.items():
         if site.is_cut:
             HostExperts.of(model.get_submodule(name)).give_up()
 
 
+def _config_of(module: nn.Module) -> PreTrainedConfig:
+    return cast("PreTrainedConfig", module.config)
+
+
 def experts_configs(model: PreTrainedModel, sites: Mapping[str, ExpertsSite]) -> list[PreTrainedConfig]:
     """The distinct configs that say which implementation the experts modules run; most models have one."""
-    configs = {id(config): config for config in (model.get_submodule(name).config for name in sites)}
+    modules = [module for module in map(model.get_submodule, sites) if not is_adopted(module)]
+    configs = {id(module.config): _config_of(module) for module in modules}
     return list(configs.values())
 
 
@@ -245,7 +289,9 @@ def remove_sites(
         if site.is_cut and module._parameters.get("down_proj") is None and "packed" not in module._modules:
             object.__setattr__(module, _SPENT, True)
         vars(module).pop(_SITE, None)
-    if sites and not any(_SPENT in vars(module) for module in sites):
+        if is_adopted(module):
+            vars(module).pop("forward", None)
+    if not all(map(is_adopted, sites)) and not any(_SPENT in vars(module) for module in sites):
         model.set_experts_implementation(previous)
 
 

@@ -28,6 +28,7 @@ from moegraft.integrations.transformers.sites.experts import (
 )
 from moegraft.integrations.transformers.sites.saved import SavedSeam
 from moegraft.integrations.transformers.sites.seams import EmbeddingSeam, LinearSeam, RouterSeam, Seam
+from moegraft.integrations.transformers.sites.shared import SharedInput, shared_inputs
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.targets import ModelTargets
 
@@ -78,6 +79,7 @@ class Fittings:
         self._vocabulary = [name for name, module in self._modules.items() if module in vocabulary]
         self._hooks = ForwardHooks(state, model, token_modules(model, targets))
         self._seams: dict[Key, Seam] = {}
+        self._shared: dict[tuple[str, ...], SharedInput] = {}
         self._punica = punica_for(bank.pool.data.device)
         self._watched: dict[object, list[_Spot]] = {}  # replaced, never changed: other threads read it
         self._distinct: tuple[dict[object, list[_Spot]], tuple[_Spot, ...]] = (self._watched, ())
@@ -164,12 +166,27 @@ class Fittings:
                     seam.install()
                     spots = [*self._path(key[0]), *self._seam_parameters(key, seam)]
                     self._watched = {**self._watched, key: spots}
+            self._share()
+
+    def _share(self) -> None:
+        """Maps that read the same input add their deltas together."""
+        seams = {name: seam for (name, _), seam in self._seams.items() if isinstance(seam, LinearSeam)}
+        wanted = {names: tuple(seams[name] for name in names) for names in shared_inputs(seams)}
+        for names in [names for names, shared in self._shared.items() if wanted.get(names) != shared.seams]:
+            self._shared.pop(names).remove()
+        for names, members in wanted.items():
+            if names not in self._shared and all(map(SharedInput.fits, members)):
+                shared = self._shared[names] = SharedInput(members)
+                shared.install()
 
     def remove(self) -> None:
         """Takes everything out again, whatever of it is there."""
         with self._lock:
             self._watched, self._weights = {}, []
             self._hooks.remove()
+            for shared in self._shared.values():
+                shared.remove()
+            self._shared = {}
             for key in list(self._seams):
                 self._seams[key].remove()
                 del self._seams[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,12 +22,16 @@ from moegraft.integrations.transformers.sites.router_weight import RouterWeight
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.call import AdapterCall
 from moegraft.lora.punica import PunicaWrapperBase
-from moegraft.lora.punica.cpu import segments_of
+from moegraft.lora.punica.cpu import PunicaWrapperCPU, segments_of
 from moegraft.lora.punica.embedding import expand_embedding, shrink_embedding
+from moegraft.lora.punica.gpu import PunicaWrapperGPU
 from moegraft.lora.rows import AdapterRows
 from moegraft.lora.targets import LinearTarget
 from moegraft.parallel import LinearSlice
 from moegraft.parallel.collectives import Communicator
+
+if TYPE_CHECKING:
+    from moegraft.integrations.transformers.sites.shared import SharedInput
 
 
 class Seam(ABC):
@@ -66,8 +70,12 @@ class HookSeam(Seam):
             self.trace(args, kwargs, output)
             return
         call = self.state.fixed if is_traced else self.state.current()
-        if call is not None:
-            _without_grad(self.apply, call, args, kwargs, output)
+        if call is not None and not self.is_done(call, output, is_traced=is_traced):
+            without_grad(self.apply, call, args, kwargs, output)
+
+    def is_done(self, call: AdapterCall, output: Any, *, is_traced: bool) -> bool:
+        """Whether the output has its delta already."""
+        return False
 
     @abstractmethod
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -78,7 +86,7 @@ class HookSeam(Seam):
         """Change ``output`` in place in the rows that have an adapter."""
 
 
-def _without_grad(run: Callable[..., None], *args: Any) -> None:
+def without_grad(run: Callable[..., None], *args: Any) -> None:
     """A batch with adapters is inference. GraftedModel has switched gradients off already; an engine may not have."""
     if torch.is_grad_enabled():
         with torch.no_grad():
@@ -100,6 +108,7 @@ class LinearDelta:
         self.name = target.name
         self.tables = bank.linear_tables(target.name)
         self.punica = punica or punica_for(self.tables.pool.device)
+        self.shares = type(self.punica) in (PunicaWrapperCPU, PunicaWrapperGPU)  # no other rank has a part in it
         self.state = state
         self.number = register(self)
 
@@ -130,7 +139,7 @@ class LinearDelta:
         if rank_bound == 0:
             return
         rows = call.rows(target.name, x.shape[:-1])
-        if rows.has_adapters:
+        if rows.host is None or rows.has_adapters:
             x_MI = x.reshape(-1, target.in_features).to(self.tables.pool.dtype)
             y_MO = y.view(-1, target.out_features)
             self.punica.add_lora_linear(y_MO, x_MI, rows, self.tables, rank_bound=rank_bound, bias_O=bias_O)
@@ -149,14 +158,22 @@ class LinearSeam(HookSeam):
     ) -> None:
         super().__init__(target.name, module, bank, state)
         self.delta = LinearDelta(target, bank, state, punica)
+        self.shared: SharedInput | None = None
+
+    def is_done(self, call: AdapterCall, output: Any, *, is_traced: bool) -> bool:
+        """Eager code asks the tensor itself: maps may come to share their input while a pass runs in another thread."""
+        if is_traced:
+            return self.shared is not None and self.shared.serves(self, call)
+        return hasattr(output, "has_delta")
 
     def apply(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.delta.add(call, output, args[0] if args else kwargs["input"], self._bias())
+        self.delta.add(call, output, args[0] if args else kwargs["input"], self.bias())
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.delta(output, args[0] if args else kwargs["input"], self._bias())
+        self.delta(output, args[0] if args else kwargs["input"], self.bias())
 
-    def _bias(self) -> torch.Tensor | None:
+    def bias(self) -> torch.Tensor | None:
+        """The module's own, as this rank has it."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else local(bias)
 

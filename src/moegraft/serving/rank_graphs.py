@@ -1,0 +1,72 @@
+"""Decode steps of several ranks as CUDA graphs, their collectives inside: rank 0 decides, the others are told.
+
+Ranks that replayed, captured and ran eagerly at once would wait for each other for ever. What a decision rests on may
+differ between them for a moment, while an adapter is loaded or unloaded; so it is rank 0's alone, and nothing is
+captured with adapters in that moment.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Any
+
+import torch
+
+from moegraft.lora.bank import AdapterBank
+from moegraft.serving.graphs import DecodeGraphs
+from moegraft.serving.scheduler import BASE, StepPlan
+
+Decision = tuple[int, int | None, bool]
+"""(padded size, rank bound or None without adapters, whether the step is captured now)."""
+
+
+class RankGraphs(DecodeGraphs):
+    """See ``DecodeGraphs``. ``bound``: the largest rank of an adapter that was held, on any rank."""
+
+    bound = 16
+
+    def run(self, plan: StepPlan, ids: torch.Tensor | None = None) -> torch.Tensor | None:
+        """None: only ``follow`` runs graphs."""
+        return None
+
+    def decide(self, plan: StepPlan, handles: list[Any], *, may_capture: bool) -> Decision | None:
+        """Of rank 0, for a plan of decode rows; None for an eager step. handles: of the plan's adapters ·
+        may_capture: no adapter is being loaded or unloaded on any rank."""
+        at = bisect_left(self._sizes, len(plan.chunks))
+        if at == len(self._sizes) or any(handle.saved for handle in handles):
+            return None
+        size = self._sizes[at]
+        if not handles:
+            return size, None, (size, False) not in self._captured
+        found = self._captured.get((size, True))
+        call = None if found is None else found.call
+        if (
+            call is not None
+            and (call.rank_bound or 0) >= self.bound
+            and all(handle.ranks.keys() <= call.modules for handle in handles)
+        ):
+            return size, call.rank_bound, False
+        if not may_capture or any(handle.saved for handle in self._bank.handles()):
+            return None
+        return size, self.bound, True
+
+    def follow(self, decision: Decision, plan: StepPlan, ids: torch.Tensor | None) -> torch.Tensor:
+        """Logits of a plan that all ranks run in the same way."""
+        size, bound, captures = decision
+        lanes = [chunk.sequence.lane for chunk in plan.chunks] + [BASE] * (size - len(plan.chunks))
+        if bound is None:
+            step = self._capture(plan, lanes, None, ids) if captures else self._captured[size, False]
+            return self._replay(step, plan, ids, ())
+        with self.batch_of(lanes, rank_bound=bound) as call:
+            step = self._capture(plan, lanes, call, ids) if captures else self._captured[size, True]
+            assert step.call is not None
+            step.call.check_serves(call)
+            return self._replay(step, plan, ids, call.batch.row_slots)
+
+
+def rank_bound_of(bank: AdapterBank, key: str) -> int:
+    """The power of two that bounds the ranks of an adapter's factors on this rank."""
+    most = 16
+    for module, ranks in bank.get(key).ranks.items():
+        most = max(most, *(ranks[1:] if module in bank.layout.experts else ranks[:2]))
+    return 1 << (most - 1).bit_length()
