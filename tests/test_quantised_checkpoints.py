@@ -28,6 +28,7 @@ from support.families import FAMILIES, build
 from support.fp8_truth import Rows, fp8_logits
 from support.mixed import random_ids
 from support.oracle import merge, merged_logits
+from support.thinned import thinned
 from support.zoo import image_inputs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -91,6 +92,7 @@ def test_one_mixed_batch(checkpoint: QuantisedCheckpoint, tmp_path: Path) -> Non
             assert_close_delta(mixed[i], plain[i], truths[name][i], base[i], tol)
 
 
+@pytest.mark.parametrize("checkpoint", thinned(LAYOUTS, keep_one_in=3), indirect=True, scope="module")
 def test_mixed_generation_equals_merged_models(checkpoint: QuantisedCheckpoint, tmp_path: Path) -> None:
     ids = random_ids(3, 5)
     _save_adapters(checkpoint, tmp_path, ids)
@@ -133,6 +135,7 @@ def test_bfloat16_by_default_and_never_dequantised(checkpoint: QuantisedCheckpoi
     assert relative_error(found[:, :1].float(), _base_logits(checkpoint, ids)[:, :1]) < 0.3
 
 
+@pytest.mark.parametrize("checkpoint", thinned(LAYOUTS, keep_one_in=3), indirect=True, scope="module")
 def test_experts_are_never_dequantised_while_they_are_read(checkpoint: QuantisedCheckpoint) -> None:
     """No tensor of 16 or 32 bits a number that is made on the way holds the experts of one layer."""
     sizes = []
