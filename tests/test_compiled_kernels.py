@@ -55,7 +55,12 @@ def compiled(
 
 @pytest.mark.parametrize(
     ("device", "tokens"),
-    [(ADA, [8]), (ADA, [4096]), (AMPERE, [4096]), (HOPPER, [4096])],
+    [
+        pytest.param(ADA, [8], marks=pytest.mark.soak),
+        (ADA, [4096]),  # the least shared memory
+        pytest.param(AMPERE, [4096], marks=pytest.mark.soak),
+        (HOPPER, [4096]),
+    ],
     ids=lambda value: f"sm{value['capability']}" if isinstance(value, dict) else None,
 )
 def test_every_kernel_has_the_shared_memory_that_it_asks_for(

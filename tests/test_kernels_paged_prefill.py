@@ -12,8 +12,9 @@ pytest.importorskip("triton", reason="needs triton")
 from support.kernels import DEVICE
 
 import moegraft.kernels.paged_prefill.host as paged_prefill_host
-from moegraft.kernels.paged_prefill import PrefillChunks
-from moegraft.kernels.paged_prefill.host import PrefillTile, choose_tile, paged_prefill
+from moegraft.kernels import paged_prefill as shared
+from moegraft.kernels.paged_prefill import PrefillChunks, PrefillTile, block_tokens, blocks_of, choose_tile
+from moegraft.kernels.paged_prefill.host import paged_prefill
 from moegraft.kernels.paged_prefill.reference import paged_prefill_reference
 from moegraft.testing.errors import assert_close
 
@@ -41,12 +42,14 @@ def check(
         rows.append(total)
         total += tokens + 1
     q = torch.randn(total, heads[0], sizes[0], generator=generator)
+    per_block = block_tokens(heads[0] // heads[1], max(sizes), dtype.itemsize)
+    blocks = [*blocks_of([tokens for tokens, _ in chunks], per_block), (-1, 7)]  # the last: a program without work
     made = PrefillChunks(
         rows_N=torch.tensor(rows, dtype=torch.int32, device=DEVICE),
         tokens_N=torch.tensor([tokens for tokens, _ in chunks], dtype=torch.int32, device=DEVICE),
         contexts_N=torch.tensor([context for _, context in chunks], dtype=torch.int32, device=DEVICE),
         page_table_NP=table.to(DEVICE),
-        longest=max((tokens for tokens, _ in chunks), default=0),
+        blocks={per_block: torch.tensor(blocks, dtype=torch.int32, device=DEVICE)},
     )
     q, keys, values = (x.to(DEVICE, dtype) for x in (q, keys, values))
     given = {"scale": 0.3, **options}
@@ -79,7 +82,8 @@ def test_heads(heads: tuple[int, int], sizes: tuple[int, int]) -> None:
 def test_small_blocks(monkeypatch: pytest.MonkeyPatch, block_m: int) -> None:
     """Several blocks a chunk, several blocks of keys: as long prompts have."""
     tile = PrefillTile(block_m=block_m, block_l=16, num_warps=4)
-    monkeypatch.setattr(paged_prefill_host, "choose_tile", lambda *_: tile)
+    for module in (shared, paged_prefill_host):
+        monkeypatch.setattr(module, "choose_tile", lambda *_: tile)
     check([(37, 37), (20, 55), (1, 40)], window=None)
     check([(37, 37), (20, 55), (1, 40)], window=11)
 

@@ -30,19 +30,23 @@ OPTIONS: dict[str, Any] = {"page_size": 4, "adapter_memory": "4MiB", "max_model_
 def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     """An engine whose decode steps go through ``DecodeGraphs`` and the kernel, whatever the device."""
 
-    def record(self: DecodeGraphs, step: StepBatch) -> tuple[Callable[[], None], torch.Tensor]:
-        logits = self._forward(step)
-        return lambda: logits.copy_(self._forward(step)), logits
+    def record(self: DecodeGraphs, step: StepBatch, bind: Any) -> tuple[Callable[[], None], torch.Tensor]:
+        def run() -> torch.Tensor:
+            with bind():
+                return self._forward(step)
+
+        logits = run()
+        return lambda: logits.copy_(run()), logits
 
     def open_pool(self: Runner, *sizes: int) -> None:
         opened(self, *sizes)
-        self.open_graphs(40)
+        self.open_graphs(40, 24)
 
     opened = Runner.open_pool
     if DEVICE == "cpu":
         monkeypatch.setattr("moegraft.serving.runner._has_kernels", lambda device: True)
         monkeypatch.setattr(Runner, "open_pool", open_pool)
-        monkeypatch.setattr(DecodeGraphs, "_record", record)
+        monkeypatch.setattr(DecodeGraphs, "record", record)
     return lambda **options: Engine(build("qwen3_moe").to(DEVICE), **OPTIONS, **options)
 
 
@@ -68,6 +72,22 @@ def test_replays_serve_any_adapters(served: Any, kinds: dict[str, Path], truth: 
         behind = list(zip(prompts, ("per_expert", "per_expert", None, None), strict=True))
         assert run(engine, requests) == truth(behind, NEW)
         assert engine.stats().graph_captures == captures
+
+
+def test_chunks_of_prompts_run_as_graphs(served: Any, kinds: dict[str, Path], truth: Any) -> None:
+    """Long and short prompts, whole ones and parts, beside decode rows, under any adapters: one graph a padded size."""
+    prompts = draw_prompts((30, 9, 3))
+    adapters = {name: kinds[name] for name in ("fused", "lm_head")}
+    with served(adapters=adapters, chunk_tokens=24, prefix_cache=False) as engine:
+        chunks = engine._loop.runner._chunk_graphs
+        for names in ((None, None, None), ("fused", None, "lm_head"), ("lm_head", "fused", None)):
+            requests = list(zip(prompts, names, strict=True))
+            assert run(engine, requests) == truth(requests, NEW)
+        captures = chunks.captures
+        assert captures == 2  # steps of up to 24 tokens, without adapters and with any
+        engine.load_adapter("fused", kinds["per_expert"], replace=True)
+        assert run(engine, [(prompts[0], "fused")]) == truth([(prompts[0], "per_expert")], NEW)
+        assert chunks.captures == captures
 
 
 def test_new_modules_and_ranks_are_captured_again(served: Any, kinds: dict[str, Path], truth: Any) -> None:

@@ -177,6 +177,8 @@ def replace_operators() -> None:
         "Tensor(a!) slot_mapping, int block_size) -> ()"
     )
     library.impl("compute_slot_mapping_kernel_impl", _map_slots, "CPU")
+    library.define("greedy_argmax(Tensor logits) -> Tensor")
+    library.impl("greedy_argmax", lambda logits: logits.argmax(-1), "CPU")
     library.define("silu_and_mul(Tensor(a!) out, Tensor input) -> ()")
     library.impl("silu_and_mul", _silu_and_mul, "CPU")
 

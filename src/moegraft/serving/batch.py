@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from moegraft.kernels.paged_prefill import LARGEST_HEAD, PrefillChunks
+from moegraft.kernels.paged_prefill import LARGEST_HEAD, PrefillChunks, blocks_of
 from moegraft.serving.attention import AttentionOptions
 from moegraft.serving.attention.gathered import attend_gathered, attend_together
 from moegraft.serving.kv_pool import KVPool, LayerKV
@@ -51,7 +53,7 @@ class StepBatch:
     for padding · rows_W: those whose logits are wanted, ``lanes_W`` their adapters; None for all rows ·
     decode: rows that the paged kernel takes, where there is one · groups: the same without one · segments: the other
     rows, by sequence · prefill: the same, for the kernel that takes them · states: rows as recurrent mixers see them,
-    where the model has such.
+    where the model has such · bind_wanted: binds the adapters of the wanted rows, in place of ``lanes_W``.
     """
 
     ids_T: torch.Tensor
@@ -67,6 +69,7 @@ class StepBatch:
     pool: KVPool
     states: tuple[StatePiece, ...] = ()
     prefill: PrefillChunks | None = None
+    bind_wanted: Callable[[], AbstractContextManager[Any]] | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
@@ -212,7 +215,7 @@ def pack(plan: StepPlan, packing: Packing, *, padded_to: tuple[int, int]) -> Ste
     padding, wanted_padding = padded_to[0] - len(ids), padded_to[1] - len(wanted)
     if packing.has_kernel and row_by_row:
         alone += [([SCRATCH_PAGE], 0)] * padding  # the kernel's tiles follow the number of rows
-    segments, chunks = _segments(spans, device)
+    segments, chunks = _segments(spans, pool)
     is_whole = padded_to[0] == padded_to[1] and len(wanted) == len(ids)  # decode rows and their padding
     return StepBatch(
         ids_T=_on(device, ids + [0] * padding),
@@ -241,12 +244,12 @@ def _decode_rows(rows: list[tuple[list[int], int]], device: torch.device) -> Dec
 
 
 def _segments(
-    spans: Sequence[tuple[int, int, int, list[int]]], device: torch.device
+    spans: Sequence[tuple[int, int, int, list[int]]], pool: KVPool
 ) -> tuple[tuple[Segment, ...], PrefillChunks | None]:
     """(first row, rows, tokens and pages of the context) of each, as segments and as chunks of the kernel."""
     if not spans:
         return (), None
-    width = max(len(pages) for *_, pages in spans)
+    device, width = pool.device, max(len(pages) for *_, pages in spans)
     table_NP = _on(device, [pages + [SCRATCH_PAGE] * (width - len(pages)) for *_, pages in spans], torch.int32)
     sizes_3N = _on(device, [list(each) for each in zip(*(span[:3] for span in spans), strict=True)], torch.int32)
     segments = tuple(
@@ -258,12 +261,15 @@ def _segments(
         tokens_N=sizes_3N[1],
         contexts_N=sizes_3N[2],
         page_table_NP=table_NP,
-        longest=max(count for _, count, _, _ in spans),
+        blocks={
+            size: _on(device, blocks_of([count for _, count, _, _ in spans], size), torch.int32)
+            for size in pool.prefill_blocks
+        },
     )
     return segments, chunks
 
 
-def _on(device: torch.device, values: list[int] | list[list[int]], dtype: torch.dtype = torch.long) -> torch.Tensor:
+def _on(device: torch.device, values: Sequence[Any], dtype: torch.dtype = torch.long) -> torch.Tensor:
     """Without waiting for what the device runs."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

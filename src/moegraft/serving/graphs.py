@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,7 +28,9 @@ Forward = Callable[[StepBatch], torch.Tensor]
 class BatchOf(Protocol):
     """Binds the adapters of rows, by lane."""
 
-    def __call__(self, lanes: Sequence[int], *, rank_bound: int | None) -> AbstractContextManager[Any]: ...
+    def __call__(
+        self, lanes: Sequence[int], *, rank_bound: int | None, **stated: Any
+    ) -> AbstractContextManager[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class DecodeGraphs:
     ) -> None:
         """sizes: padded ones, ascending · width: pages of the longest sequence."""
         self.captures = 0
-        self._forward, self._batch_of, self._bank, self._pool = forward, batch_of, bank, pool
-        self._sizes, self._width = tuple(sizes), width
+        self._forward, self.batch_of, self._bank, self._pool = forward, batch_of, bank, pool
+        self._sizes, self.width = tuple(sizes), width
         self._captured: dict[tuple[int, bool], CapturedStep] = {}
         self._memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._rank_bound = 0
@@ -69,9 +71,9 @@ class DecodeGraphs:
         if not any(lane != BASE for lane in lanes):
             step = self._captured.get((size, False)) or self._capture(plan, lanes, None, ids)
             return self._replay(step, plan, ids, ())
-        self._fit_rank_bound()
+        self.fit_rank_bound()
         try:
-            with self._batch_of(lanes, rank_bound=self._rank_bound) as call:
+            with self.batch_of(lanes, rank_bound=self._rank_bound) as call:
                 step = self._with_adapters(plan, lanes, call, ids)
                 return self._replay(step, plan, ids, call.batch.row_slots)
         except BatchError:
@@ -94,7 +96,7 @@ class DecodeGraphs:
                 pass
         return self._capture(plan, lanes, call, ids)
 
-    def _fit_rank_bound(self) -> None:
+    def fit_rank_bound(self) -> int:
         """The largest rank that is loaded; what was captured under a smaller one is given up."""
         needed = 16
         for name in self._bank.names():
@@ -103,31 +105,35 @@ class DecodeGraphs:
         if needed > self._rank_bound:
             self._rank_bound = 1 << (needed - 1).bit_length()
             self._captured = {key: step for key, step in self._captured.items() if not key[1]}
+        return self._rank_bound
 
     def _capture(
         self, plan: StepPlan, lanes: list[int], call: AdapterCall | None, ids: torch.Tensor | None
     ) -> CapturedStep:
-        """Runs the step once as it is, for what is compiled or allocated on first use, then captures it."""
         size = len(lanes)
-        step = _static_step(self._pool, size, self._width)
+        step = _static_step(self._pool, size, self.width)
         self._rows.fill(step, plan, ids)
         if call is None:
-            with self._batch_of(lanes, rank_bound=None):
-                replay, logits = self._record(step)
+            replay, logits = self.record(step, lambda: self.batch_of(lanes, rank_bound=None))
         else:
-            replay, logits = self._record(step)
+            replay, logits = self.record(step, nullcontext)
         self.captures += 1
         slots_B = None if call is None else call.token_rows(size, 1).slots_M
         captured = self._captured[size, call is not None] = CapturedStep(step, replay, logits, call, slots_B)
         return captured
 
-    def _record(self, step: StepBatch) -> tuple[Callable[[], None], torch.Tensor]:
-        self._forward(step)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Adapters may be loaded by another thread meanwhile, whose copies are none of the graph's.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            logits = self._forward(step)
+    def record(
+        self, step: StepBatch, bind: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Callable[[], None], torch.Tensor]:
+        """(what runs the step again, its logits), under the adapters that ``bind`` binds. Runs it once as it is, for
+        what is compiled or allocated on first use."""
+        with bind():
+            self._forward(step)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Adapters may be loaded by another thread meanwhile, whose copies are none of the graph's.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                logits = self._forward(step)
         return graph.replay, logits
 
     def _replay(

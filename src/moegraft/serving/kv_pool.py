@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.kernels.paged_prefill import LARGEST_HEAD, block_tokens
 from moegraft.serving.attention import IMPLEMENTATION, AttentionOptions
 
 
@@ -21,11 +22,20 @@ class LayerShape:
     """What one attention layer keeps of a token. is_latent: one head of keys, latent and rotated part in a row, and no
     values."""
 
+    q_heads: int
     kv_heads: int
     key_size: int
     value_size: int
     dtype: torch.dtype
     is_latent: bool = False
+
+    @property
+    def prefill_block(self) -> int | None:
+        """Tokens of a program of the prefill kernel; None where it does not serve the layer."""
+        widest = max(self.key_size, self.value_size)
+        if self.is_latent or widest > LARGEST_HEAD:
+            return None
+        return block_tokens(self.q_heads // self.kv_heads, widest, self.dtype.itemsize)
 
     @property
     def bytes_per_token(self) -> int:
@@ -73,6 +83,9 @@ class KVPool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.device = device
+        blocks = {shape.prefill_block for shape in shapes.values()}
+        self.prefill_blocks = sorted(block for block in blocks if block is not None)
+        self.prefills_all = None not in blocks
         self.layers: dict[int, LayerKV] = {}
         for layer, shape in shapes.items():
             rows = (num_pages, page_size, shape.kv_heads)
@@ -98,7 +111,12 @@ class _Recorder:
         if options.latents is not None:
             size, value_size = size + value_size, 0
         self.shapes[layer] = LayerShape(
-            kv_heads=heads, key_size=size, value_size=value_size, dtype=key.dtype, is_latent=is_latent
+            q_heads=query.shape[1],
+            kv_heads=heads,
+            key_size=size,
+            value_size=value_size,
+            dtype=key.dtype,
+            is_latent=is_latent,
         )
         width = value.shape[-1] if options.latents is None else options.latents.value_size
         return value.new_zeros(query.shape[0], query.shape[1], width)

@@ -108,7 +108,7 @@ def open_model(setup: Setup, names: Callable[[int], str], keep: Callable[[Callab
     # Rows that travel are counted on the host first; a plan of transformers gathers as it likes.
     is_capturable = is_capturable and not setup.parallel.data_parallel and not setup.plan
     if config.cuda_graphs and is_capturable and not config.batch_invariant and runner.device.type == "cuda":
-        runner.open_graphs(max_model_len)
+        runner.open_graphs(max_model_len, config.chunk_tokens)
     return Opened(
         graft=graft,
         runner=runner,

@@ -57,7 +57,7 @@ class RankGraphs(DecodeGraphs):
         if bound is None:
             step = self._capture(plan, lanes, None, ids) if captures else self._captured[size, False]
             return self._replay(step, plan, ids, ())
-        with self._batch_of(lanes, rank_bound=bound) as call:
+        with self.batch_of(lanes, rank_bound=bound) as call:
             step = self._capture(plan, lanes, call, ids) if captures else self._captured[size, True]
             assert step.call is not None
             step.call.check_serves(call)

@@ -186,9 +186,9 @@ class RankRunner(Runner):
         names = [None if lane == BASE else self._names(lane) for lane in lanes]
         return self.graft.batch(names, lengths=lengths, agreed=self._agreed)
 
-    def _bounded(self, lanes: Sequence[int], *, rank_bound: int | None) -> AbstractContextManager[Any]:
+    def _bounded(self, lanes: Sequence[int], *, rank_bound: int | None, **stated: Any) -> AbstractContextManager[Any]:
         names = [None if lane == BASE else self._names(lane) for lane in lanes]
-        return self.graft.batch(names, len(names), rank_bound=rank_bound, agreed=self._agreed)
+        return self.graft.batch(names, len(names), rank_bound=rank_bound, agreed=self._agreed, **stated)
 
     def hold_together(self, channel: Channel, key: str) -> AdapterBatch:
         """Makes an adapter resident on all ranks. Raises AdapterMemoryError on all where one has no room for it."""

@@ -18,6 +18,7 @@ from moegraft.integrations.transformers import GraftedModel
 from moegraft.serving.attention import IMPLEMENTATION
 from moegraft.serving.attention.latents import give_back, keep_latents
 from moegraft.serving.batch import Packing, StepBatch, pack
+from moegraft.serving.chunk_graphs import ChunkGraphs
 from moegraft.serving.fused import FusedParts
 from moegraft.serving.graphs import DecodeGraphs
 from moegraft.serving.kv_pool import KVPool, LayerShape, layer_shapes
@@ -58,6 +59,7 @@ class Runner:
         self._row_by_row = row_by_row
         self._packing: Packing | None = None
         self._graphs: DecodeGraphs | None = None
+        self._chunk_graphs: ChunkGraphs | None = None
         self._previous: str = self.model.config._attn_implementation
         self._stack = ExitStack()  # the adapters of the rows that the head is given, until the model returns
         self._step: StepBatch | None = None
@@ -91,7 +93,7 @@ class Runner:
             self._fused.remove()
         give_back(self._latents)
         self.model.set_attn_implementation(self._previous)
-        self.pool = self._packing = self._graphs = None
+        self.pool = self._packing = self._graphs = self._chunk_graphs = None
 
     def open_pool(self, num_pages: int, page_size: int, num_slots: int = 1) -> None:
         """Allocates the pages and slots, and checks with a few tokens that the model is right over them.
@@ -115,8 +117,8 @@ class Runner:
             self.states.open(num_slots, self.device)
         self._probe.check(self)
 
-    def open_graphs(self, longest: int) -> None:
-        """From now on decode steps, of sequences of up to ``longest`` tokens, run as CUDA graphs."""
+    def open_graphs(self, longest: int, chunk_tokens: int) -> None:
+        """From now on steps of up to ``chunk_tokens`` tokens, of sequences of up to ``longest``, run as CUDA graphs."""
         assert self.pool is not None
         # Without sizes of the caller's: powers of two up to 8, then in steps that waste at most an eighth.
         sizes = self._sizes or [size for size in (1, 2, 4) if size < self._max_wanted] + [
@@ -130,6 +132,9 @@ class Runner:
             sizes=sizes,
             width=-(-longest // self.pool.page_size),
         )
+        # Ranks that captured and ran eagerly at once would wait for each other for ever; theirs decide together.
+        if self.pool.prefills_all and not self._sizes and self.graphs_type is DecodeGraphs:
+            self._chunk_graphs = ChunkGraphs(self._graphs, self.pool, rows=self._max_wanted, tokens=chunk_tokens)
 
     @property
     def beat_seconds(self) -> float | None:
@@ -141,30 +146,32 @@ class Runner:
 
     @property
     def graph_captures(self) -> int:
-        return 0 if self._graphs is None else self._graphs.captures
+        return sum(graphs.captures for graphs in (self._graphs, self._chunk_graphs) if graphs is not None)
 
     @torch.no_grad()
     def run(self, plan: StepPlan, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [W, vocabulary], which the next step overwrites: the chunks that sample, in the plan's order, come
         first. ids: on the device, the token of each chunk, which the host does not know yet."""
         assert self._packing is not None
-        if self._graphs is not None and all(chunk.samples and chunk.count == 1 for chunk in plan.chunks):
-            found = self._graphs.run(plan, ids)
-            if found is not None:
-                return found
+        graphs: DecodeGraphs | ChunkGraphs | None = self._chunk_graphs
+        if all(chunk.samples and chunk.count == 1 for chunk in plan.chunks):
+            graphs = self._graphs
+        found = None if graphs is None else graphs.run(plan, ids)
+        if found is not None:
+            return found
         step = pack(plan, self._packing, padded_to=self._padded(plan))
         if ids is not None:
             step.ids_T[: ids.shape[0]] = ids
         if self.states is not None:
             self.states.clear([chunk.sequence.slot for chunk in plan.chunks if chunk.start == 0])
-        with self._adapters(step.lanes, step.lengths), self._stack:
+        with self._adapters(step.lanes, step.lengths):
             return self._forward(step)
 
     def _forward(self, step: StepBatch) -> torch.Tensor:
         self._step = step
         recurrent = nullcontext() if self.states is None else self.states.step(step.states)
         try:
-            with recurrent:
+            with recurrent, self._stack:
                 logits: torch.Tensor = self.model(
                     input_ids=step.ids_T[:, None],
                     position_ids=step.positions_T[:, None],
@@ -188,17 +195,18 @@ class Runner:
         """The one place that says to the layers which adapter each row uses: lane i the next ``lengths[i]`` rows."""
         return self.graft.batch([None if lane == BASE else self._names(lane) for lane in lanes], lengths=lengths)
 
-    def _bounded(self, lanes: Sequence[int], *, rank_bound: int | None) -> AbstractContextManager[Any]:
-        """One lane a row, for what is captured: it must serve other adapters too."""
+    def _bounded(self, lanes: Sequence[int], *, rank_bound: int | None, **stated: Any) -> AbstractContextManager[Any]:
+        """One lane a row, for what is captured: it must serve other adapters too. stated: see ``graft.batch``."""
         names = [None if lane == BASE else self._names(lane) for lane in lanes]
-        return self.graft.batch(names, len(names), rank_bound=rank_bound)
+        return self.graft.batch(names, len(names), rank_bound=rank_bound, **stated)
 
     def _keep_wanted_rows(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """In front of the head: only the rows that sample go on, each with its own adapter."""
         step, self._step = self._step, None  # once a step: a copy of the head that an adapter replaces has the hook too
         if step is None or step.rows_W is None:
             return None
-        self._stack.enter_context(self._adapters(step.lanes_W, (1,) * len(step.lanes_W)))
+        bind = step.bind_wanted or partial(self._adapters, step.lanes_W, (1,) * len(step.lanes_W))
+        self._stack.enter_context(bind())
         return args[0][step.rows_W], *args[1:]
 
 

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from moegraft.core.config import Activation, ActivationKind
-from moegraft.integrations.vllm.versions import current_config, mapping_of, why_not_device, why_not_lora
+from moegraft.integrations.vllm.versions import current_config, is_skipped, mapping_of, why_not_device, why_not_lora
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.lora.rows import RankBounds
 
@@ -39,9 +39,10 @@ _KINDS = {
 
 
 class MoegraftExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
-    """Routing, both GEMMs with the adapters inside, weights and sum. The LoRA layer binds ``tables`` and ``bounds``."""
+    """Routing, both GEMMs with the adapters inside, weights and sum. The LoRA layer binds the attributes."""
 
     tables: ExpertsTables | None = None
+    idle: torch.Tensor
     bounds = RankBounds(a13=0, a2=0)
 
     @staticmethod
@@ -129,7 +130,7 @@ class MoegraftExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
         slots, no_lora = mapping_of(context.punica_wrapper)
         if context.local_token_lora_mapping is not None:  # of rows that data parallelism gathered
             slots = context.local_token_lora_mapping.to(torch.int32).contiguous()
-        elif bool(no_lora):  # on the CPU: it also decides which graph is captured
+        elif is_skipped(slots.device, no_lora, self.idle):  # on the CPU: it also decides which graph is captured
             return None
         bounds = self.bounds
         return LoRABatch(tables=self.tables, token_slots_T=slots[:num_rows], rank13=bounds.a13, rank2=bounds.a2)

@@ -21,7 +21,7 @@ from vllm.lora.layers import (
 from moegraft.core.tables import LinearFactor, LinearTables
 from moegraft.integrations.vllm.moe_layers import size_only
 from moegraft.integrations.vllm.pages import Part, no_rows
-from moegraft.integrations.vllm.versions import mapping_of
+from moegraft.integrations.vllm.versions import is_skipped, mapping_of
 from moegraft.lora.targets import LinearTarget
 
 MAX_SLICES = 4
@@ -29,24 +29,31 @@ SLICE_ALIGN = 16
 """As the kernel has it: where slices of a map may begin, in columns."""
 
 
+_PROMPTS = 64
+
+
 class Serving:
     """What the manager says while its layers are made, and of the batch that runs.
 
     ``linears``: whether maps of this model are served · ``run_length``: tokens of a request in the batch, which chooses
-    tiles and no results.
+    tiles and no results; one of two numbers, since each makes kernels of its own.
     """
 
     linears: ClassVar[bool] = False
     run_length: ClassVar[int] = 1
 
+    @classmethod
+    def set_batch(cls, num_rows: int, num_requests: int) -> None:
+        cls.run_length = _PROMPTS if num_rows >= _PROMPTS // 2 * max(1, num_requests) else 1
+
 
 def _run(  # noqa: PLR0913 - an operator's
-    y_MO: torch.Tensor, x_MI: torch.Tensor, slots: torch.Tensor, no_lora: torch.Tensor, pool: torch.Tensor,
+    y_MO: torch.Tensor, x_MI: torch.Tensor, slots: torch.Tensor, skips: Sequence[torch.Tensor], pool: torch.Tensor,
     page_table: torch.Tensor, factors: torch.Tensor, page_elems: int, rank_bound: int, slice_starts: Sequence[int],
 ) -> None:  # fmt: skip
     from moegraft.kernels.lora_linear.host import run_lora_linear
 
-    if bool(no_lora):  # on the CPU; a Python value would become a constant of the compiled graph
+    if is_skipped(y_MO.device, *skips):  # on the CPU; Python values would become constants of the compiled graph
         return
     x_MI = x_MI if x_MI.stride(-1) == 1 else x_MI.contiguous()
     run_lora_linear(
@@ -58,7 +65,7 @@ def _run(  # noqa: PLR0913 - an operator's
 # In compiled graphs one opaque operator, which looks at the batch when it runs.
 torch.library.define(
     "moegraft::add_lora_linear_of_batch",
-    "(Tensor(a!) y, Tensor x, Tensor slots, Tensor no_lora, Tensor pool, Tensor page_table, Tensor factors, "
+    "(Tensor(a!) y, Tensor x, Tensor slots, Tensor[] skips, Tensor pool, Tensor page_table, Tensor factors, "
     "int page_elems, int rank_bound, int[] slice_starts) -> ()",
 )
 torch.library.impl("moegraft::add_lora_linear_of_batch", "default", _run)
@@ -103,6 +110,7 @@ class PagedLinear:
         """From now on the layer reads these pages."""
         self.pool, self.page_table, self.factors = tables.pool, tables.page_table, tables.factors
         self.page_elems = tables.page_elems
+        self.idle = torch.ones(1, dtype=torch.bool)
 
     def reset_lora(self, index: int) -> None:
         """Nothing of the slot's next adapter is here."""
@@ -156,8 +164,8 @@ class PagedLinear:
             x, output = x.flatten(0, 1), output.flatten(0, 1)
         slots, no_lora = mapping_of(self.punica_wrapper)
         torch.ops.moegraft.add_lora_linear_of_batch(
-            output, x, slots, no_lora, self.pool, self.page_table, self.factors, self.page_elems, self.max_rank,
-            self.slice_starts,
+            output, x, slots, [no_lora, self.idle], self.pool, self.page_table, self.factors, self.page_elems,
+            self.max_rank, self.slice_starts,
         )  # fmt: skip
         return output.view(shape)
 

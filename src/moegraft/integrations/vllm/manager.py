@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,9 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         return {name: module for name, module in self.modules.items() if isinstance(module, kind)}
 
     def _make_pages(self, experts: dict[str, Any], linears: dict[str, Any]) -> None:
-        layers = experts | linears
+        self._layers: dict[str, Any] = experts | linears
+        self._touched: dict[int, frozenset[str]] = {}
+        layers = self._layers
         memory = wanted_memory()
         self.pages = SlotPages(
             ModelTargets(
@@ -104,7 +107,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         result = bool(super().activate_adapter(lora_id))
         slot = self.lora_index_to_id.index(lora_id)
         parts = {}
-        for name, layer in (self._paged(PagedExperts) | self._paged(PagedLinear)).items():
+        for name, layer in self._layers.items():
             if layer.parts:
                 parts[name] = layer.parts
             layer.parts = ()
@@ -114,8 +117,16 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         except AdapterError:
             self.deactivate_adapter(lora_id)
             raise
+        self._set_touched(slot, parts)
         logger.debug("adapter %d takes %d of %d pages", lora_id, pages.held(slot), pages.pool.num_pages)
         return result
+
+    def _set_touched(self, slot: int, names: Iterable[str]) -> None:
+        """Tells each layer whether an adapter of some slot touches it."""
+        self._touched[slot] = frozenset(names)
+        touched = frozenset().union(*self._touched.values())
+        for name, layer in self._layers.items():
+            layer.idle.fill_(name not in touched)
 
     def _make_room(self, num_pages: int, lora_id: int) -> None:
         assert self.pages is not None
@@ -133,6 +144,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         super()._deactivate_adapter(lora_id)
         if self.pages is not None and slot is not None:
             self.pages.drop(slot)
+            self._set_touched(slot, ())
 
     def remove_all_adapters(self) -> None:
         """vLLM's, and all pages are free."""
@@ -140,12 +152,13 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         if self.pages is not None:
             for slot in range(self.lora_slots):
                 self.pages.drop(slot)
+                self._set_touched(slot, ())
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         super()._set_adapter_mapping(mapping)
         if self.pages is not None:
             num_rows = len(mapping.index_mapping)
-            Serving.run_length = max(1, num_rows // max(1, len(mapping.prompt_mapping)))
+            Serving.set_batch(num_rows, len(mapping.prompt_mapping))
             for wrapper in self.punica_wrapper_mapping.values():
                 finish_mapping(wrapper, num_rows)
 
@@ -206,7 +219,7 @@ def install() -> None:
         manager = self._adapter_manager
         if isinstance(manager, PagedLoRAModelManager) and manager.pages is not None:
             file = Path(get_adapter_absolute_path(lora_request.lora_path)) / CONFIG_FILE
-            if lora_request.tensorizer_config_dict is None and file.is_file():
+            if file.is_file():
                 try:
                     config = read_config(file.read_bytes())
                 except AdapterError as error:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import vllm.lora.utils as lora_utils
 from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
 
@@ -65,30 +66,36 @@ class PagedExperts:
         """From now on the layer reads these pages."""
         experts = self._moe_kernel.fused_experts
         experts.tables = tables
+        self.idle = experts.idle = torch.ones(1, dtype=torch.bool)
         experts.bounds = RankBounds(a13=self.rank_rows_of_a13(self.max_rank), a2=self.max_rank)
 
     def reset_lora(self, index: int) -> None:
         """Nothing of the slot's next adapter is here."""
         self.parts = ()
 
+    def _length(self: Any, factor: ExpertsFactor) -> int:
+        inner = self.intermediate_size_per_partition
+        return self.hidden_size if factor in (ExpertsFactor.A13, ExpertsFactor.B2) else inner
+
     def b_part(self: Any, factor: ExpertsFactor, b_EOR: torch.Tensor, lane: int = 0) -> Part:
-        """B [E, out, r], turned into rank rows on the device."""
-        return Part(
-            factor=factor,
-            rank=b_EOR.shape[2],
-            copies=b_EOR.shape[0],
-            lane=lane,
-            rows=lambda: b_EOR.to(self.device, non_blocking=True).transpose(1, 2),
-        )
+        """B [E, out, r], turned into rank rows on the device; zeros where vLLM pads the expert's sizes."""
+        width = self._length(factor)
+
+        def rows() -> torch.Tensor:
+            rows_ERO = b_EOR.to(self.device, non_blocking=True).transpose(1, 2)
+            return F.pad(rows_ERO, (0, width - rows_ERO.shape[2]))
+
+        return Part(factor=factor, rank=b_EOR.shape[2], copies=b_EOR.shape[0], lane=lane, rows=rows)
 
     def a_part(self: Any, factor: ExpertsFactor, *a_ERI: torch.Tensor) -> Part:
-        """One A [E, r, in] or several, one after the other in each expert."""
-        return Part(
-            factor=factor,
-            rank=sum(a.shape[1] for a in a_ERI),
-            copies=a_ERI[0].shape[0],
-            rows=lambda: torch.cat([a.to(self.device, non_blocking=True) for a in a_ERI], dim=1),
-        )
+        """One A [E, r, in] or several, one after the other in each expert; padded as B."""
+        width = self._length(factor)
+
+        def rows() -> torch.Tensor:
+            rows_ERI = torch.cat([a.to(self.device, non_blocking=True) for a in a_ERI], dim=1)
+            return F.pad(rows_ERI, (0, width - rows_ERI.shape[2]))
+
+        return Part(factor=factor, rank=sum(a.shape[1] for a in a_ERI), copies=a_ERI[0].shape[0], rows=rows)
 
 
 class PagedFusedMoEWithLoRA(PagedExperts, FusedMoEWithLoRA):
@@ -100,15 +107,15 @@ class PagedFusedMoEWithLoRA(PagedExperts, FusedMoEWithLoRA):
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Sizes instead of buffers."""
         self.begin(max_loras, lora_config)
-        E, D, F, r = self.local_num_experts, self.hidden_size, self.intermediate_size_per_partition, self.max_rank
+        E, D, inner, r = self.local_num_experts, self.hidden_size, self.intermediate_size_per_partition, self.max_rank
         outer = 1 if self.enable_moe_shared_loras else E
 
         def size(*shape: int) -> torch.Tensor:
             return size_only((max_loras, *shape), self.lora_dtype, self.device)
 
         self.w13_lora_a_stacked = (size(outer, r, D),) * self._w13_slices
-        self.w13_lora_b_stacked = (size(E, F, r),) * self._w13_slices
-        self.w2_lora_a_stacked = (size(E, r, F),)
+        self.w13_lora_b_stacked = (size(E, inner, r),) * self._w13_slices
+        self.w2_lora_a_stacked = (size(E, r, inner),)
         self.w2_lora_b_stacked = (size(outer, D, r),)
         # vLLM's empty adapters of the warm-up read one pair of shapes for each matrix of each expert and slot.
         a13, b13 = self.w13_lora_a_stacked[0][0, 0], self.w13_lora_b_stacked[0][0, 0]
@@ -147,13 +154,13 @@ class PagedFusedMoE3DWithLoRA(PagedExperts, FusedMoE3DWithLoRA):
         """Sizes instead of buffers."""
         self._base_model = model_config.architectures[0]
         self.begin(max_loras, lora_config)
-        E, D, F, r = self.local_num_experts, self.hidden_size, self.intermediate_size_per_partition, self.max_rank
+        E, D, inner, r = self.local_num_experts, self.hidden_size, self.intermediate_size_per_partition, self.max_rank
 
         def size(*shape: int) -> torch.Tensor:
             return size_only((max_loras, *shape), self.lora_dtype, self.device)
 
-        self.w13_lora_a_stacked, self.w13_lora_b_stacked = (size(E, r, D),), (size(E, 2 * F, r),)
-        self.w2_lora_a_stacked, self.w2_lora_b_stacked = (size(E, r, F),), (size(E, D, r),)
+        self.w13_lora_a_stacked, self.w13_lora_b_stacked = (size(E, r, D),), (size(E, 2 * inner, r),)
+        self.w2_lora_a_stacked, self.w2_lora_b_stacked = (size(E, r, inner),), (size(E, D, r),)
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Keeps the factors of [gate and up, down] until the manager writes them."""

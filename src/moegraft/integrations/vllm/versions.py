@@ -109,3 +109,11 @@ def mapping_of(punica_wrapper: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(slots of all rows, int32 on the device, −1 = base; a flag on the CPU, whether no row has an adapter)."""
     meta = punica_wrapper.token_mapping_meta
     return meta.token_lora_mapping, meta.no_lora_flag_cpu
+
+
+def is_skipped(device: torch.device, no_lora: torch.Tensor, idle: torch.Tensor) -> bool:
+    """Whether a layer adds nothing: no row has an adapter, or (``idle``) none that is active touches the layer, which
+    a graph that is being captured cannot count on."""
+    if bool(no_lora):
+        return True
+    return bool(idle) and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

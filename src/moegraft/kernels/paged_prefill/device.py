@@ -17,8 +17,10 @@ from moegraft.kernels.paged_decode.device import NOTHING
 
 
 class Chunks(NamedTuple):
-    """By chunk, int32 [N]: its first row, its tokens, the tokens of its context; pages of the context [N, P]."""
+    """Chunk and first token of each program [B, 2]. By chunk, int32 [N]: its first row, its tokens, the tokens of its
+    context; pages of the context [N, P]."""
 
+    blocks: tl.tensor
     row: tl.tensor
     tokens: tl.tensor
     context: tl.tensor
@@ -40,12 +42,12 @@ def prefill_kernel(out_ptr, q_ptr, k_ptr, v_ptr, chunks, scale, softcap, sinks_p
     BLOCK_C: tl.constexpr = HEADS.BLOCK_C
     BLOCK_V: tl.constexpr = HEADS.BLOCK_V
     block_t: tl.constexpr = BLOCK_M // BLOCK_G
-    chunk = tl.program_id(1)
-    head = tl.program_id(2)
-    first = tl.program_id(0) * block_t
-    tokens = tl.load(chunks.tokens + chunk)
-    if first >= tokens:
+    head = tl.program_id(1)
+    chunk = tl.load(chunks.blocks + tl.program_id(0) * 2)
+    if chunk < 0:
         return
+    first = tl.load(chunks.blocks + tl.program_id(0) * 2 + 1)
+    tokens = tl.load(chunks.tokens + chunk)
     context = tl.load(chunks.context + chunk)
     before = context - tokens  # tokens of the context that were computed in other steps
     m = tl.arange(0, BLOCK_M)

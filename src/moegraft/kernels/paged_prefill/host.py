@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 
 from moegraft.kernels.paged_decode.device import Heads
-from moegraft.kernels.paged_prefill import LARGEST_HEAD, PrefillChunks
+from moegraft.kernels.paged_prefill import LARGEST_HEAD, PrefillChunks, choose_tile
 from moegraft.kernels.paged_prefill.device import Chunks, prefill_kernel
-from moegraft.kernels.records import cdiv, dot_precision, next_power_of_2
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillTile:
-    """``block_m``: rows of a program, of some tokens and the query heads of a head of keys · ``block_l``: keys that it
-    takes at once."""
-
-    block_m: int
-    block_l: int
-    num_warps: int
-    num_stages: int = 2
+from moegraft.kernels.records import dot_precision, next_power_of_2
 
 
 def paged_prefill(
@@ -40,7 +26,8 @@ def paged_prefill(
 
     Token i of a chunk of n tokens in a context of L attends over the first L - n + i + 1 tokens of the context, as
     ``paged_decode`` says for one token: its window, softcap and sinks. Keys and values of the chunk are in the pages
-    already. q has contiguous heads, the pool's dtype, and heads of at most ``LARGEST_HEAD`` elements.
+    already. q has contiguous heads, the pool's dtype, and heads of at most ``LARGEST_HEAD`` elements. No host sync: may
+    be captured in a CUDA graph, which then serves whatever the tensors of ``chunks`` come to hold.
     """
     (_, Hq, C), (Hk, V) = q_THC.shape, values_PSHC.shape[2:]
     if max(C, V) > LARGEST_HEAD or q_THC.stride()[1:] != (C, 1) or out_THV.stride()[1:] != (V, 1):
@@ -48,9 +35,7 @@ def paged_prefill(
             f"paged_prefill: q {list(q_THC.shape)}, strides {q_THC.stride()}, out {list(out_THV.shape)}, strides "
             f"{out_THV.stride()}; expected contiguous heads of at most {LARGEST_HEAD} elements"
         )
-    count, group = chunks.rows_N.shape[0], Hq // Hk
-    if count == 0 or chunks.longest == 0:
-        return
+    group = Hq // Hk
     tile = choose_tile(group, max(C, V), q_THC.element_size())
     heads = Heads(
         Q=Hq,
@@ -62,23 +47,14 @@ def paged_prefill(
         BLOCK_C=max(16, next_power_of_2(C)),
         BLOCK_V=max(16, next_power_of_2(V)),
     )
-    table = chunks.page_table_NP
-    prefill_kernel[(cdiv(chunks.longest, tile.block_m // heads.BLOCK_G), count, Hk)](
+    table, blocks_B2 = chunks.page_table_NP, chunks.blocks[tile.block_m // heads.BLOCK_G]
+    if blocks_B2.shape[0] == 0:
+        return
+    prefill_kernel[(blocks_B2.shape[0], Hk)](
         out_THV, q_THC, keys_PSHC, values_PSHC,
-        Chunks(chunks.rows_N, chunks.tokens_N, chunks.contexts_N, table, table.stride(0)),
+        Chunks(blocks_B2, chunks.rows_N, chunks.tokens_N, chunks.contexts_N, table, table.stride(0)),
         scale, softcap or 0.0, sinks_H, q_THC.stride(0), out_THV.stride(0), HEADS=heads,
         PAGE_SIZE=keys_PSHC.shape[1], WINDOW=window or 0, HAS_SOFTCAP=bool(softcap), HAS_SINKS=sinks_H is not None,
         BLOCK_M=tile.block_m, BLOCK_L=tile.block_l, PRECISION=dot_precision(q_THC.dtype), num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
-
-
-@lru_cache(maxsize=64)
-def choose_tile(group: int, widest_head: int, element_size: int) -> PrefillTile:
-    """``group``: query heads of a head of keys."""
-    at_least = max(16, next_power_of_2(group))
-    if element_size > 2:
-        return PrefillTile(block_m=max(32, at_least), block_l=32, num_warps=4, num_stages=1)
-    if widest_head > 128:
-        return PrefillTile(block_m=max(64, at_least), block_l=32, num_warps=4)
-    return PrefillTile(block_m=max(128, at_least), block_l=64, num_warps=8)
