@@ -112,6 +112,21 @@ def test_device_functions_take_their_arguments_in_groups() -> None:
     assert {name: size for name, size in sizes.items() if size > 20} == {}
 
 
+@pytest.mark.parametrize(("only", "launches"), [("engine 1", 26), ("q, k, v 1 ", 4), ("linear 1 r16", 4)])
+def test_what_runs_beside_the_experts_compiles(only: str, launches: int, tmp_path: Path) -> None:
+    """For one row too, whose number is a constant to the compiler and a tensor to the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = tmp_path / "found.json"
+    script = [sys.executable, str(KERNELS.parents[2] / "scripts" / "compare_kernels.py"), "dump", "--sm", "90"]
+    done = subprocess.run(
+        [*script, "--src", str(KERNELS.parents[1]), "--out", str(out), "--only", only],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ((_, found),) = json.loads(out.read_text()).items()
+    assert len(found) == launches
+
+
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 def test_an_h200_gets_the_tiles_that_were_measured_on_it(block_m: int) -> None:
     for num_halves, block_n in ((2, 128), (1, 256)):
