@@ -72,9 +72,10 @@ def test_tokens_are_those_of_one_process(checkpoint: Path, kinds: dict[str, Path
         assert [each.token_ids for each in found] == truth(requests, 8)
         for name in kinds:
             engine.unload_adapter(name)
-        churn = Churn(engine, kinds, expect(truth))
-        churn.run(3)
-        churn.check_end()
+        if "plan" not in how:  # there steps and acts take turns
+            churn = Churn(engine, kinds, expect(truth))
+            churn.run(3)
+            churn.check_end()
     assert not followers()
 
 
