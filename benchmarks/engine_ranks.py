@@ -17,6 +17,7 @@ mean, and nothing is reported.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
 import json
 import statistics
@@ -106,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--dump-after", type=float, help="seconds after which each rank shows where it is")
     parser.add_argument("--scratch", default="/dev/shm", help="where the adapter files are written")
     return parser.parse_args()
 
@@ -113,6 +115,9 @@ def parse_arguments() -> argparse.Namespace:
 def run_layout(work: Work, rank: int) -> Found | None:
     """On every rank: the same weights, then the engine, or its steps."""
     args = work.args
+    if args.dump_after:
+        faulthandler.dump_traceback_later(args.dump_after, repeat=True)
+    start = time.perf_counter()
     torch.manual_seed(0)
     device = "cpu" if args.device == "cpu" else f"cuda:{torch.cuda.current_device()}"
     model = make_model(args, device)
@@ -137,10 +142,12 @@ def run_layout(work: Work, rank: int) -> Found | None:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         files = [write_adapter(model, Path(scratch) / f"file{i}", args.rank, i) for i in range(min(count, 2))]
         with moegraft.Engine(model, parallel=parallel, **options) as engine:
+            log(f"{work.layout}: open after {time.perf_counter() - start:.1f} s")
             start = time.perf_counter()
             for i in range(count):
                 engine.load_adapter(f"a{i}", files[i % 2])
             load_seconds = (time.perf_counter() - start) / max(count, 1)
+            log(f"{work.layout}: {load_seconds:.2f} s an adapter")
             checked = generate(engine, draw(CHECKED, 40, args, seed=7), count, CHECKED_TOKENS, logprobs=20)
             cells = [
                 measure(engine, work.layout, *cell, args) for cell in itertools.product(args.batches, args.adapters)

@@ -49,7 +49,9 @@ def cases(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
             if storage.startswith("fp8") and capability == 80:
                 continue
             yield f"{storage} {tokens} r16", functools.partial(call_layer, QWEN3, tokens, 16, storage=storage)
-    for rows in (4, 4096):
+    for rows in (1, 64):
+        yield f"engine {rows}", functools.partial(call_engine, rows)
+    for rows in (1, 4, 4096):
         yield f"separate {rows}", functools.partial(call_separate, QWEN3, rows)
         for rank in (16, 64):
             yield f"linear {rows} r{rank}", functools.partial(call_linear, rows, rank)
@@ -145,6 +147,39 @@ def call_linears(rows: int, rank: int) -> None:
         add_lora_linears(
             ys, empty(rows, 2048), slots, tables, rank_bound=rank, run_length=run_length, biases=[None] * 3
         )
+
+
+def call_engine(rows: int) -> None:
+    """What a decode step and a chunk of a prompt run outside of the experts."""
+    import torch
+
+    from moegraft.kernels.paged_decode.host import run_paged_decode, write_pages
+    from moegraft.kernels.paged_prefill import PrefillChunks, block_tokens
+    from moegraft.kernels.paged_prefill.host import paged_prefill
+    from moegraft.kernels.rms_norm.host import rms_norm
+    from moegraft.kernels.rotary.host import rotary
+    from moegraft.kernels.router_topk.host import router_topk
+
+    ints = functools.partial(empty, dtype=torch.int32)
+    for heads, kv_heads, size in ((32, 4, 128), (64, 8, 64), (8, 2, 256)):
+        q, k, pages = empty(rows, heads, size), empty(rows, kv_heads, size), empty(64, 16, kv_heads, size)
+        write_pages(pages, pages, k, k, empty(rows, dtype=torch.long))
+        table, lengths = ints(rows, 64), ints(rows)
+        for window, softcap, sinks in ((0, 0.0, None), (128, 30.0, empty(heads))):
+            run_paged_decode(q, pages, pages, table, lengths, 0.1, window, softcap, sinks)
+            block = block_tokens(heads // kv_heads, size, 2)
+            chunks = PrefillChunks(
+                rows_N=ints(rows), tokens_N=ints(rows), contexts_N=ints(rows), page_table_NP=table,
+                blocks={block: ints(rows, 2)},
+            )  # fmt: skip
+            paged_prefill(
+                empty(rows, heads, size), q, pages, pages, chunks, scale=0.1, window=window, softcap=softcap,
+                sinks_H=sinks,
+            )  # fmt: skip
+        angles = empty(rows, 1, size)
+        rotary(q[:, :, None], k[:, :, None], angles, angles)
+    rms_norm(empty(rows, 2048), empty(2048), 1e-6, rounds_first=True)
+    router_topk(empty(rows, 128), 8, of_all=True, is_summed=True, dtype=torch.bfloat16)
 
 
 def make_weights(layer: tuple[int, ...], storage: str, dtype: Any, *, gated: bool, kind: str, bias: bool) -> Any:
@@ -263,7 +298,11 @@ def dump(source: Path, out: Path, capability: int, only: str, kernels: list[str]
 
     import moegraft.kernels.lora_expand.host
     import moegraft.kernels.lora_linear.host
-    import moegraft.kernels.moe_forward.host  # noqa: F401  # every device file, before ``pretend`` looks for modules
+    import moegraft.kernels.moe_forward.host
+    import moegraft.kernels.paged_prefill.host
+    import moegraft.kernels.rms_norm.host
+    import moegraft.kernels.rotary.host
+    import moegraft.kernels.router_topk.host  # noqa: F401  # every device file, before ``pretend`` looks for modules
 
     backend.CUDABackend.make_cubin = lambda *arguments: b""  # ptxas takes longest, and PTX says enough
     launches: list[Launch] = []

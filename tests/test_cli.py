@@ -53,10 +53,18 @@ def assert_refused(result: Result, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The demo's JSON, whatever it found; ``kept_in`` has its checkpoint and adapters."""
-    result = run("demo", "--keep", tmp_path_factory.mktemp("demo"), "--max-steps", STEPS, "--json")
+    """The demo's JSON, whatever it found; ``kept_in`` has its checkpoint and adapters; ``record`` is what it prints."""
+    records = []
+
+    def run_and_keep(*args: Any, **kwargs: Any) -> Any:
+        records.append(run_demo(*args, **kwargs))
+        return records[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_module, "run_demo", run_and_keep)
+        result = run("demo", "--keep", tmp_path_factory.mktemp("demo"), "--max-steps", STEPS, "--json")
     found: dict[str, Any] = json.loads(result.stdout)
-    return found
+    return {**found, "record": records[0]}
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +133,10 @@ def test_disagreement_is_not_exact(agreement: Agreement) -> None:
     assert not agreement.is_exact
 
 
-def test_demo_shows_its_tables_and_fails_where_rows_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = run_demo(tmp_path / "kept", max_steps=1)
+def test_demo_shows_its_tables_and_fails_where_rows_differ(
+    demo: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = demo["record"]
     monkeypatch.setattr(demo_module, "run_demo", lambda *_, **__: dataclasses.replace(real, is_exact=True))
     result = run("demo")
     assert result.exit_code == 0
@@ -161,7 +171,13 @@ def test_generate_asks_base_and_every_adapter(folder: Path) -> None:
     assert [row["text"] for row in pair["rows"]] == [rows[1]["text"], rows[4]["text"]]
 
 
-@pytest.mark.parametrize("layout", [("--tp", 2), ("--ep", 2, "--data-parallel", "--dispatch", "all_gather")])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(("--tp", 2), marks=pytest.mark.soak),
+        ("--ep", 2, "--data-parallel", "--dispatch", "all_gather"),
+    ],
+)
 def test_generate_on_ranks_of_its_own(folder: Path, layout: tuple[object, ...]) -> None:
     options = [*adapter_options(folder), "--prompt", QUESTION, "--dtype", "float32", "--device", "cpu"]
     alone = run_json("generate", folder / "base", *options, "--max-new-tokens", 6)

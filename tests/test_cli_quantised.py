@@ -74,7 +74,7 @@ def test_a_layout_that_is_not_served_is_named(tmp_path: Path) -> None:
     assert "quantization_config.bits is 3, expected 4" in result.stderr
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "modelopt", "quark", "fbgemm_fp8"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "quark", "fbgemm_fp8"])
 def test_a_method_that_nothing_here_loads_is_not_explained(method: str, tmp_path: Path) -> None:
     build("qwen3_moe").save_pretrained(tmp_path)
     edit_config(tmp_path, quantization_config={"quant_method": method, "load_in_4bit": True})

@@ -55,7 +55,12 @@ def compiled(
 
 @pytest.mark.parametrize(
     ("device", "tokens"),
-    [(ADA, [8]), (ADA, [4096]), (AMPERE, [4096]), (HOPPER, [4096])],
+    [
+        pytest.param(ADA, [8], marks=pytest.mark.soak),
+        (ADA, [4096]),  # the least shared memory
+        pytest.param(AMPERE, [4096], marks=pytest.mark.soak),
+        (HOPPER, [4096]),
+    ],
     ids=lambda value: f"sm{value['capability']}" if isinstance(value, dict) else None,
 )
 def test_every_kernel_has_the_shared_memory_that_it_asks_for(
@@ -105,6 +110,21 @@ def test_device_functions_take_their_arguments_in_groups() -> None:
     }
     assert len(sizes) > 50
     assert {name: size for name, size in sizes.items() if size > 20} == {}
+
+
+@pytest.mark.parametrize(("only", "launches"), [("engine 1", 26), ("q, k, v 1 ", 4), ("linear 1 r16", 4)])
+def test_what_runs_beside_the_experts_compiles(only: str, launches: int, tmp_path: Path) -> None:
+    """For one row too, whose number is a constant to the compiler and a tensor to the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = tmp_path / "found.json"
+    script = [sys.executable, str(KERNELS.parents[2] / "scripts" / "compare_kernels.py"), "dump", "--sm", "90"]
+    done = subprocess.run(
+        [*script, "--src", str(KERNELS.parents[1]), "--out", str(out), "--only", only],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ((_, found),) = json.loads(out.read_text()).items()
+    assert len(found) == launches
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.four_bit import FORMATS, quantised_case
 from support.kernels import DEVICE, make_lora_batch, reference, run_poisoned
+from support.thinned import thinned
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
 from moegraft.kernels.records import LoRABatch, MoEWeights
@@ -69,15 +70,12 @@ def check(name: str, format: str, tiles: MoETiles | None = None) -> None:
         assert torch.equal(out[is_base], base[is_base])
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("format", ["int4 g128", "mxfp4"])
+@pytest.mark.parametrize(("name", "format"), thinned(CASES, ("int4 g128", "mxfp4"), keep_one_in=2))
 def test_layer_matches_merged_weights(name: str, format: str) -> None:
     check(name, format)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("order", TILES)
-@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize(("format", "order", "block_m"), thinned(FORMATS, TILES, (16, 64), keep_one_in=2))
 def test_every_format_in_either_order(format: str, order: str, block_m: int) -> None:
     """Both orders of the operands; scales on the sums (small blocks) and on the weights; steps of two granules."""
     shape = TuningShape(num_tokens=6, num_experts=3, top_k=2, hidden_size=160, intermediate_size=96)

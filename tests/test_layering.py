@@ -50,6 +50,7 @@ THIRD_PARTY: dict[str, frozenset[str] | None] = {
     "starlette": frozenset({"serving"}),
     "pydantic": frozenset({"serving"}),
     "prometheus_client": frozenset({"serving"}),
+    "ray": frozenset({"serving"}),
     "uvicorn": frozenset({"cli"}),
     "peft": frozenset({"cli"}),
     "typer": frozenset({"cli"}),
@@ -60,6 +61,8 @@ THIRD_PARTY: dict[str, frozenset[str] | None] = {
 ENVIRONMENT_OF_PLUGIN = "moegraft.integrations.vllm.versions"
 # Tells the ranks that it starts their places, as torchrun does: transformers reads them.
 LAUNCHER = "moegraft.parallel.processes"
+# Keys come in the environment, as for the command line: Serve's YAML is no place for them.
+RAY_APP = "moegraft.serving.ray_app"
 
 TYPE_CHECKING = re.compile(r"(typing\.)?TYPE_CHECKING")
 MODULE_IN_STRING = re.compile(r"(moegraft(?:\.[a-z_]\w*)+)(?::\w+)?")
@@ -193,7 +196,7 @@ def find_eager_triton_violations(modules: dict[str, Module]) -> Iterator[str]:
 def find_environment_violations(modules: dict[str, Module]) -> Iterator[str]:
     readers = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv"}
     for module in modules.values():
-        if module.package == "cli" or module.name in (ENVIRONMENT_OF_PLUGIN, LAUNCHER):
+        if module.package == "cli" or module.name in (ENVIRONMENT_OF_PLUGIN, LAUNCHER, RAY_APP):
             continue
         lines = {found.line for found in module.imports if found.target in readers}
         lines |= {

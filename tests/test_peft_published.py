@@ -340,7 +340,16 @@ class TestBiases:
         torch.testing.assert_close(served_logits(model, tmp_path, input_ids), expected[0], atol=ATOL, rtol=0)
         without = {k: v for k, v in load_file(tmp_path / "adapter_model.safetensors").items() if "bias" not in k}
         folder = write_adapter(tmp_path / "without", without, use_rslora="use_rslora" in options)
-        assert (served_logits(model, folder, input_ids) - expected[0]).abs().max() > 100 * ATOL
+        with moegraft.attach(model, adapter_memory="8MiB") as graft:  # maps that share their input part, and join again
+            graft.load_adapter(folder, "without")
+            alone = graft(input_ids=input_ids, adapters=["without", None]).logits
+            graft.load_adapter(tmp_path, "with")
+            found = graft(input_ids=input_ids, adapters=["with", "without"]).logits
+            graft.unload_adapter("with")
+            again = graft(input_ids=input_ids, adapters=["without", None]).logits
+        assert (alone[0] - expected[0]).abs().max() > 100 * ATOL
+        torch.testing.assert_close(found[0], expected[0], atol=ATOL, rtol=0)
+        torch.testing.assert_close(again, alone, atol=0, rtol=0)
         inspection = inspect_peft_adapter(tmp_path, discover_targets(model))
         assert inspection.ok, inspection.problems
 

@@ -28,7 +28,8 @@ from support.families import FAMILIES, build
 from support.fp8_truth import Rows, fp8_logits
 from support.mixed import random_ids
 from support.oracle import merge, merged_logits
-from support.zoo import image_inputs
+from support.thinned import thinned
+from support.zoo import image_inputs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -91,6 +92,7 @@ def test_one_mixed_batch(checkpoint: QuantisedCheckpoint, tmp_path: Path) -> Non
             assert_close_delta(mixed[i], plain[i], truths[name][i], base[i], tol)
 
 
+@pytest.mark.parametrize("checkpoint", thinned(LAYOUTS, keep_one_in=3), indirect=True, scope="module")
 def test_mixed_generation_equals_merged_models(checkpoint: QuantisedCheckpoint, tmp_path: Path) -> None:
     ids = random_ids(3, 5)
     _save_adapters(checkpoint, tmp_path, ids)
@@ -133,6 +135,7 @@ def test_bfloat16_by_default_and_never_dequantised(checkpoint: QuantisedCheckpoi
     assert relative_error(found[:, :1].float(), _base_logits(checkpoint, ids)[:, :1]) < 0.3
 
 
+@pytest.mark.parametrize("checkpoint", thinned(LAYOUTS, keep_one_in=3), indirect=True, scope="module")
 def test_experts_are_never_dequantised_while_they_are_read(checkpoint: QuantisedCheckpoint) -> None:
     """No tensor of 16 or 32 bits a number that is made on the way holds the experts of one layer."""
     sizes = []
@@ -393,3 +396,32 @@ def test_gptq_rules_of_other_options_are_refused(rules: Any, tmp_path: Path) -> 
     edit_config(checkpoint.path, quantization_config={**LAYOUTS["gptq"].config, "dynamic": rules})
     with pytest.raises(CheckpointError, match=r"quantization_config.dynamic is .*repeat what holds for all"):
         moegraft.load_quantised(checkpoint.path)
+
+
+def test_fused_experts_with_static_scales(tmp_path: Path) -> None:
+    """Mistral-Small-4 in fp8: a scale for gate, up and down of each expert, and one for the inputs of each."""
+    dense = tiny_model("mistral4").requires_grad_(False)
+    dense.save_pretrained(tmp_path)
+    tensors = {key: value for key, value in load_file(tmp_path / "model.safetensors").items() if ".experts" not in key}
+    for module in discover_targets(dense).experts:
+        for param, weight in dense.get_submodule(module).named_parameters():
+            halves = weight.unflatten(1, (2 if param == "gate_up_proj" else 1, -1))
+            scale = halves.abs().amax((2, 3)) / 448
+            stored = (halves / scale[..., None, None]).to(torch.float8_e4m3fn)
+            weight.copy_((stored.float() * scale[..., None, None]).flatten(1, 2))
+            tensors[f"{module}.{param}"] = stored.flatten(1, 2)
+            tensors[f"{module}.{param}_scale_inv"] = scale[..., None]
+            tensors[f"{module}.{param}_activation_scale"] = torch.full((len(weight),), 0.1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    edit_config(tmp_path, quantization_config=dict(LAYOUTS["fp8, static"].config))
+    model = moegraft.load_quantised(tmp_path, dtype=torch.float32)
+    for name in discover_targets(dense).experts:
+        packed, experts = packed_experts(model.get_submodule(name)), dense.get_submodule(name)
+        assert packed is not None
+        assert (packed.weights.x_scale.item(), packed.weights.h_scale.item()) == (pytest.approx(0.1),) * 2
+        w13, w2 = packed.weights.dequantise(torch.float32)
+        torch.testing.assert_close(w13, experts.gate_up_proj.data, rtol=1e-6, atol=0)
+        torch.testing.assert_close(w2, experts.down_proj.data, rtol=1e-6, atol=0)
+    ids = random_ids(1, 4)
+    with torch.no_grad():
+        assert relative_error(model(input_ids=ids).logits, dense(input_ids=ids).logits) < 0.2  # activations in fp8

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.expert_parallel import ParallelCase, RankResult, run_cases, whole_layer
 from support.layers import DELTA_TOL
+from support.thinned import thinned
 from test_expert_parallel import PACKINGS, case_of, check_cases, proof_cases
 
 from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHARDING = [pytest.param(False, id="b_and_a_cut"), pytest.param(True, id="fully_sharded")]
+
+GROUPED = ("int4", "int4 symmetric", "mxfp4", "fp8 block", "int8")
 
 
 def tensor_parallel(case: MoECase, tp: int, *, fully_sharded: bool, packing: str = "dense") -> ParallelCase:
@@ -41,9 +43,7 @@ def in_world(tp: int, world2: WorldPool, world4: WorldPool) -> WorldPool:
     return {2: world2, 4: world4}[tp]
 
 
-@pytest.mark.parametrize("fully_sharded", SHARDING)
-@pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(("packing", "tp", "fully_sharded"), thinned(PACKINGS, (2, 4), (False, True), keep_one_in=2))
 def test_ranks_equal_one_process(
     world2: WorldPool, world4: WorldPool, packing: str, tp: int, fully_sharded: bool
 ) -> None:
@@ -53,9 +53,10 @@ def test_ranks_equal_one_process(
     check_cases(in_world(tp, world2, world4), proof_cases(layout, packing))
 
 
-@pytest.mark.parametrize("fully_sharded", SHARDING)
-@pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("packing", ["int4", "int4 symmetric", "mxfp4", "fp8 block", "int8"])
+@pytest.mark.parametrize(
+    ("packing", "tp", "fully_sharded"),
+    thinned(GROUPED, (2, 4), (False, True), keep_one_in=2),
+)
 def test_formats_are_cut_between_their_groups(
     world2: WorldPool, world4: WorldPool, packing: str, tp: int, fully_sharded: bool
 ) -> None:
@@ -76,16 +77,16 @@ def test_formats_are_cut_between_their_groups(
     )
 
 
-@pytest.mark.parametrize("fully_sharded", SHARDING)
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize(("tp", "fully_sharded"), thinned((2, 4), (False, True), keep_one_in=2))
 def test_every_kind_of_layer(world2: WorldPool, world4: WorldPool, tp: int, fully_sharded: bool) -> None:
     """No tokens, one token, sizes and ranks that no world divides, every activation and stored layout, biases."""
     cases = [tensor_parallel(case, tp, fully_sharded=fully_sharded) for case in MOE_CASES]
     check_cases(in_world(tp, world2, world4), cases)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
+@pytest.mark.parametrize(
+    ("dispatch", "packing"), thinned(("replicated", "all_gather", "all_to_all"), PACKINGS, keep_one_in=2)
+)
 def test_fully_sharded_inside_expert_parallel(world4: WorldPool, dispatch: str, packing: str) -> None:
     config = ParallelConfig(tp=2, ep=2, fully_sharded=True)
     rows = None
@@ -95,8 +96,7 @@ def test_fully_sharded_inside_expert_parallel(world4: WorldPool, dispatch: str, 
     check_cases(world4, proof_cases((config, expert_map, rows), packing))
 
 
-@pytest.mark.parametrize("fully_sharded", SHARDING)
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize(("tp", "fully_sharded"), thinned((2, 4), (False, True), keep_one_in=2))
 def test_static_scales_need_no_granule(world2: WorldPool, world4: WorldPool, tp: int, fully_sharded: bool) -> None:
     """fp8 with static scales of x and h, which are the same on every rank whatever its columns."""
     case = case_of("all")
@@ -106,9 +106,9 @@ def test_static_scales_need_no_granule(world2: WorldPool, world4: WorldPool, tp:
     )
 
 
-@pytest.mark.parametrize("fully_sharded", SHARDING)
-@pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("packing", ["fp8 channel", "fp8 tensor"])
+@pytest.mark.parametrize(
+    ("packing", "tp", "fully_sharded"), thinned(["fp8 channel", "fp8 tensor"], (2, 4), (False, True), keep_one_in=2)
+)
 def test_a_scale_of_a_row_of_h_is_of_the_columns_of_a_rank(
     world2: WorldPool, world4: WorldPool, packing: str, tp: int, fully_sharded: bool
 ) -> None:
@@ -138,7 +138,7 @@ def test_a_scale_of_a_row_of_h_is_of_the_columns_of_a_rank(
     assert_close_delta(found.found, found.without, expected, expected_base, tol * weight)
 
 
-@pytest.mark.parametrize("fully_sharded", SHARDING)
+@pytest.mark.parametrize("fully_sharded", [False, True])
 def test_fewer_columns_than_ranks(world4: WorldPool, fully_sharded: bool) -> None:
     """Ranks with padding only, of F, of D and of the low-rank lanes."""
     tiny = MoEConfig(num_experts=2, top_k=1, hidden_size=3, intermediate_size=2)

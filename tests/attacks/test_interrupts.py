@@ -7,6 +7,7 @@ Whatever was begun is done or undone, and all that follows is right. By default 
 from __future__ import annotations
 
 import gc
+import inspect
 import linecache
 import random
 import sys
@@ -41,7 +42,7 @@ class Interrupter:
         file = frame.f_code.co_filename
         if not file.startswith(SOURCE) and not file.endswith("contextlib.py"):
             return None
-        if event == "line" and _leaves_a_block(frame):
+        if (event == "line" and _leaves_a_block(frame)) or (event == "return" and _is_generator(frame)):
             return self
         self.count += 1
         if self.count == self.at:
@@ -75,6 +76,11 @@ def _leaves_a_block(frame: FrameType) -> bool:
     is_again = frame.f_lineno in seen
     seen.add(frame.f_lineno)
     return is_again and linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
+
+
+def _is_generator(frame: FrameType) -> bool:
+    """What is raised as a generator yields would end it without its ``finally``; no signal is handled there."""
+    return bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
 
 
 _entered: dict[FrameType, set[int]] = {}

@@ -59,11 +59,3 @@ def truth(kinds: dict[str, Path]) -> Iterator[Truth]:
             return [known[(*request, count)] for request in requests]
 
         yield run
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The long soak runs where it is asked for: ``-m soak``."""
-    if "soak" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("soak")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)

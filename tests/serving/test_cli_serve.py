@@ -13,6 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 from support.http_server import Served, make_served
+from typer.testing import CliRunner
+
+from moegraft.cli.app import app
 
 COMMAND = [sys.executable, "-c", "from moegraft.cli import main; main()"]
 
@@ -42,7 +45,7 @@ def serving(*options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.stderr.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_signal_lets_running_requests_end(served: Served, number: signal.Signals) -> None:
     with serving(served.model, "--adapter", f"a={served.adapters['experts']}", "--device", "cpu") as (process, url):
         names = [card["id"] for card in httpx.get(f"{url}/v1/models", timeout=30).json()["data"]]
@@ -82,6 +85,5 @@ def test_bad_options_are_one_line(served: Served) -> None:
         ([served.model, "--adapter", "a=/nowhere"], "nowhere"),
         ([served.model, "--kv-memory", "1KiB"], "kv_memory"),
     ):
-        command = [*COMMAND, "serve", *map(str, options)]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert found.returncode == 2 and word in found.stderr and "Traceback" not in found.stderr, found.stderr
+        found = CliRunner().invoke(app, ["serve", *map(str, options)])
+        assert found.exit_code == 2 and word in found.stderr and "Traceback" not in found.stderr, found.stderr

@@ -59,7 +59,7 @@ def serve(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         engine.check_integrity()
     assert [each.token_ids for each in found] == expected
     assert [each.token_ids for each in again] == expected
-    monkeypatch.setattr("moegraft.serving.engine._num_pages", lambda *args: 14)
+    monkeypatch.setattr("moegraft.serving.opening._num_pages", lambda *args: 14)
     with Engine(model, adapters=adapters, adapter_memory="64MiB", **sizes) as engine:
         assert [each.token_ids for each in engine.generate(requests, params)] == expected
         assert engine.stats().preemptions > 0

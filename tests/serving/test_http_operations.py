@@ -64,8 +64,8 @@ def test_adapters_come_and_go(server: Running, served: Served) -> None:
     assert first != text(server, "model")
     assert post(server, "load_lora_adapter", load).status_code == 409
     other = {**load, "lora_path": str(served.adapters["attention"]), "load_inplace": True}
-    found = post(server, "load_lora_adapter", other).json()
-    assert found["adapter"]["version"] == 2
+    found = post(server, "load_lora_adapter", {**other, "skip_unserved": True}).json()
+    assert found["adapter"]["version"] == 2 and found["adapter"]["left_out"] == []
     assert text(server, "new") != first
     assert post(server, "pin_lora_adapter", {"lora_name": "new"}).status_code == 200
     assert server.engine.adapters["new"].pinned
@@ -137,8 +137,9 @@ def test_pages_come_back_when_a_client_leaves(server: Running, streams: bool) ->
     eventually(lambda: server.engine.stats().running == 0 and server.engine.stats().pages_used == 0)
 
 
-def test_many_at_once(server: Running) -> None:
-    """1000 requests in flight, base and adapter; all are answered, each with its own text."""
+@pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.soak)])
+def test_many_at_once(server: Running, count: int) -> None:
+    """All requests in flight at once, base and adapter; all are answered, each with its own text."""
     expected = {name: text(server, name) for name in ("model", "experts")}
 
     async def ask(client: httpx.AsyncClient, name: str) -> bool:
@@ -147,13 +148,13 @@ def test_many_at_once(server: Running) -> None:
         return answer.status_code == 200 and answer.json()["choices"][0]["text"] == expected[name]
 
     async def everyone() -> list[bool]:
-        limits = httpx.Limits(max_connections=1000)
+        limits = httpx.Limits(max_connections=count)
         async with httpx.AsyncClient(limits=limits) as client:
-            names = ["model" if i % 2 else "experts" for i in range(1000)]
+            names = ["model" if i % 2 else "experts" for i in range(count)]
             return list(await asyncio.gather(*(ask(client, name) for name in names)))
 
     found = asyncio.run(everyone())
-    assert len(found) == 1000 and all(found)
+    assert len(found) == count and all(found)
 
 
 def test_a_full_queue_says_so(served: Served) -> None:
@@ -242,7 +243,7 @@ def test_the_schema_holds(served: Served) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(engine))
     operations = [result.ok() for result in schema.get_all_operations()]
 
-    @hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(max_examples=30, suppress_health_check=list(hypothesis.HealthCheck))
     @hypothesis.given(data=hypothesis.strategies.data())
     def ask(data: hypothesis.strategies.DataObject) -> None:
         case = data.draw(data.draw(hypothesis.strategies.sampled_from(operations)).as_strategy())

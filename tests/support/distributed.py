@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
@@ -147,6 +148,7 @@ def _serve(connection: Connection, rank: int, size: int, meeting: str, group_sec
     has_own_gpu = device == "cuda" and torch.cuda.device_count() >= size
     if has_own_gpu:
         torch.cuda.set_device(rank)
+        os.environ["LOCAL_RANK"] = str(rank)  # as torchrun says it: transformers' plans ask for it on GPUs
     elif device == "cuda":
         make_group = dist.new_group
         dist.new_group = lambda *args, **options: make_group(*args, **{**options, "backend": "gloo"})

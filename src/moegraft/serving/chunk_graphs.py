@@ -24,13 +24,14 @@ from moegraft.serving.scheduler import BASE, StepPlan
 
 _RUN_LENGTH = 64
 """Neighbouring tokens of one adapter, about: it chooses tiles."""
+_BY_TOKEN = ("ids", "positions", "kv_slots", "slots")
+_BLOCKS = "blocks of "
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """``buffers``: as ``_Layout.views`` has them on the device · ``call``: None without adapters."""
+    """``call``: under which it was captured, None without adapters."""
 
-    buffers: dict[str, torch.Tensor]
     replay: Callable[[], None]
     logits: torch.Tensor
     call: AdapterCall | None
@@ -44,8 +45,12 @@ class ChunkGraphs:
         self._graphs, self._pool, self._rows = graphs, pool, rows
         powers = [64 << i for i in range(20)]
         self._sizes = [size for power in powers for size in (power, power * 3 // 2) if size < tokens] + [tokens]
-        self._captured: dict[tuple[int, bool, int], _Captured] = {}
-        self._staged: list[tuple[dict[str, torch.Tensor], torch.cuda.Event | None]] = []
+        self._captured: dict[tuple[int, bool], _Captured] = {}
+        is_pinned = pool.device.type == "cuda"
+        # Pinned ones in turns, as the device may be a step behind; what graphs read is one set for all of them.
+        self._staged = [self._allocate(torch.device("cpu"), is_pinned=is_pinned) for _ in range(2)]
+        self._read = [torch.cuda.Event() for _ in range(2)] if is_pinned else []
+        self._buffers = self._allocate(pool.device)
         self._turn = 0
 
     def run(self, plan: StepPlan, ids: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -56,25 +61,31 @@ class ChunkGraphs:
         size = self._sizes[at]
         lanes = list(dict.fromkeys(chunk.sequence.lane for chunk in plan.chunks if chunk.sequence.lane != BASE))
         if not lanes:
-            return self._replay(plan, self._captured.get((size, False, 0)) or self._capture(plan, size, None, 0), {})
+            found = self._captured.get((size, False)) or self._capture(plan, size, None, None)
+            return self._replay(plan, size, found, {})
         bound = self._graphs.fit_rank_bound()
         try:
             with self._graphs.batch_of(lanes, rank_bound=bound) as call:
                 slots = dict(zip(lanes, call.batch.row_slots, strict=True))
-                found = self._captured.get((size, True, bound))
-                if found is not None and found.call is not None:
-                    try:
-                        found.call.check_serves(call)
-                    except BatchError:
-                        found = None
-                return self._replay(plan, found or self._capture(plan, size, slots, bound), slots)
+                found = self._serving(size, call) or self._capture(plan, size, slots, bound)
+                return self._replay(plan, size, found, slots)
         except BatchError:
             return None
 
-    def _capture(self, plan: StepPlan, size: int, slots: dict[int, int] | None, bound: int) -> _Captured:
-        buffers = {name: torch.zeros_like(view, device=self._pool.device) for name, view in self._host(size).items()}
-        self._fill(plan, size, buffers, slots or {})
-        batch_of, rank_bound = self._graphs.batch_of, None if slots is None else bound
+    def _serving(self, size: int, call: AdapterCall) -> _Captured | None:
+        """The captured step, where it serves the adapters of ``call``."""
+        found = self._captured.get((size, True))
+        if found is None or found.call is None or found.call.rank_bound != call.rank_bound:
+            return None
+        try:
+            found.call.check_serves(call)
+        except BatchError:
+            return None
+        return found
+
+    def _capture(self, plan: StepPlan, size: int, slots: dict[int, int] | None, rank_bound: int | None) -> _Captured:
+        self._fill(plan, size, slots or {})
+        batch_of, buffers = self._graphs.batch_of, _views(self._buffers, size)
         calls: list[AdapterCall] = []
 
         @contextmanager
@@ -89,77 +100,69 @@ class ChunkGraphs:
         replay, logits = self._graphs.record(self._step(buffers, bind_wanted), bind)
         self.captures += 1
         call = None if slots is None else calls[0]
-        captured = self._captured[size, slots is not None, bound] = _Captured(buffers, replay, logits, call)
+        captured = self._captured[size, slots is not None] = _Captured(replay, logits, call)
         return captured
 
-    def _replay(self, plan: StepPlan, captured: _Captured, slots: dict[int, int]) -> torch.Tensor:
-        self._fill(plan, captured.buffers["ids"].shape[0], captured.buffers, slots)
+    def _replay(self, plan: StepPlan, size: int, captured: _Captured, slots: dict[int, int]) -> torch.Tensor:
+        self._fill(plan, size, slots)
         captured.replay()
         return captured.logits
 
-    def _host(self, size: int) -> dict[str, torch.Tensor]:
-        """Pinned buffers for a step of ``size`` tokens, which no step reads any more."""
-        if not self._staged:
-            self._staged = [self._allocate() for _ in range(2)]
-        whole, event = self._staged[self._turn]
-        if event is not None:
-            event.synchronize()
-        found = {name: whole[name] for name in ("table", "wanted", "wanted_slots", "rows", "tokens", "contexts")}
-        found |= {name: whole[name][:size] for name in ("ids", "positions", "kv_slots", "slots")}
-        for per_block in self._pool.prefill_blocks:
-            found[f"blocks {per_block}"] = whole[f"blocks {per_block}"][: size // per_block + 1 + self._rows]
-        return found
-
-    def _allocate(self) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
-        is_pinned, most, N = self._pool.device.type == "cuda", self._sizes[-1], self._rows
+    def _allocate(self, device: torch.device, *, is_pinned: bool = False) -> dict[str, torch.Tensor]:
+        most, N = self._sizes[-1], self._rows
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, pin_memory=is_pinned)
+            return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=is_pinned)
 
         buffers = {name: zeros(most, dtype=torch.long) for name in ("ids", "positions", "kv_slots")}
         buffers |= {name: zeros(N) for name in ("rows", "tokens", "contexts", "wanted_slots")}
         buffers |= {"slots": zeros(most), "wanted": zeros(N, dtype=torch.long), "table": zeros(N, self._graphs.width)}
         for per_block in self._pool.prefill_blocks:
-            buffers[f"blocks {per_block}"] = zeros(most // per_block + 1 + N, 2)
-        return buffers, torch.cuda.Event() if is_pinned else None
+            buffers[_BLOCKS + str(per_block)] = zeros(most // per_block + 1 + N, 2)
+        return buffers
 
-    def _fill(self, plan: StepPlan, size: int, buffers: dict[str, torch.Tensor], slots: dict[int, int]) -> None:
-        """A plan into the buffers of a captured step. slots: of each lane; the base has none."""
-        host = self._host(size)
-        page, row = self._pool.page_size, 0
+    def _fill(self, plan: StepPlan, size: int, slots: dict[int, int]) -> None:
+        """A plan into the buffers that captured steps read. slots: of each lane; the base has none."""
+        if self._read:
+            self._read[self._turn].synchronize()
+        host = self._staged[self._turn]
+        width = self._write(plan, host, slots)
+        for name, source in _views(host, size).items():
+            target = _views(self._buffers, size)[name]
+            if name == "table":
+                target, source = target[:, :width], source[:, :width]
+            target.copy_(source, non_blocking=True)
+        if self._read:
+            self._read[self._turn].record()
+        self._turn = 1 - self._turn
+
+    def _write(self, plan: StepPlan, host: dict[str, torch.Tensor], slots: dict[int, int]) -> int:
+        """Pages of the longest context. Rows of padding are the base's, write to the scratch page and are read by
+        none."""
+        page, row, wanted, width = self._pool.page_size, 0, 0, 1
         for name in ("ids", "positions", "kv_slots", "wanted", "tokens"):
             host[name].zero_()
-        host["slots"].fill_(-1)
-        host["wanted_slots"].fill_(-1)
-        wanted, width = 0, 1
+        for name in ("slots", "wanted_slots"):
+            host[name].fill_(-1)
         for n, chunk in enumerate(plan.chunks):
-            sequence, stop = chunk.sequence, chunk.start + chunk.count
+            sequence, stop, slot = chunk.sequence, chunk.start + chunk.count, slots.get(chunk.sequence.lane, -1)
             pages = torch.tensor(sequence.pages[: -(-stop // page)], dtype=torch.int32)
             places, mine = torch.arange(chunk.start, stop), slice(row, row + chunk.count)
             host["ids"][mine] = torch.tensor(sequence.tokens[chunk.start : stop])
             host["positions"][mine] = places
             host["kv_slots"][mine] = pages[places // page].long() * page + places % page
-            host["slots"][mine] = slots.get(sequence.lane, -1)
+            host["slots"][mine] = slot
             host["table"][n, : len(pages)] = pages
             host["rows"][n], host["tokens"][n], host["contexts"][n] = row, chunk.count, stop
             row, width = row + chunk.count, max(width, len(pages))
             if chunk.samples:
-                host["wanted"][wanted] = row - 1
-                host["wanted_slots"][wanted] = slots.get(sequence.lane, -1)
+                host["wanted"][wanted], host["wanted_slots"][wanted] = row - 1, slot
                 wanted += 1
         for per_block in self._pool.prefill_blocks:
-            blocks, found = host[f"blocks {per_block}"], blocks_of([chunk.count for chunk in plan.chunks], per_block)
+            blocks, found = host[_BLOCKS + str(per_block)], blocks_of([chunk.count for chunk in plan.chunks], per_block)
             blocks.fill_(-1)
             blocks[: len(found)] = torch.tensor(found, dtype=torch.int32)
-        for name, view in host.items():
-            target, source = buffers[name], view
-            if name == "table":
-                target, source = target[:, :width], source[:, :width]
-            target.copy_(source, non_blocking=True)
-        self._turn = 1 - self._turn
-        event = self._staged[1 - self._turn][1]
-        if event is not None:
-            event.record()
+        return width
 
     def _step(
         self, buffers: dict[str, torch.Tensor], bind_wanted: Callable[[], AbstractContextManager[Any]]
@@ -169,7 +172,7 @@ class ChunkGraphs:
             tokens_N=buffers["tokens"],
             contexts_N=buffers["contexts"],
             page_table_NP=buffers["table"],
-            blocks={per_block: buffers[f"blocks {per_block}"] for per_block in self._pool.prefill_blocks},
+            blocks={per_block: buffers[_BLOCKS + str(per_block)] for per_block in self._pool.prefill_blocks},
         )
         return StepBatch(
             ids_T=buffers["ids"],
@@ -186,3 +189,14 @@ class ChunkGraphs:
             pool=self._pool,
             bind_wanted=bind_wanted,
         )
+
+
+def _views(buffers: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+    """What a step of ``size`` tokens uses of the buffers."""
+    found = dict(buffers)
+    for name, whole in buffers.items():
+        if name in _BY_TOKEN:
+            found[name] = whole[:size]
+        elif name.startswith(_BLOCKS):
+            found[name] = whole[: size // int(name.removeprefix(_BLOCKS)) + 1 + buffers["rows"].shape[0]]
+    return found

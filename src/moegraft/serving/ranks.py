@@ -407,6 +407,8 @@ class Follower:
 
     def _act_all(self) -> None:
         """The thread: what rank 0's does, at the same time."""
+        if self._runner.device.type == "cuda":
+            torch.cuda.set_device(self._runner.device)  # a thread begins on the first
         while (act := self._acts.get()) is not None:
             self._act(*act)
 

@@ -64,9 +64,11 @@ class Runner:
         self._stack = ExitStack()  # the adapters of the rows that the head is given, until the model returns
         self._step: StepBatch | None = None
         check_can_be_paged(self.model)
+        head: nn.Module | None = self.model.get_output_embeddings()
+        if head is None:
+            raise UnsupportedModelError(f"{type(self.model).__name__} does not say which of its modules is the head")
         self._probe = _Probe(self.model, self.device)
         self.model.set_attn_implementation(IMPLEMENTATION)
-        head: nn.Module = self.model.get_output_embeddings()
         self._hook = head.register_forward_pre_hook(self._keep_wanted_rows)
         self.states: StateSlots | None = None
         self._fused: FusedParts | None = None

@@ -205,7 +205,7 @@ def expand_group_kernel(y0, y1, y2, y3, v_ptr, bias0, bias1, bias2, bias3, slots
     """Of up to four maps (COLUMNS 0: none), whose programs stand behind each other; see ``shrink_group_kernel``."""
     width: tl.constexpr = BLOCK_N * STEPS_N
     row_programs = (num_rows + ROWS.TILE_M - 1) // ROWS.TILE_M * ROWS.GROUPS
-    v_step = (SPLITS * num_rows).to(tl.int64) * V_WIDTH
+    v_step = (tl.zeros([], tl.int64) + SPLITS * num_rows) * V_WIDTH  # one row is a plain number
     first1 = row_programs * ((COLUMNS0 + width - 1) // width)
     first2 = first1 + row_programs * ((COLUMNS1 + width - 1) // width)
     first3 = first2 + row_programs * ((COLUMNS2 + width - 1) // width)

@@ -61,6 +61,8 @@ class PunicaWrapperCPU(PunicaWrapperBase):
         v_LR = self._shrink13(x_ND, segments, tables)
         if v_LR is None:
             return
+        if num_halves == 2 and not is_interleaved and add_both_halves(u_NGF, v_LR, segments, tables):
+            return
         gate_NF, up_NF = split_halves(u_NGF, num_halves=num_halves, is_interleaved=is_interleaved)
         if num_halves == 2:
             add_expanded(gate_NF, v_LR, segments, tables, ExpertsFactor.B_GATE)
@@ -252,6 +254,15 @@ class FactorIndex:
         return rows_GRI.masked_fill_((self.rank_S[adapter_G] == 0)[:, None, None], 0)
 
 
+def _pair(gate: FactorIndex, up: FactorIndex) -> tuple[FactorIndex, int, int] | None:
+    rank, lane = gate.max_rank, int(up.lane_S[0])
+    is_even = gate.is_uniform and gate.unit == up.unit and bool((up.rank_S == rank).all() & (up.lane_S == lane).all())
+    if not is_even:
+        return None
+    unit_SHR = torch.cat([gate.unit_SHR, up.unit_SHR], dim=2)
+    return FactorIndex(unit_SHR, gate.unit, gate.rank_S, gate.lane_S, 2 * rank, is_uniform=True), rank, lane
+
+
 class BatchFactors:
     """What was derived from the adapters of one batch, once, and is read by every layer call while the batch lives.
 
@@ -261,6 +272,7 @@ class BatchFactors:
     def __init__(self) -> None:
         self._indices: dict[tuple[int, int, tuple[int, ...]], FactorIndex | None] = {}
         self._copies: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
+        self._pairs: dict[tuple[int, ...], tuple[FactorIndex, int, int] | None] = {}
         self._stacked: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]] | None] = {}
         self._segments: WeakKeyDictionary[AdapterRows, LoRASegments] = WeakKeyDictionary()
 
@@ -279,6 +291,16 @@ class BatchFactors:
         if key not in self._indices:
             self._indices[key] = FactorIndex.of(tables, factor, row_len, slots)
         return self._indices[key]
+
+    def pair(self, tables: ExpertsTables, row_len: int, slots: tuple[int, ...]) -> tuple[FactorIndex, int, int] | None:
+        """B of gate and up as one factor, its rank in each, and the lane where up's begin; None where the adapters in
+        ``slots`` do not all have both, of one rank."""
+        key = (id(tables), row_len, *slots)
+        if key not in self._pairs:
+            gate = self.index(tables, ExpertsFactor.B_GATE, row_len, slots)
+            up = self.index(tables, ExpertsFactor.B_UP, row_len, slots)
+            self._pairs[key] = None if gate is None or up is None else _pair(gate, up)
+        return self._pairs[key]
 
     def whole(
         self, tables: LinearTables, factor: int, row_len: int, slots: tuple[int, ...]
@@ -355,6 +377,21 @@ def add_expanded(
     index, b_GRO = read
     delta_LO = _expand(_select_lanes(v_LR, index, segments), b_GRO, segments)
     add_rows(y_NO, segments.rows_L, delta_LO[:, : y_NO.shape[1]])
+
+
+def add_both_halves(u_NGF: torch.Tensor, v_LR: torch.Tensor, segments: LoRASegments, tables: ExpertsTables) -> bool:
+    """``add_expanded`` of gate and up in one product, where each row is a segment and adapters have one rank; False,
+    having done nothing, elsewhere."""
+    pair = segments.factors.pair(tables, u_NGF.shape[1] // 2, segments.slots)
+    if pair is None or segments.position_G is None or segments.offsets[-1] != len(segments.offsets) - 1:
+        return False
+    index, rank, up_lane = pair
+    unit_GR = index.unit_SHR[segments.adapter_G, segments.position_G]
+    b_GRF = index.read(tables, unit_GR, u_NGF.shape[1] // 2, segments.adapter_G)
+    v_G2R = torch.stack([v_LR[:, :rank], v_LR[:, up_lane : up_lane + rank]], dim=1)
+    delta_LF = torch.bmm(v_G2R.view(-1, 1, rank).float(), b_GRF.view(-1, rank, b_GRF.shape[2]).float())
+    add_rows(u_NGF, segments.rows_L, delta_LF.view(-1, u_NGF.shape[1]))
+    return True
 
 
 def _read_factor(

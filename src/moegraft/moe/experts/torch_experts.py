@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROW_GRANULE = {torch.float32: 16}
 ROW_GRANULE_LOW_PRECISION = 2
 SMALL_GRANULE, SMALL_BLOCK = 4, 8  # of the form for few rows an expert
-FEW_ROWS = 16
+FEW_ROWS = 8
 # cuBLAS has no such sizes but one: on CUDA every block has as many rows.
 CUDA_BLOCK = 32
 

@@ -184,31 +184,38 @@ class CallState:
     def running(self, call: AdapterCall) -> Iterator[None]:
         """The call of this thread or task inside the block."""
         block = _Block(self, call, _alive(_CURRENT.get()), threading.get_ident())
-        _CURRENT.set(block)
-        try:
+        is_entered = False
+        try:  # around both lines: an interrupt may come between them
+            _CURRENT.set(block)
+            is_entered = True
             yield
         finally:
             call.is_over = True
-            if _CURRENT.get() is not block:
+            if _CURRENT.get() is block:
+                _CURRENT.set(_alive(block.outer))
+            elif is_entered:
                 raise BatchError(_NOT_NESTED)
-            _CURRENT.set(_alive(block.outer))
 
     @contextmanager
     def bound(self, call: AdapterCall) -> Iterator[None]:
         """The call of every thread that has none of its own inside the block; of one thread at a time."""
         thread = threading.get_ident()
-        with self._lock:
-            outer = _alive(self._bound)
-            if outer is not None and outer.thread != thread:
-                raise BatchError("another thread runs a batch with all_threads=True now; one such batch at a time")
-            block = self._bound = _Block(self, call, outer, thread)
-            self.fixed = call if call.is_static else None
+        block: _Block | None = None
+        is_entered = False
         try:
+            with self._lock:
+                outer = _alive(self._bound)
+                if outer is not None and outer.thread != thread:
+                    raise BatchError("another thread runs a batch with all_threads=True now; one such batch at a time")
+                block = _Block(self, call, outer, thread)
+                self._bound = block
+                self.fixed = call if call.is_static else None
+                is_entered = True
             yield
         finally:
             call.is_over = True
             with self._lock:
-                is_last = self._bound is block
+                is_last = self._bound is block or not is_entered
                 self._bound = _alive(self._bound)
                 around = self._bound.call if self._bound is not None else None
                 self.fixed = around if around is not None and around.is_static else None

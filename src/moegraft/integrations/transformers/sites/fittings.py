@@ -159,6 +159,7 @@ class Fittings:
                 self._watched = {other: spots for other, spots in self._watched.items() if other != key}
                 self._seams[key].remove()
                 del self._seams[key]
+            self._part({name for name, kind in wanted if kind is SavedSeam})
             for key in wanted:
                 if key not in self._watched:
                     seam = self._seams[key] = self._seams.get(key) or self._make_seam(*key)
@@ -171,6 +172,8 @@ class Fittings:
     def _share(self) -> None:
         """Maps that read the same input add their deltas together."""
         seams = {name: seam for (name, _), seam in self._seams.items() if isinstance(seam, LinearSeam)}
+        # What an adapter replaces a parameter of (its bias) runs through a copy, by itself.
+        seams = {name: seam for name, seam in seams.items() if (name, SavedSeam) not in self._seams}
         wanted = {names: tuple(seams[name] for name in names) for names in shared_inputs(seams)}
         for names in [names for names, shared in self._shared.items() if wanted.get(names) != shared.seams]:
             self._shared.pop(names).remove()
@@ -178,6 +181,11 @@ class Fittings:
             if names not in self._shared and all(map(SharedInput.fits, members)):
                 shared = self._shared[names] = SharedInput(members)
                 shared.install()
+
+    def _part(self, names: set[str]) -> None:
+        """Of maps that add their deltas together, those that any of these belong to add them by themselves again."""
+        for together in [together for together in self._shared if not names.isdisjoint(together)]:
+            self._shared.pop(together).remove()
 
     def remove(self) -> None:
         """Takes everything out again, whatever of it is there."""
