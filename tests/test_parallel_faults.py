@@ -164,3 +164,52 @@ def _acquire(path: Path) -> Survivor:
 
 def test_a_rank_is_lost_before_a_batch(doomed: WorldPool, tmp_path: Path) -> None:
     check_survivors(doomed.outcomes(_acquire, save_adapter(tmp_path / "a")), "killed", loaded=("kept",))
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """What a rank raised, how long it took, what the next vote said, and what the bank holds."""
+
+    raised: str
+    seconds: float
+    next_error: str
+    loaded: tuple[str, ...]
+
+
+def _interrupted_vote(path: Path, when: str) -> Interrupted:
+    """While an adapter is loaded, Ctrl-C reaches the victim within its first vote."""
+    rank = Rank(ParallelConfig(ep=3, data_parallel=True, timeout_seconds=TIMEOUT))
+    rank.load(path, "kept")
+    if rank.groups.rank == VICTIM:
+        control = rank.groups.control
+        gather = control.all_gather
+
+        def interrupted(x: torch.Tensor, counts: Any = None) -> torch.Tensor:
+            if when == "after it has told the others":
+                gather(x, counts)
+            raise KeyboardInterrupt
+
+        control.all_gather = interrupted  # type: ignore[method-assign]
+    began = time.monotonic()
+    with pytest.raises((KeyboardInterrupt, ParallelError)) as caught:
+        rank.load(path, "lost")
+    seconds = time.monotonic() - began
+    if rank.groups.rank == VICTIM:
+        control.all_gather = gather  # type: ignore[method-assign]
+    with pytest.raises(ParallelError) as again:
+        rank.bank.unload("kept")
+    rank.local.check_integrity()
+    return Interrupted(caught.type.__name__, seconds, str(again.value), rank.local.names())
+
+
+@pytest.mark.parametrize("when", ["before it has told the others", "after it has told the others"])
+def test_a_rank_is_interrupted_within_a_vote(doomed: WorldPool, tmp_path: Path, when: str) -> None:
+    """It raises at once, the others in time; nothing is loaded, and no rank ever waits for another again."""
+    outcomes = doomed.outcomes(_interrupted_vote, save_adapter(tmp_path / "a"), when)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.error is None and not outcome.died, outcome.trace or f"rank {rank} hung or died"
+        found: Interrupted = outcome.result
+        assert found.raised == ("KeyboardInterrupt" if rank == VICTIM else "ParallelError")
+        assert found.seconds < PATIENCE
+        assert "refused, an earlier collective failed" in found.next_error
+        assert found.loaded == ("kept",)

@@ -328,7 +328,8 @@ def _bad_names(made: _Maker) -> Iterator[HostileCase]:
         yield _case(f"misplaced {name}", made.with_tensors(tensors | {name: tensor}), AdapterTensorError, WEIGHTS, name)
     for name in (f"{EXPERTS[0]}.0.gate_proj", "model.embed_tokens"):
         path = made.with_tensors(tensors | {f"{PREFIX}{name}.lora_magnitude_vector": torch.ones(EXPERT_SIZE)})
-        yield _case(f"DoRA on {name}", path, AdapterConfigError, "use_dora", name)
+        kind = AdapterTensorError if "experts" in name else AdapterConfigError  # which take DoRA, if said
+        yield _case(f"DoRA on {name}", path, kind, "use_dora", name)
     pairs = {
         f"{EXPERTS[0]}.0.w1": (torch.ones(2, HIDDEN_SIZE), torch.ones(EXPERT_SIZE, 2)),
         f"{EXPERTS[1]}.w2": (torch.ones(1, 2, EXPERT_SIZE), torch.ones(NUM_EXPERTS, HIDDEN_SIZE, 2)),

@@ -10,6 +10,7 @@ MAX_INDEX_BYTES = 64 * 2**20
 # Headers of safetensors. Kimi K2 stores 280,000 tensors in 62 files; their names have at most 80 characters.
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_TENSORS = 2**19  # of one folder
+MAX_ADAPTER_TENSORS = 2**18  # of an adapter whose base is not known
 MAX_NAME_CHARS = 512
 MAX_ENTRY_BYTES = 768  # of one tensor in a header
 LEAST_TENSORS = 20_000  # that an adapter may have, of however small a model

@@ -173,15 +173,17 @@ class AdapterBank:
         """
         with self._lock, self._change:
             handle = new.handle
-            if self._handles.get(handle.name) is handle:
-                return handle
+            if self._handles.get(handle.name) is not handle:
+                if handle.name in self._handles:
+                    self._coming.discard(new)
+                self.check_new_name(handle.name)
+                taken = {other.number for other in self._handles.values()}
+                handle.number = next(number for number in itertools.count() if number not in taken)
+                handle.uid = next(self._uids)
+                self._handles[handle.name] = handle
+            # Only now: what is neither coming nor named loses its pages where an interrupt comes.
             self._coming.discard(new)
             self._num_coming = len(self._coming)
-            self.check_new_name(handle.name)
-            taken = {other.number for other in self._handles.values()}
-            handle.number = next(number for number in itertools.count() if number not in taken)
-            handle.uid = next(self._uids)
-            self._handles[handle.name] = handle
         return handle
 
     def discard(self, new: NewAdapter) -> None:

@@ -236,7 +236,7 @@ def open_weights(folder: Folder, targets: ModelTargets | None = None) -> WeightF
 
     With ``targets`` no more tensors than an adapter of that model may have, twice over.
     """
-    most = limits.MAX_TENSORS
+    most = limits.MAX_ADAPTER_TENSORS
     if targets is not None:
         of_experts = sum([6 * target.num_experts for target in targets.experts.values()])
         others = 3 * len(targets.linears) + 3 * len(targets.embeddings) + sum(map(len, targets.saveable.values()))
