@@ -125,8 +125,11 @@ class Churn:
         threads = [threading.Thread(target=self.guarded, args=(run, i)) for i, run in enumerate(runs)]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self.stop.is_set() and not self.wrong:
+        start = time.monotonic()
+        while not self.stop.is_set() and not self.wrong:
+            passed = time.monotonic() - start
+            if passed > seconds and (self.has_seen_all or passed > seconds + 40):
+                break
             self.engine.check_integrity()
             time.sleep(0.2)
         self.stop.set()
@@ -134,6 +137,11 @@ class Churn:
             thread.join(60)
         assert not any(thread.is_alive() for thread in threads)
         self.engine.check_integrity()
+
+    @property
+    def has_seen_all(self) -> bool:
+        """Whether everything that may happen has happened: on a crowded machine it takes longer."""
+        return min(self.counts.values()) > 0 and self.engine.stats().preemptions > 0
 
     def check_end(self) -> None:
         """No wrong token, nothing left, and everything that may happen has happened."""
@@ -145,8 +153,7 @@ class Churn:
         loaded = {key.partition("@")[0] for key in self.engine._graft.adapters}
         behind = {name for name, files in self.behind.items() if files != {None}}
         assert loaded == behind, (loaded, behind)
-        assert min(self.counts.values()) > 0, self.counts
-        assert stats.preemptions > 0
+        assert self.has_seen_all, (self.counts, stats.preemptions)
 
 
 def expect(truth: Any) -> dict[Any, tuple[int, ...]]:

@@ -39,10 +39,6 @@ from moegraft.serving.http.protocol import ApiError
 logger = logging.getLogger("moegraft.serving")
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
-_SCALING = (
-    "replicas", "min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_seconds",
-    "downscale_delay_seconds", "autoscaling", "ingress_replicas",
-)  # fmt: skip
 LOST = "the replica that answered was lost; try again"
 
 
@@ -498,9 +494,7 @@ def build(args: Settings) -> serve.Application:
         options["num_replicas"] = args.replicas
     light = {"num_cpus": 0.1}
     replica, desk_type, ingress = (_deployment(one) for one in (EngineReplica, AdapterDesk, Ingress))
-    # What changes only how many there are must not start them anew.
-    fixed = Settings(**args.model_dump(exclude=set(_SCALING)))
-    engines = replica.options(**options).bind(fixed, "AdapterDesk")
+    engines = replica.options(**options).bind(args, "AdapterDesk")
     desk = desk_type.options(num_replicas=1, ray_actor_options=light).bind(engines)
     return ingress.options(num_replicas=args.ingress_replicas, max_ongoing_requests=4096, ray_actor_options=light).bind(
         args, engines, desk
