@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.vllm_cpu import ROOT, environment, missing
-from support.vllm_models import Case, by_merging, by_peft, new_case
+from support.vllm_models import Case, by_merging, by_merging_stacked, by_peft, new_case
 
 # float32 sums in other orders through two layers give about 3e-6; an adapter changes logprobs by more than 0.1.
 TOL = 3e-5
@@ -131,6 +131,30 @@ def test_deepseek_v3(tmp_path: Path) -> None:
     check(case, case.stages[0], case.run()["stages"][0])
 
 
+@pytest.mark.soak
+def test_stacked_beside_single_experts(tmp_path: Path) -> None:
+    """``enable_mixed_moe_lora_format``: one adapter of each kind in a batch."""
+    case = new_case("qwen3_moe", tmp_path)
+    every = experts(range(2), range(8), {"gate_proj": 3, "up_proj": 3, "down_proj": 3})
+    case.truths["single"] = by_merging(case.model, tmp_path / "single", 1, every, alpha=6.0)
+    stacked = {f"model.layers.{i}.mlp.experts": 4 for i in range(2)}
+    case.truths["stacked_3d"] = by_merging_stacked(case.model, tmp_path / "stacked_3d", 2, stacked, alpha=8.0)
+    case.options = {"enable_mixed_moe_lora_format": True}
+    case.stages = [rows_of(None, "single", "stacked_3d")]
+    check(case, case.stages[0], case.run()["stages"][0])
+
+
+@pytest.mark.soak
+def test_factors_that_all_experts_share(tmp_path: Path) -> None:
+    """``enable_moe_shared_loras``: one A of gate, one of up and one B of down serve all experts."""
+    case = new_case("qwen3_moe", tmp_path)
+    stacked = {f"model.layers.{i}.mlp.experts": 4 for i in range(2)}
+    case.truths["outer"] = by_merging_stacked(case.model, tmp_path / "outer", 1, stacked, alpha=8.0, shared=True)
+    case.options = {"enable_moe_shared_loras": True}
+    case.stages = [rows_of(None, "outer")]
+    check(case, case.stages[0], case.run()["stages"][0])
+
+
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor", "expert"])
 @pytest.mark.soak
 def test_two_ranks(tmp_path: Path, expert_parallel: bool) -> None:
@@ -143,7 +167,7 @@ def test_two_ranks(tmp_path: Path, expert_parallel: bool) -> None:
 
 
 def test_switched_off_or_in_an_unknown_version_nothing_changes(tmp_path: Path) -> None:
-    """In one process, in this order: off, an unknown version, on, on again."""
+    """In one process, in this order: off, an unknown version, on, on again; then parts that no small model reaches."""
     script = """
 import os
 import vllm.lora.utils as utils
@@ -169,6 +193,45 @@ after = state()
 assert all(was != now for was, now in zip(before, after)), after
 plugin.register()
 assert state() == after
+
+# Pages: the longest unused adapter leaves, and no more than must.
+from types import SimpleNamespace
+from vllm.lora.model_manager import AdapterLRUCache
+from moegraft.core.errors import AdapterMemoryError
+from moegraft.integrations.vllm.manager import PagedLoRAModelManager
+
+class Pages:
+    pool = SimpleNamespace(num_free=1, num_pages=9, page_bytes=1024)
+    def drop(self, slot):
+        self.pool.num_free += 3
+
+manager = PagedLoRAModelManager.__new__(PagedLoRAModelManager)
+manager.pages, manager._layers, manager._touched = Pages(), {}, {}
+manager.lora_index_to_id = [7, 8, 9]
+manager._active_adapters = AdapterLRUCache(3, manager._deactivate_adapter)
+for number in (8, 7, 9):
+    manager._active_adapters[number] = None
+manager._make_room(4, 9)
+assert manager.lora_index_to_id == [7, None, 9] and list(manager._active_adapters.order) == [7, 9]
+try:
+    manager._make_room(9, 9)
+except AdapterMemoryError:
+    assert manager.lora_index_to_id == [None, None, 9]
+else:
+    raise AssertionError("no error")
+
+# Rows behind the batch's, and all rows of a batch without adapters, are the base's.
+import torch
+from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+meta = LoRAKernelMeta.make(2, 8, "cpu")
+wrapper = SimpleNamespace(token_mapping_meta=meta)
+versions.prepare_mapping(wrapper)
+meta.prepare_tensors(torch.tensor([1, -1, 0, 1]))
+versions.finish_mapping(wrapper, 4)
+assert meta.token_lora_mapping.tolist() == [1, -1, 0, 1, -1, -1, -1, -1]
+meta.prepare_tensors(torch.tensor([-1, -1]))
+versions.finish_mapping(wrapper, 2)
+assert meta.token_lora_mapping.tolist() == [-1] * 8
 print("all seen")
 """
     done = subprocess.run(
@@ -176,4 +239,29 @@ print("all seen")
     )
     assert "all seen" in done.stdout, done.stdout + done.stderr
     assert "moegraft leaves vLLM as it is: MOEGRAFT_VLLM=off" in done.stdout + done.stderr
-    assert "moegraft leaves vLLM as it is: this is vLLM 0.1.0, known are 0.26" in done.stdout + done.stderr
+    assert "moegraft leaves vLLM as it is: this is vLLM 0.1.0, known are 0.26, 0.33" in done.stdout + done.stderr
+
+
+def test_the_server_loads_replaces_and_unloads(tmp_path: Path) -> None:
+    """vLLM's own server, its engine in a process of its own, adapters through ``/v1/load_lora_adapter``."""
+    case = new_case("qwen3_moe", tmp_path)
+    every = experts(range(2), range(8), {"gate_proj": 2, "up_proj": 2, "down_proj": 2})
+    first = by_merging(case.model, tmp_path / "first", 1, every | attention(2, 2), alpha=4.0)
+    second = by_merging(case.model, tmp_path / "second", 2, every, alpha=4.0)
+    with case.serve() as server:
+
+        def logprobs_differ(model: str, truth: str | None) -> float:
+            choice = server.complete(model, PROMPTS[0])
+            return case.worst([[truth, PROMPTS[0]]], [choice])
+
+        assert logprobs_differ("base", None) < TOL
+        case.truths |= {"first": first, "second": second}
+        assert server.post("/v1/load_lora_adapter", lora_name="a", lora_path=str(tmp_path / "first")) == 200
+        assert logprobs_differ("a", "first") < TOL
+        replaced = {"lora_name": "a", "lora_path": str(tmp_path / "second"), "load_inplace": True}
+        assert server.post("/v1/load_lora_adapter", **replaced) == 200
+        assert logprobs_differ("a", "second") < TOL
+        assert server.post("/v1/unload_lora_adapter", lora_name="a") == 200
+        assert server.post("/v1/completions", model="a", prompt=PROMPTS[0]) == 404
+        assert logprobs_differ("base", None) < TOL
+        assert server.post("/v1/load_lora_adapter", lora_name="b", lora_path=str(tmp_path / "nowhere")) >= 400

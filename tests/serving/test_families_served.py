@@ -121,3 +121,11 @@ def test_states_have_their_share_of_the_memory() -> None:
         Engine(model, kv_memory=3 * slot_bytes)
     with moegraft.attach(model) as graft, pytest.raises(UnsupportedModelError, match="batch_invariant"):
         Runner(graft, names=str, row_by_row=True)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("olmoe", 12), ("phimoe", 12), ("mixtral", 64), ("qwen3_moe", 64)])
+def test_contexts_end_where_mask_and_attention_disagree(family: str, limit: int) -> None:
+    """OLMoE gives its window to attention and not to the mask, PhiMoE the other way round: pages would follow one."""
+    model = build(family, sliding_window=12, max_position_embeddings=64)
+    with Engine(model, page_size=4, max_rows=2) as engine:
+        assert engine.max_model_len == limit

@@ -6,16 +6,22 @@ import copy
 import json
 import math
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import peft
+import tokenizers
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from support.adapters import write_adapter
 from support.vllm_cpu import ROOT, environment
@@ -98,6 +104,38 @@ def by_merging(
     return lambda ids: merged(input_ids=ids).logits
 
 
+def by_merging_stacked(
+    model: PreTrainedModel, folder: Path, seed: int, layers: Mapping[str, int], *, alpha: float, shared: bool = False
+) -> Logits:
+    """Factors of all experts in one tensor, as vLLM reads them: gate and up together and down in PEFT's 3-D layout, or,
+    ``shared``, w1, w2 and w3 with one A for all experts of w1 and w3, and one B of w2."""
+    merged, tensors = copy.deepcopy(model), {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.15
+
+    with torch.no_grad():
+        for name, r in layers.items():
+            experts, at = merged.get_submodule(name), f"base_model.model.{name}"
+            E, D, F = experts.down_proj.shape
+            if shared:
+                a1, a3, b2 = randn(1, r, D), randn(1, r, D), randn(1, D, r)
+                b1, b3, a2 = randn(E, F, r), randn(E, F, r), randn(E, r, F)
+                for key, a, b in (("w1", a1, b1), ("w2", a2, b2), ("w3", a3, b3)):
+                    tensors |= {f"{at}.{key}.lora_A.weight": a, f"{at}.{key}.lora_B.weight": b}
+                experts.gate_up_proj += alpha / r * torch.cat([b1 @ a1, b3 @ a3], dim=1)
+                experts.down_proj += alpha / r * b2 @ a2
+                continue
+            for key, weight in ((".base_layer", experts.gate_up_proj), ("", experts.down_proj)):
+                a, b = randn(E, r, weight.shape[2]), randn(E, weight.shape[1], r)
+                weight += alpha / r * b @ a
+                tensors[f"{at}{key}.lora_A.weight"] = a.flatten(0, 1)
+                tensors[f"{at}{key}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
+    write_adapter(folder, tensors, r=r, lora_alpha=alpha, target_modules=["experts"])
+    return lambda ids: merged(input_ids=ids).logits
+
+
 def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
     """[out, in] of a map; of an expert's, the view into the stacked tensor."""
     before, is_expert, rest = name.partition(".experts.")
@@ -143,11 +181,41 @@ class Case:
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
-                timeout=280,
+                timeout=500,
             )
         if done.returncode != 0:
             raise AssertionError(f"vLLM ended with {done.returncode}:\n{self.log[-6000:]}")
         return json.loads((self.folder / "result.json").read_text())
+
+    @contextmanager
+    def serve(self) -> Iterator[Server]:
+        """vLLM's server on a free port of this machine, with runtime updates of adapters."""
+        words = {f"t{number}": number for number in range(self.model.config.vocab_size)}
+        model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+        PreTrainedTokenizerFast(tokenizer_object=model).save_pretrained(self.folder / "model")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder / "model"),
+            "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--enable-lora",
+            "--max-loras", "2", "--max-lora-rank", "8", "--dtype", "float32", "--max-model-len", "32",
+            "--max-num-seqs", "8", "--max-num-batched-tokens", "32", "--enforce-eager", "--no-enable-prefix-caching",
+            "--generation-config", "vllm",
+        ]  # fmt: skip
+        env = environment(self.folder, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", **self.extra)
+        with open(self.folder / "log.txt", "w") as log:
+            process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        server = Server(f"http://127.0.0.1:{port}")
+        try:
+            until = time.monotonic() + 240
+            while not server.is_up():
+                assert process.poll() is None and time.monotonic() < until, self.log[-6000:]
+                time.sleep(0.5)
+            yield server
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     @property
     def log(self) -> str:
@@ -163,6 +231,34 @@ class Case:
             expected = logits.float().log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
             worst = max(worst, (expected - torch.tensor(one["logprobs"])).abs().max().item())
         return worst
+
+
+@dataclass(frozen=True)
+class Server:
+    """vLLM's server at an address."""
+
+    url: str
+
+    def is_up(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def post(self, path: str, **body: Any) -> int:
+        return httpx.post(self.url + path, json=body, timeout=120).status_code
+
+    def complete(self, model: str, prompt: Sequence[int]) -> dict[str, Any]:
+        """Tokens and their logprobs, greedily."""
+        body = {
+            "model": model, "prompt": list(prompt), "max_tokens": 3, "temperature": 0, "logprobs": 0,
+            "ignore_eos": True, "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()["choices"][0]["logprobs"]
+        tokens = [int(token.removeprefix("token_id:")) for token in found["tokens"]]
+        return {"tokens": tokens, "logprobs": found["token_logprobs"]}
 
 
 def new_case(model_type: str, folder: Path) -> Case:

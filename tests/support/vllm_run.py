@@ -52,6 +52,8 @@ def _request(name: str | None, numbers: dict[str, int], folders: dict[str, str],
     if name is None:
         return None
     number = numbers.setdefault(name, len(numbers) + 1)
+    if name.endswith("_3d"):
+        extra["is_3d_lora_weight"] = True
     return LoRARequest(lora_name=name, lora_int_id=number, lora_path=folders[name], **extra)
 
 

@@ -19,14 +19,15 @@ from moegraft.serving.attention import IMPLEMENTATION, AttentionOptions
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """What one attention layer keeps of a token. is_latent: one head of keys, latent and rotated part in a row, and no
-    values."""
+    """What one attention layer keeps of a token. window: see AttentionOptions · is_latent: one head of keys, latent and
+    rotated part in a row, and no values."""
 
     q_heads: int
     kv_heads: int
     key_size: int
     value_size: int
     dtype: torch.dtype
+    window: int | None = None
     is_latent: bool = False
 
     @property
@@ -116,6 +117,7 @@ class _Recorder:
             key_size=size,
             value_size=value_size,
             dtype=key.dtype,
+            window=options.window,
             is_latent=is_latent,
         )
         width = value.shape[-1] if options.latents is None else options.latents.value_size

@@ -94,7 +94,7 @@ def open_model(setup: Setup, names: Callable[[int], str], keep: Callable[[Callab
         latent_cache=config.latent_cache,
     )
     keep(runner.close)
-    longest = longest_context(graft.model)
+    longest = longest_context(graft.model, runner.shapes)
     with Agreement(groups.control).step([0, 0]) as step:
         step.same("the options of their engine", lambda: config)
         slots = _num_slots(config, runner)

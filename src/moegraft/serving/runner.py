@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from moegraft.serving.states import StateSlots, find_states
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 _RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"})
 _OTHER_LAYERS = frozenset({"moe", "mlp"})
+_WINDOW_MASK = "create_sliding_window_causal_mask"
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
@@ -231,9 +233,10 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and DeviceTarget.of(device).has_triton
 
 
-def longest_context(model: PreTrainedModel) -> int:
+def longest_context(model: PreTrainedModel, shapes: Mapping[int, LayerShape]) -> int:
     """Tokens of a sequence, at most. Where positions scale with the longest sequence of a batch, the length up to which
-    they do not: other requests must not change a sequence."""
+    they do not: other requests must not change a sequence. Where a model's mask and its attention disagree about a
+    sliding window (one of them knows none), the window, within which both say the same."""
     config = model.config.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -241,6 +244,13 @@ def longest_context(model: PreTrainedModel) -> int:
     for variant in variants:
         if variant.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
             longest = min(longest, int(variant.get("original_max_position_embeddings") or longest))
+    window = getattr(config, "sliding_window", None)
+    if window:
+        files = {type(module).__module__ for module in model.modules() if isinstance(module, PreTrainedModel)}
+        masks_it = any(_WINDOW_MASK in vars(sys.modules[file]) for file in files)
+        attends_it = any(shape.window is not None for shape in shapes.values())
+        if masks_it != attends_it:
+            longest = min(longest, int(window))
     return longest
 
 
