@@ -67,6 +67,8 @@ def draw_config(rng: random.Random, ep: int, packing: str) -> MoEConfig:
     hidden, inter = [3, 8, 17, 32, 48], [1, 2, 5, 16, 19, 24]
     if packing in GROUPED_BY_32:
         hidden, inter = [32, 64], [24, 32, 64, 80, 96, 160]
+    elif packing == "nvfp4":
+        hidden, inter = [16, 48, 128], [16, 64, 256]
     elif packing != "dense":
         hidden, inter = [16, 48, 130], [16, 130, 256, 300]
     kind = rng.choice(list(ActivationKind))

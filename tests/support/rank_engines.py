@@ -60,15 +60,19 @@ def serve_case(case: RankCase) -> tuple[list[list[tuple[int, ...]]], int, set[st
 def _interpret_graphs() -> None:
     """In a process of its own, which ends with the pool."""
 
-    def record(self: DecodeGraphs, step: StepBatch) -> tuple[Callable[[], None], torch.Tensor]:
-        logits = self._forward(step)
-        return lambda: logits.copy_(self._forward(step)), logits
+    def record(self: DecodeGraphs, step: StepBatch, bind: Any) -> tuple[Callable[[], None], torch.Tensor]:
+        def run() -> torch.Tensor:
+            with bind():
+                return self._forward(step)
+
+        logits = run()
+        return lambda: logits.copy_(run()), logits
 
     def open_pool(self: Runner, *sizes: int) -> None:
         opened(self, *sizes)
-        self.open_graphs(40)
+        self.open_graphs(40, 64)
 
     opened = Runner.open_pool
     if opened.__name__ == "open_pool" and opened.__module__ == Runner.__module__:
         Runner.open_pool = open_pool  # type: ignore[method-assign]
-        DecodeGraphs._record = record  # type: ignore[method-assign]
+        DecodeGraphs.record = record  # type: ignore[method-assign]
