@@ -202,7 +202,10 @@ def expand_group_kernel(y0, y1, y2, y3, v_ptr, bias0, bias1, bias2, bias3, slots
                         ALIGN2: tl.constexpr, ALIGN3: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
                         V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr,
                         SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Of up to four maps (COLUMNS 0: none), whose programs stand behind each other; see ``shrink_group_kernel``."""
+    """Of up to four maps (COLUMNS 0: none), whose programs stand behind each other; see ``shrink_group_kernel``.
+
+    33 parameters: output, bias, columns and alignment are said for each map.
+    """
     width: tl.constexpr = BLOCK_N * STEPS_N
     row_programs = (num_rows + ROWS.TILE_M - 1) // ROWS.TILE_M * ROWS.GROUPS
     v_step = (tl.zeros([], tl.int64) + SPLITS * num_rows) * V_WIDTH  # one row is a plain number
