@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,13 @@ def test_ranks_leave_nothing_behind(how: str, script: list[str]) -> None:
 def test_interrupted_while_ranks_start(after: float, script: list[str]) -> None:
     """The terminal sends Ctrl-C to the whole group: whoever is importing then says nothing, and all end."""
     process = subprocess.Popen(
-        [*script, "interrupt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*script, "interrupt"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell lets what it runs in the background ignore the signal, and that is inherited.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "starting\n"
