@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,7 +88,7 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SCRIPT = """
-import multiprocessing, sys, time, torch
+import multiprocessing, signal, sys, time, torch
 from moegraft.cli.launch import run_on_ranks
 from moegraft.core.errors import AdapterFileError
 
@@ -102,6 +101,8 @@ def work(request, rank):
     return rank
 
 if __name__ == "__main__":
+    # A shell lets what it runs in the background ignore Ctrl-C, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print("starting", flush=True)
     try:
         run_on_ranks(work, sys.argv[1], size=2, device=torch.device("cpu"))
@@ -129,13 +130,7 @@ def test_ranks_leave_nothing_behind(how: str, script: list[str]) -> None:
 def test_interrupted_while_ranks_start(after: float, script: list[str]) -> None:
     """The terminal sends Ctrl-C to the whole group: whoever is importing then says nothing, and all end."""
     process = subprocess.Popen(
-        [*script, "interrupt"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A shell lets what it runs in the background ignore the signal, and that is inherited.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        [*script, "interrupt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "starting\n"
