@@ -50,7 +50,8 @@ def serve_case(case: RankCase) -> tuple[list[list[tuple[int, ...]]], int, set[st
             for name, path in adapters.items():
                 engine.load_adapter(name, path, replace=True)
             answers = list(engine.generate(requests, greedy))
-            assert [each.outputs[0].error for each in answers] == [None] * len(answers)
+            errors = [each.outputs[0].error for each in answers]
+            assert errors == [None] * len(answers), errors
             found.append([each.token_ids for each in answers])
         engine.check_integrity()
         captures = engine.stats().graph_captures

@@ -57,11 +57,13 @@ class RankGraphs(DecodeGraphs):
         if bound is None:
             step = self._capture(plan, lanes, None, ids) if captures else self._captured[size, False]
             return self._replay(step, plan, ids, ())
-        with self.batch_of(lanes, rank_bound=bound) as call:
-            step = self._capture(plan, lanes, call, ids) if captures else self._captured[size, True]
-            assert step.call is not None
-            step.call.check_serves(call)
-            return self._replay(step, plan, ids, call.batch.row_slots)
+        if captures:
+            with self.batch_of(lanes, rank_bound=bound) as call:
+                return self._replay(self._capture(plan, lanes, call, ids), plan, ids, call.batch.row_slots)
+        # What was captured serves these adapters, as rank 0 has seen. A bound would be refused by a rank that has
+        # meanwhile loaded an adapter of another kind, which takes no part.
+        with self.batch_of(lanes, rank_bound=None) as call:
+            return self._replay(self._captured[size, True], plan, ids, call.batch.row_slots)
 
 
 def rank_bound_of(bank: AdapterBank, key: str) -> int:
