@@ -120,7 +120,8 @@ def test_through_the_paged_kernel(
     monkeypatch.setattr(Runner, "open_pool", open_pool)
     expected = [alone(prompt, name) for prompt, name in zip(PROMPTS, names, strict=True)]
     assert serve(adapters, names, latent_cache=True) == expected
-    assert ways["absorb"] > LAYERS
+    # When the engine starts; then in steps without the row that DoRA expands, of which there need be none.
+    assert ways["absorb"] >= LAYERS * (1 if "dora" in names else 2)
 
 
 def test_the_model_gets_its_own_back() -> None:
