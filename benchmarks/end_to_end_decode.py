@@ -110,12 +110,12 @@ def make_model(num_layers: int) -> Qwen3MoeForCausalLM:
         torch.set_default_dtype(default)
 
 
-def write_adapter(model: PreTrainedModel, folder: Path, *, rank: int, seed: int) -> Path:
-    """A PEFT folder: rank ``rank`` on the experts and on attention, of a size that shows in the logits."""
+def adapter_shapes(model: PreTrainedModel, rank: int) -> dict[str, tuple[int, int, int]]:
+    """(rank rows, input, output) of what an adapter touches in a layer."""
     config = model.config
     hidden, inter, rows = config.hidden_size, config.moe_intermediate_size, config.num_experts * rank
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    maps = {
+    return {
         "self_attn.q_proj": (rank, hidden, heads),
         "self_attn.k_proj": (rank, hidden, kv_heads),
         "self_attn.v_proj": (rank, hidden, kv_heads),
@@ -123,14 +123,18 @@ def write_adapter(model: PreTrainedModel, folder: Path, *, rank: int, seed: int)
         "mlp.experts.base_layer": (rows, hidden, 2 * inter),
         "mlp.experts": (rows, inter, hidden),
     }
-    generator = torch.Generator("cuda").manual_seed(seed)
+
+
+def write_adapter(model: PreTrainedModel, folder: Path, *, rank: int, seed: int) -> Path:
+    """A PEFT folder: rank ``rank`` on the experts and on attention, of a size that shows in the logits."""
+    generator = torch.Generator(model.device).manual_seed(seed)
 
     def draw(*shape: int, scale: float) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=DTYPE, device="cuda").mul_(scale).cpu()
+        return torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device).mul_(scale).cpu()
 
     tensors = {}
-    for layer in range(config.num_hidden_layers):
-        for name, (lanes, size_in, size_out) in maps.items():
+    for layer in range(model.config.num_hidden_layers):
+        for name, (lanes, size_in, size_out) in adapter_shapes(model, rank).items():
             key = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{key}.lora_A.weight"] = draw(lanes, size_in, scale=size_in**-0.5)
             tensors[f"{key}.lora_B.weight"] = draw(size_out, lanes, scale=0.1 * rank**-0.5)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors.torch import save_file
+from end_to_end_decode import adapter_shapes, write_adapter
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moegraft
@@ -140,7 +140,7 @@ def run_layout(work: Work, rank: int) -> Found | None:
         moegraft.Engine.follow(model, parallel=parallel, **options)
         return None
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        files = [write_adapter(model, Path(scratch) / f"file{i}", args.rank, i) for i in range(min(count, 2))]
+        files = [write_adapter(model, Path(scratch) / f"file{i}", rank=args.rank, seed=i) for i in range(min(count, 2))]
         with moegraft.Engine(model, parallel=parallel, **options) as engine:
             log(f"{work.layout}: open after {time.perf_counter() - start:.1f} s")
             start = time.perf_counter()
@@ -191,49 +191,10 @@ def make_model(args: argparse.Namespace, device: str) -> PreTrainedModel:
         torch.set_default_dtype(default)
 
 
-def shapes(model: PreTrainedModel, rank: int) -> dict[str, tuple[int, int, int]]:
-    """(rank rows, input, output) of what an adapter touches in a layer."""
-    config = model.config
-    hidden, inter, rows = config.hidden_size, config.moe_intermediate_size, config.num_experts * rank
-    heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    return {
-        "self_attn.q_proj": (rank, hidden, heads),
-        "self_attn.k_proj": (rank, hidden, kv_heads),
-        "self_attn.v_proj": (rank, hidden, kv_heads),
-        "self_attn.o_proj": (rank, heads, hidden),
-        "mlp.experts.base_layer": (rows, hidden, 2 * inter),
-        "mlp.experts": (rows, inter, hidden),
-    }
-
-
 def adapter_bytes(model: PreTrainedModel, rank: int) -> int:
     """In the bank, where gate and up have lanes of their own, with room for pages that are not full."""
-    layer = sum(lanes * (size_in + size_out) for lanes, size_in, size_out in shapes(model, rank).values())
+    layer = sum(lanes * (size_in + size_out) for lanes, size_in, size_out in adapter_shapes(model, rank).values())
     return int(layer * model.config.num_hidden_layers * model.dtype.itemsize * 1.3) + (4 << 20)
-
-
-def write_adapter(model: PreTrainedModel, folder: Path, rank: int, seed: int) -> Path:
-    """A PEFT folder: rank ``rank`` on the experts and on attention, of a size that shows in the logits."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-
-    def draw_factor(*shape: int, scale: float) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device).mul_(scale).cpu()
-
-    tensors = {}
-    for layer in range(model.config.num_hidden_layers):
-        for name, (lanes, size_in, size_out) in shapes(model, rank).items():
-            key = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{key}.lora_A.weight"] = draw_factor(lanes, size_in, scale=size_in**-0.5)
-            tensors[f"{key}.lora_B.weight"] = draw_factor(size_out, lanes, scale=0.1 * rank**-0.5)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    adapter_config = {
-        "peft_type": "LORA", "peft_version": "0.19.1", "r": rank, "lora_alpha": rank,
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config))
-    return folder
 
 
 def draw(count: int, length: int, args: argparse.Namespace, *, seed: int) -> list[tuple[int, ...]]:

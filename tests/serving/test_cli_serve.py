@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from support.http_server import Served, make_served
+from support.serving import COMMAND, serving
 from typer.testing import CliRunner
 
 from moegraft.cli.app import app
-
-COMMAND = [sys.executable, "-c", "from moegraft.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return make_served(tmp_path_factory.mktemp("served"))
-
-
-@contextmanager
-def serving(*options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its address; ended by force where the test has not ended it."""
-    command = [*COMMAND, "serve", *map(str, options), "--port", "0", "--kv-memory", "4MiB", "--adapter-memory", "16MiB"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line):
-                yield process, found[1]
-                return
-        raise AssertionError("the server did not start: " + "".join(lines))
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])

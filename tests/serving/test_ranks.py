@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from support.distributed import WorldPool
 from support.families import build
 from support.http_server import Served, eventually, make_served
 from support.rank_engines import RankCase, serve_case
-from support.serving import draw_prompts
+from support.serving import draw_prompts, serving
 
 from moegraft import Engine, ParallelConfig, SamplingParams
 from moegraft.serving.requests import EngineClosedError, FinishReason, Request
@@ -103,30 +99,6 @@ def test_a_lost_rank_ends_all(checkpoint: Path, kinds: dict[str, Path]) -> None:
     assert not followers()
 
 
-COMMAND = [sys.executable, "-c", "from moegraft.cli import main; main()", "serve"]
-
-
-@contextmanager
-def serving(served: Served, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    sizes = ["--port", "0", "--kv-memory", "4MiB", "--adapter-memory", "16MiB", "--device", "cpu"]
-    adapters = ["--adapter", f"a={served.adapters['experts']}"]
-    command = [*COMMAND, str(served.model), *adapters, *sizes, *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stderr is not None
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line):
-                yield process, found[1]
-                return
-        raise AssertionError("the server did not start: " + "".join(lines))
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-
-
 def children(process: subprocess.Popen[str]) -> list[int]:
     """Ranks, beside multiprocessing's own tracker."""
     pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -146,7 +118,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_server_ends_with_a_lost_rank(served: Served, killed: int) -> None:
     """Its supervisor starts it again: the exit code is not zero, and no rank is left."""
-    with serving(served, "--ep", "2") as (process, url):
+    adapter = f"a={served.adapters['experts']}"
+    with serving(served.model, "--adapter", adapter, "--device", "cpu", "--ep", "2") as (process, url):
         body = {"model": "a", "prompt": "x", "max_tokens": 4, "temperature": 0}
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
         expected = served.tokenizer.decode(served.alone("x", "experts", max_new_tokens=4), skip_special_tokens=True)

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moegraft.cli.train import _make_tokenizer
+from moegraft.serving import sampler
 from moegraft.serving.grammar import GrammarCompiler
 from moegraft.serving.requests import Grammar, RequestError, SamplingParams
-from moegraft.serving.sampler import SamplingRow, sample, sequence_seed
+from moegraft.serving.sampler import Drawn, SamplingRow, sequence_seed
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, 2.5])
 DRAWS = 3000
@@ -27,6 +28,10 @@ def rows(count: int = 1, *, prompt: Any = (), generated: Any = (), **params: Any
         SamplingRow(SamplingParams(**params), seed=i, prompt=frozenset(prompt), generated=Counter(generated))
         for i in range(count)
     ]
+
+
+def sample(logits: torch.Tensor, batch: list[SamplingRow]) -> Drawn:
+    return sampler.draw(logits, batch).read()
 
 
 def draw(logits: torch.Tensor, batch: list[SamplingRow]) -> list[int]:

@@ -38,7 +38,8 @@ class _Captured:
 
 
 class ChunkGraphs:
-    """Of the engine's thread. ``rows``: chunks and sampled rows of a step, at most · ``tokens``: of a step, at most."""
+    """Owned by the engine's thread. ``rows``: chunks and sampled rows of a step, at most · ``tokens``: its tokens, at
+    most."""
 
     def __init__(self, graphs: DecodeGraphs, pool: KVPool, *, rows: int, tokens: int) -> None:
         self.captures = 0

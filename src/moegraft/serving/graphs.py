@@ -57,7 +57,7 @@ class DecodeGraphs:
         self._sizes, self.width = tuple(sizes), width
         self._captured: dict[tuple[int, bool], CapturedStep] = {}
         self._memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        self._rank_bound = 0
+        self._rank_bound = bound_of(0)
         self._rows = _Staging(pool, rows=max(sizes), width=width)
 
     def run(self, plan: StepPlan, ids: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -98,12 +98,9 @@ class DecodeGraphs:
 
     def fit_rank_bound(self) -> int:
         """The largest rank that is loaded; what was captured under a smaller one is given up."""
-        needed = 16
-        for name in self._bank.names():
-            for module, ranks in self._bank.get(name).ranks.items():
-                needed = max(needed, *(ranks[1:] if module in self._bank.layout.experts else ranks[:2]))
+        needed = max((handle.largest_rank for handle in self._bank.handles()), default=0)
         if needed > self._rank_bound:
-            self._rank_bound = 1 << (needed - 1).bit_length()
+            self._rank_bound = bound_of(needed)
             self._captured = {key: step for key, step in self._captured.items() if not key[1]}
         return self._rank_bound
 
@@ -142,6 +139,11 @@ class DecodeGraphs:
         self._rows.fill(captured.step, plan, ids, slots, captured.slots_B)
         captured.replay()
         return captured.logits
+
+
+def bound_of(rank: int) -> int:
+    """A power of two from 16 up, so that few ranks capture anew."""
+    return 1 << (max(16, rank) - 1).bit_length()
 
 
 def _static_step(pool: KVPool, size: int, width: int) -> StepBatch:

@@ -155,7 +155,7 @@ def _attach(setup: Setup) -> GraftedModel:
         return attach(model, **options)
     if setup.plan:
         return attach(load_planned(Path(model), dtype=setup.dtype, size=setup.size), **options)
-    # Of several ranks each loads the whole model on the host, and moves its slice.
+    # Where there are several ranks, each loads the whole model on the host, and moves its slice.
     return attach(load_model(model, dtype=setup.dtype, device="cpu" if setup.size > 1 else setup.device), **options)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from moegraft.lora.bank import AdapterBank
 from moegraft.serving.graphs import DecodeGraphs
 from moegraft.serving.scheduler import BASE, StepPlan
 
@@ -30,7 +29,7 @@ class RankGraphs(DecodeGraphs):
         return None
 
     def decide(self, plan: StepPlan, handles: list[Any], *, may_capture: bool) -> Decision | None:
-        """Of rank 0, for a plan of decode rows; None for an eager step. handles: of the plan's adapters ·
+        """What rank 0 decides for a plan of decode rows; None for an eager step. handles: of the plan's adapters ·
         may_capture: no adapter is being loaded or unloaded on any rank."""
         at = bisect_left(self._sizes, len(plan.chunks))
         if at == len(self._sizes) or any(handle.saved for handle in handles):
@@ -64,11 +63,3 @@ class RankGraphs(DecodeGraphs):
         # meanwhile loaded an adapter of another kind, which takes no part.
         with self.batch_of(lanes, rank_bound=None) as call:
             return self._replay(self._captured[size, True], plan, ids, call.batch.row_slots)
-
-
-def rank_bound_of(bank: AdapterBank, key: str) -> int:
-    """The power of two that bounds the ranks of an adapter's factors on this rank."""
-    most = 16
-    for module, ranks in bank.get(key).ranks.items():
-        most = max(most, *(ranks[1:] if module in bank.layout.experts else ranks[:2]))
-    return 1 << (most - 1).bit_length()

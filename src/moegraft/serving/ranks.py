@@ -27,8 +27,9 @@ from moegraft.integrations.transformers import GraftedModel
 from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.peft import LoadReport
 from moegraft.parallel import Agreement, ParallelGroups
+from moegraft.serving.graphs import bound_of
 from moegraft.serving.pages import SCRATCH_PAGE
-from moegraft.serving.rank_graphs import Decision, RankGraphs, rank_bound_of
+from moegraft.serving.rank_graphs import Decision, RankGraphs
 from moegraft.serving.runner import Runner
 from moegraft.serving.scheduler import BASE, Chunk, SequenceState, StepPlan
 
@@ -196,7 +197,7 @@ class RankRunner(Runner):
         try:
             with channel.agreement.step([0]) as step:
                 held = self.graft.bank.acquire([key])
-                step.words[0] = rank_bound_of(self.graft.bank, key)
+                step.words[0] = bound_of(self.graft.bank.get(key).largest_rank)
         except BaseException:
             if held is not None:
                 held.release()

@@ -113,7 +113,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class _Logprobs:
-    """Of the rows that ask for them: the token's own, the largest ones and their ids."""
+    """What rows that ask for them get: the token's own, the largest ones and their ids."""
 
     asking: Sequence[int]
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -124,11 +124,6 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def sample(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> Drawn:
-    """One token a row, at once; see ``draw``."""
-    return draw(logits_RV, rows).read()
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class StatePiece:
 
 
 def pieces_of(chunks: Sequence[Chunk], device: torch.device, *, padded_to: int) -> tuple[StatePiece, ...]:
-    """Of a step's chunks, those of one token first. Where all are, padding counts as rows of the scratch slot."""
+    """A step's chunks, those of one token first. Where all are, padding counts as rows of the scratch slot."""
     alone = [chunk.sequence.slot for chunk in chunks if chunk.count == 1]
     pieces = []
     row = len(alone)

@@ -42,13 +42,13 @@ from moegraft.lora.call import AdapterCall, CallMemory
 from moegraft.lora.collective_bank import CollectiveBank, Combinations, GroupBatch
 from moegraft.lora.peft import LoadReport
 from moegraft.lora.peft.loader import PeftAdapter
-from moegraft.lora.targets import AdapterWeights, ModelTargets
+from moegraft.lora.targets import AdapterWeights
 from moegraft.oracle import why_no_dora
 from moegraft.parallel import Agreement, ParallelConfig, Step
 from moegraft.parallel.slices import ExpertMap
 
 _MARK = "_moegraft_graft"
-# Of one row: an adapter's name, None for the base, or several that add up: names, or (name, weight).
+# What one row names: an adapter's name, None for the base, or several that add up: names, or (name, weight).
 RowAdapters = str | Sequence[str | tuple[str, float]] | None
 
 
@@ -373,7 +373,7 @@ class GraftedModel:
             if names is not None:
                 held, group = self._acquire(names, agreed, stack)
                 if rank_bound is not None:
-                    _check_ranks(held, rank_bound, self._targets)
+                    _check_ranks(held, rank_bound)
                 call = AdapterCall(
                     held,
                     self.bank.pool.data.device,
@@ -537,10 +537,10 @@ def _check_rows(
     return tuple(names)
 
 
-def _check_ranks(held: AdapterBatch, rank_bound: int, targets: ModelTargets) -> None:
+def _check_ranks(held: AdapterBatch, rank_bound: int) -> None:
     for handle in held.handles:
-        for module, ranks in handle.ranks.items():
-            # The A of experts stacks gate and up; behind A and B of other modules stands a gain of one row.
-            rank = max(ranks[1:] if module in targets.experts else ranks[:2])
-            if rank > rank_bound:
-                raise BatchError(f"adapter {handle.name!r} has rank {rank} on {module!r}, rank_bound is {rank_bound}")
+        if handle.largest_rank > rank_bound:
+            module = next(module for module in handle.ranks if handle.rank_on(module) > rank_bound)
+            raise BatchError(
+                f"adapter {handle.name!r} has rank {handle.rank_on(module)} on {module!r}, rank_bound is {rank_bound}"
+            )

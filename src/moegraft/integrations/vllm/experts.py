@@ -173,7 +173,7 @@ def install(*, base_too: bool) -> None:
             reason = _why_not_engine(moe, base_too=base_too)
             reason = why_not_experts(moe) if reason is None else reason
             if reason is None:
-                # Of this backend vLLM leaves the weights as they were loaded.
+                # With this backend vLLM leaves the weights as they were loaded.
                 self.unquantized_backend, self.experts_cls = UnquantizedMoeBackend.TRITON, MoegraftExperts
             elif reason:
                 logger.info_once("moegraft leaves the experts to vLLM: %s", reason)

@@ -102,7 +102,7 @@ class PagedLinear:
         ]
 
     def dense_bytes(self: Any) -> int:
-        """Of the buffers that vLLM would have allocated."""
+        """Bytes of the buffers that vLLM would have allocated."""
         buffers = (*self.lora_a_stacked, *self.lora_b_stacked)
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 

@@ -56,7 +56,7 @@ class PagedExperts:
         return [Part(factor=factor, rank=rank, copies=E, rows=no_rows) for factor, rank in factors]
 
     def dense_bytes(self: Any) -> int:
-        """Of the buffers that vLLM would have allocated."""
+        """Bytes of the buffers that vLLM would have allocated."""
         stacked = (
             *self.w13_lora_a_stacked, *self.w13_lora_b_stacked, *self.w2_lora_a_stacked, *self.w2_lora_b_stacked
         )  # fmt: skip

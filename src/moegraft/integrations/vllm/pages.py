@@ -29,7 +29,7 @@ class Part:
 
 
 def no_rows() -> torch.Tensor:
-    """Of parts that only tell their size."""
+    """Stands for the rows of a part that only tells its size."""
     raise AssertionError("this part is only a size")
 
 

@@ -14,7 +14,7 @@ SWITCH = "MOEGRAFT_VLLM"
 """``off``: vLLM as it is · ``lora`` (default): engines with LoRA on MoE models · ``all``: also engines without LoRA,
 and LoRA on dense models."""
 MEMORY = "MOEGRAFT_VLLM_MEMORY"
-"""Of adapters on each GPU (``4GiB``); by default as much as ``max_loras`` adapters of ``max_lora_rank`` need."""
+"""Memory of adapters on each GPU (``4GiB``); by default as much as ``max_loras`` adapters of ``max_lora_rank`` need."""
 MODES = ("off", "lora", "all")
 
 TESTED = ("0.26", "0.33")
@@ -30,7 +30,7 @@ def wanted_mode() -> str:
 
 
 def wanted_memory() -> str | None:
-    """Of adapters, as people write it."""
+    """Memory of adapters, as people write it."""
     return os.environ.get(MEMORY)
 
 

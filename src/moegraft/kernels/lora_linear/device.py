@@ -99,8 +99,8 @@ def shrink_group_kernel(v_ptr, x, slots_ptr, tables, shift1, shift2, shift3, num
                         PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr,
                         RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
                         PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Of up to four maps that read the same x, one along the second axis of the grid; v [map, split, m, j]. shift: of
-    their descriptors from those of the first."""
+    """Up to four maps that read the same x, one along the second axis of the grid; v [map, split, m, j]. shift: from
+    the descriptors of the first map to theirs."""
     await_prior_kernel(PDL)
     release_next_kernel(PDL)
     number = tl.program_id(1)
@@ -202,7 +202,7 @@ def expand_group_kernel(y0, y1, y2, y3, v_ptr, bias0, bias1, bias2, bias3, slots
                         ALIGN2: tl.constexpr, ALIGN3: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
                         V_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STEPS_N: tl.constexpr,
                         SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Of up to four maps (COLUMNS 0: none), whose programs stand behind each other; see ``shrink_group_kernel``.
+    """Up to four maps (COLUMNS 0: none), whose programs stand behind each other; see ``shrink_group_kernel``.
 
     33 parameters: output, bias, columns and alignment are said for each map.
     """

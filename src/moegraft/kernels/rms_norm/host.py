@@ -8,7 +8,7 @@ from moegraft.kernels.records import cdiv, next_power_of_2
 from moegraft.kernels.rms_norm.device import rms_norm_kernel
 
 _ELEMENTS = 2048
-"""Of a program, where its rows are shorter."""
+"""What a program takes, where its rows are shorter."""
 
 
 def rms_norm(

@@ -22,7 +22,7 @@ def router_topk_kernel(weights_ptr, ids_ptr, logits_ptr, stride_logits, E: tl.co
     ids = tl.zeros([BLOCK_K], tl.int32)
     for k in tl.static_range(K):
         value = tl.max(left, axis=0)
-        # Of equal ones, the first. NaN is equal to nothing: the last place stands for it.
+        # The first of equal ones. NaN is equal to nothing: the last place stands for it.
         at = tl.min(tl.where((left == value) & (expert < E), expert, E - 1), axis=0)
         chosen = tl.where(place == k, value, chosen)
         ids = tl.where(place == k, at, ids)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from weakref import ReferenceType
 
 import torch
 
 from moegraft.core.errors import AdapterMemoryError
+from moegraft.core.tables import ExpertsFactor
 from moegraft.lora.bank.layout import AddressSpace, BankLayout
 from moegraft.lora.bank.pool import PagePool
 
@@ -54,6 +56,17 @@ class AdapterHandle:
     uid: int = 0
     number: int = -1
     leases: tuple[ReferenceType[AdapterBatch], ...] = ()
+
+    def rank_on(self, module: str) -> int:
+        """The lanes that its LoRA has there; A of experts stacks gate and up, and behind A and B of other modules
+        stands a gain of one row."""
+        ranks = self.ranks[module]
+        return max(ranks[1:] if len(ranks) == len(ExpertsFactor) else ranks[:2])
+
+    @cached_property
+    def largest_rank(self) -> int:
+        """Over all its modules; 0 without LoRA. Engines ask in every step."""
+        return max(map(self.rank_on, self.ranks), default=0)
 
     @property
     def expert_ids(self) -> Mapping[str, tuple[int, ...]]:

@@ -183,7 +183,7 @@ class Fittings:
                 shared.install()
 
     def _part(self, names: set[str]) -> None:
-        """Of maps that add their deltas together, those that any of these belong to add them by themselves again."""
+        """Maps that add their deltas together with one of these add them by themselves again."""
         for together in [together for together in self._shared if not names.isdisjoint(together)]:
             self._shared.pop(together).remove()
 
