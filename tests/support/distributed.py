@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from moegraft.parallel import backend_of
+from support.interpreter import hasten_interpreter
 
 START_SECONDS = 60.0
 CASE_SECONDS = 60.0
@@ -144,6 +145,7 @@ class WorldPool:
 
 
 def _serve(connection: Connection, rank: int, size: int, meeting: str, group_seconds: float, device: str) -> None:
+    hasten_interpreter()
     torch.set_num_threads(1)
     has_own_gpu = device == "cuda" and torch.cuda.device_count() >= size
     if has_own_gpu:

@@ -165,6 +165,9 @@ def replace_operators() -> None:
     import vllm._custom_ops as ops
     import vllm.v1.attention.backends.cpu_attn as cpu_attn
 
+    from support.interpreter import hasten_interpreter
+
+    hasten_interpreter()
     ops.cpu_attn_reshape_and_cache = _write_cache
     ops.cpu_attention_with_kv_cache = _attend
     ops.cpu_attn_get_scheduler_metadata = lambda *args, **kwargs: None
