@@ -148,16 +148,17 @@ def test_kept_by_version_and_forgotten_with_its_parts(model: PreTrainedModel, fo
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_engine_serves_them(model: PreTrainedModel, folders: Path) -> None:
-    """PEFT's tokens; parts may be loaded on first use, replaced and taken away; what nobody uses is kept and bounded."""
+    """PEFT's tokens; parts may be loaded on first use, replaced, taken away; what nobody uses is kept and bounded."""
     live = peft.PeftModel.from_pretrained(copy.deepcopy(model), folders / "style", adapter_name="style")
     live.load_adapter(folders / "domain", adapter_name="domain")
     live.add_weighted_adapter(["style", "domain"], [1.0, -2.0], "both", combination_type="cat")
     live.set_adapter("both")
     live.eval()
     prompt = tuple(IDS[0].tolist())
-    greedy = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    sizes = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    greedy = {"attention_mask": torch.ones(1, len(prompt)), **sizes}
     with torch.no_grad():
-        expected = tuple(live.generate(input_ids=IDS[:1], attention_mask=torch.ones_like(IDS[:1]), **greedy)[0, len(prompt) :].tolist())
+        expected = tuple(live.generate(input_ids=IDS[:1], **greedy)[0, len(prompt) :].tolist())
     entry, params = ["style", ("domain", -2.0)], SamplingParams(temperature=0, max_tokens=6, min_tokens=6)
 
     def run(*entries: Any) -> list[Any]:
