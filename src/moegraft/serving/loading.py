@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,23 @@ def load_planned(path: Path, *, dtype: str = "auto", size: int) -> PreTrainedMod
     """
     if (path / "config.json").is_file() and is_quantised(path):
         raise CheckpointError(f"{path} is quantised: transformers' plan cuts no scales; give tp or ep without the plan")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _local_rank():
         warnings.filterwarnings("ignore", message="Passing `tp_plan` directly")
         return _from_pretrained(path, dtype=_dtype(dtype) or "auto", tp_plan="auto", tp_size=size).eval()
+
+
+@contextmanager
+def _local_rank() -> Iterator[None]:
+    """transformers binds a plan to the GPU of this number, which torchrun says, and nobody for a process that has
+    started its own ranks."""
+    if "LOCAL_RANK" in os.environ or not torch.cuda.is_available():
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
 
 
 def _dtype(name: str) -> torch.dtype | None:
