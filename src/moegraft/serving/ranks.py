@@ -305,6 +305,9 @@ class RankedAdapters:
         report: LoadReport = self._act("load", os.path.abspath(path), name, skip_unserved)
         return report
 
+    def combine_adapters(self, parts: Sequence[tuple[str, float]], name: str) -> None:
+        self._act("combine", parts, name)
+
     def unload_adapter(self, name: str) -> None:
         self._act("unload", name)
 
@@ -333,6 +336,8 @@ def _act_alone(graft: GraftedModel, what: str, args: tuple[Any, ...]) -> LoadRep
         case "load":
             path, name, skip_unserved = args
             return graft.load_adapter(path, name=name, resident=False, skip_unserved=skip_unserved)
+        case "combine":
+            graft.combine_adapters(*args)
         case "unload":
             graft.unload_adapter(*args)
         case "pin":
