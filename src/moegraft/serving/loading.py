@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from moegraft.core.errors import CheckpointError
 from moegraft.integrations.transformers import is_quantised, load_quantised
 from moegraft.integrations.transformers.checkpoint import auto_class
+from moegraft.parallel.processes import local_rank
 
 
 def load_model(folder: str | os.PathLike[str], *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
@@ -37,23 +36,9 @@ def load_planned(path: Path, *, dtype: str = "auto", size: int) -> PreTrainedMod
     """
     if (path / "config.json").is_file() and is_quantised(path):
         raise CheckpointError(f"{path} is quantised: transformers' plan cuts no scales; give tp or ep without the plan")
-    with warnings.catch_warnings(), _local_rank():
+    with warnings.catch_warnings(), local_rank():
         warnings.filterwarnings("ignore", message="Passing `tp_plan` directly")
         return _from_pretrained(path, dtype=_dtype(dtype) or "auto", tp_plan="auto", tp_size=size).eval()
-
-
-@contextmanager
-def _local_rank() -> Iterator[None]:
-    """transformers binds a plan to the GPU of this number, which torchrun says, and nobody for a process that has
-    started its own ranks."""
-    if "LOCAL_RANK" in os.environ or not torch.cuda.is_available():
-        yield
-        return
-    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
-    try:
-        yield
-    finally:
-        del os.environ["LOCAL_RANK"]
 
 
 def _dtype(name: str) -> torch.dtype | None:
