@@ -35,7 +35,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +82,7 @@ def main() -> None:
     if PARENT in os.environ:
         run_layout(os.environ[PARENT], args)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the ranks end with it
     found: dict[str, Found] = {}
     verdicts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
@@ -144,7 +144,6 @@ def run_ranks(layout: str, args: argparse.Namespace, folder: Path) -> Found | No
         subprocess.Popen(
             [sys.executable, "-u", *sys.argv],
             env={**os.environ, **world, PARENT: layout, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,
         )
         for rank in range(size)
     ]
@@ -156,8 +155,7 @@ def run_ranks(layout: str, args: argparse.Namespace, folder: Path) -> Found | No
             time.sleep(0.1)
     finally:
         for rank in ranks:
-            with suppress(ProcessLookupError):
-                os.killpg(rank.pid, signal.SIGKILL)
+            rank.kill()
     codes = [rank.wait() for rank in ranks]
     if any(codes):
         log(f"{layout}: the ranks ended with {codes}")
