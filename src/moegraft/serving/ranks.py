@@ -119,6 +119,12 @@ class RankRunner(Runner):
     graphs_type = RankGraphs
     _agreed: tuple[str, ...] = ()
 
+    def close(self) -> None:
+        # A communicator is not given back while a graph that holds its kernels lives: NCCL waits for that.
+        if self.graphs is not None:
+            self.graphs.forget()
+        super().close()
+
     @property
     def beat_seconds(self) -> float | None:
         return None if self.leader is None else self.leader.beat_seconds
