@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moegraft.core.errors import MoegraftError
+from moegraft.kernels.records import next_power_of_2
 from moegraft.tuning.heuristic import gemm_tiles, heuristic_tiles
-from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
+from moegraft.tuning.tiles import GemmTile, MoETiles, TokenTile, TokenTiles, TuningShape
 
 Measure = Callable[[TuningShape, MoETiles], float]
 """Microseconds of one layer call of that shape with those tiles, after its result was found right.
@@ -221,6 +222,38 @@ def candidates(shape: TuningShape) -> list[MoETiles]:
         found += [replace(default, gemm13=tile) for tile in _neighbours(default.gemm13, block_m)]
         found += [replace(default, gemm2=tile) for tile in _neighbours(default.gemm2, block_m)]
     return list(dict.fromkeys(found))
+
+
+def variants(shape: TuningShape) -> dict[str, MoETiles]:
+    """Ways of a call that are no table's to choose, by name; the heuristic's is the first."""
+    found = {"as chosen": heuristic_tiles(shape)}
+    if shape.num_tokens == 1:
+        found |= _token_variants(shape)
+    return found
+
+
+def _token_variants(shape: TuningShape) -> dict[str, MoETiles]:
+    """The kernels of other batches, those of a single token, and the latter with one thing changed."""
+    default = heuristic_tiles(shape)
+    at_once = next_power_of_2(shape.top_k)
+    tokens = default.token or TokenTiles(w2=TokenTile(block_n=4, block_k=2048 // at_once))
+    found = {"rows": replace(default, token=None), "token": replace(default, token=tokens)}
+    for which, tile in (("w13", tokens.w13), ("w2", tokens.w2)):
+        for change in (
+            {"block_n": tile.block_n // 2},
+            {"block_n": tile.block_n * 2},
+            {"block_k": tile.block_k // 2},
+            {"block_k": tile.block_k * 2},
+            {"block_n": tile.block_n // 2, "block_k": tile.block_k * 2},
+            {"block_n": tile.block_n // 2, "num_warps": 2},
+            {"num_warps": 8},
+            {"block_n": tile.block_n * 2, "num_warps": 8},
+        ):
+            name = " ".join([which, *(f"{field}={value}" for field, value in change.items())])
+            found[name] = replace(default, token=replace(tokens, **{which: replace(tile, **change)}))
+    for megabytes in (0, 16, 48):
+        found[f"warm {megabytes} MB"] = replace(default, token=replace(tokens, warm_bytes=megabytes << 20))
+    return found
 
 
 def join_best(shape: TuningShape, block_m: int, trials: Sequence[Trial]) -> MoETiles | None:
