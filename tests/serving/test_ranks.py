@@ -24,8 +24,9 @@ from moegraft.serving.requests import EngineClosedError, FinishReason, Request
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, min_tokens=8)
 LONG = SamplingParams(temperature=0, max_tokens=120, min_tokens=120)
-NAMES = ("fused", None, "per_expert", "dora", "everything", "save lm_head", None, "lm_head", "embeddings", "save norms")
-LENGTHS = (7, 4, 16, 3, 5, 20, 33, 8, 9, 12)
+NAMES = ("fused", None, "per_expert", "dora", "everything", "save lm_head", None, "lm_head", "embeddings", "save norms",
+         ("fused", ("embeddings", 0.5), "per_expert"))  # fmt: skip
+LENGTHS = (7, 4, 16, 3, 5, 20, 33, 8, 9, 12, 6)
 
 
 def layout(**sizes: Any) -> dict[str, Any]:

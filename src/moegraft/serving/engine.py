@@ -29,6 +29,7 @@ from moegraft.serving.opening import Opened, Setup, follow, follow_rank, open_mo
 from moegraft.serving.pages import PagePool
 from moegraft.serving.ranks import Leader, RankRunner
 from moegraft.serving.requests import (
+    AdapterChoice,
     Completion,
     EngineBusyError,
     EngineClosedError,
@@ -216,10 +217,11 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[tuple[Prompt, str | None] | Prompt],
+        prompts: Sequence[tuple[Prompt, AdapterChoice] | Prompt],
         sampling_params: SamplingParams | None = None,
     ) -> Iterator[Completion]:
-        """Runs prompts, each text or token ids and with its adapter's name, and gives them back in their order.
+        """Runs prompts, each text or token ids and with its adapter's name, and gives them back in their order. Several
+        adapters of one prompt add up: ``("a prompt", ["style", ("domain", 0.5)])``.
 
         Raises RequestError or UnknownAdapterError before anything has run.
         """
@@ -257,8 +259,8 @@ class Engine:
     def submit(self, request: Request) -> TokenStream:
         """Queues a request. Its adapter may still be on disk under ``adapters_from``: it is then loaded first.
 
-        Raises, having queued nothing: RequestError, UnknownAdapterError, EngineBusyError, EngineClosedError. A load
-        that fails later ends the request's stream with ``FinishReason.ERROR``.
+        Raises, having queued nothing: RequestError, UnknownAdapterError, EngineBusyError, EngineClosedError; BatchError
+        for adapters that do not add up. A load that fails later ends the request's stream with ``FinishReason.ERROR``.
         """
         self._check(request)
         params = request.sampling
@@ -276,7 +278,7 @@ class Engine:
                 raise RequestError("request_id", request.request_id, "an id that is not in flight")
             if len(loop.live) >= self.config.max_waiting + self.config.max_rows:
                 raise EngineBusyError(f"{len(loop.live)} requests are in flight; try again later")
-            version = None if request.adapter is None else self._store.use(request.adapter)
+            version = None if request.wanted is None else self._store.use(request.wanted)
             stream = TokenStream(request.request_id, params.n)
             live = LiveRequest(request, stream, version, time.perf_counter())
             self._add_sequences(live, matcher)
@@ -334,8 +336,8 @@ class Engine:
                 raise RequestError(name, wrong, f"token ids from 0 to {self._vocab_size - 1}")
         if params.stop and not self.text.has_tokenizer:
             raise RequestError("stop", params.stop, "no strings: the engine has no tokenizer")
-        if request.adapter is not None:
-            self._store.check(request.adapter)
+        if request.wanted is not None:
+            self._store.check(request.wanted)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request with CANCELLED, and gives its pages back; False where it is not in flight."""
@@ -386,7 +388,7 @@ class Engine:
         using = self._store.retire(name)
         loop = self._loop
         with loop.lock:
-            ids = [key for key, live in loop.live.items() if live.version in using]
+            ids = [key for key, live in loop.live.items() if live.version is not None and live.version.stands_on(using)]
         for request_id in ids:
             loop.cancel(request_id)
         loop.call(lambda: None)
@@ -410,7 +412,7 @@ class Engine:
         for request in requests:
             running = sum(live.state.state is State.RUNNING for live in request.sequences)
             waiting = sum(live.state.state is State.WAITING for live in request.sequences)
-            name = request.request.adapter or ""
+            name = request.request.label
             before = counts.get(name, (0, 0))
             counts[name] = (before[0] + running, before[1] + waiting)
         return counts
@@ -508,4 +510,4 @@ def collect(request: Request, events: TokenStream) -> Completion:
 
 def _is_pair(prompt: tuple[Any, ...]) -> bool:
     """Whether a tuple is (prompt, adapter) rather than token ids."""
-    return len(prompt) == 2 and (prompt[1] is None or isinstance(prompt[1], str))
+    return len(prompt) == 2 and (prompt[1] is None or isinstance(prompt[1], str | list | tuple))

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from moegraft.core.errors import CheckpointError
 from moegraft.integrations.transformers import is_quantised, load_quantised
 from moegraft.integrations.transformers.checkpoint import auto_class
+from moegraft.parallel.processes import local_rank
 
 
 def load_model(folder: str | os.PathLike[str], *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
@@ -35,7 +36,7 @@ def load_planned(path: Path, *, dtype: str = "auto", size: int) -> PreTrainedMod
     """
     if (path / "config.json").is_file() and is_quantised(path):
         raise CheckpointError(f"{path} is quantised: transformers' plan cuts no scales; give tp or ep without the plan")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), local_rank():
         warnings.filterwarnings("ignore", message="Passing `tp_plan` directly")
         return _from_pretrained(path, dtype=_dtype(dtype) or "auto", tp_plan="auto", tp_size=size).eval()
 

@@ -28,6 +28,10 @@ class RankGraphs(DecodeGraphs):
         """None: only ``follow`` runs graphs."""
         return None
 
+    def forget(self) -> None:
+        """Gives up what was captured."""
+        self._captured.clear()
+
     def decide(self, plan: StepPlan, handles: list[Any], *, may_capture: bool) -> Decision | None:
         """What rank 0 decides for a plan of decode rows; None for an eager step. handles: of the plan's adapters ·
         may_capture: no adapter is being loaded or unloaded on any rank."""

@@ -119,6 +119,12 @@ class RankRunner(Runner):
     graphs_type = RankGraphs
     _agreed: tuple[str, ...] = ()
 
+    def close(self) -> None:
+        # A communicator is not given back while a graph that holds its kernels lives: NCCL waits for that.
+        if self.graphs is not None:
+            self.graphs.forget()
+        super().close()
+
     @property
     def beat_seconds(self) -> float | None:
         return None if self.leader is None else self.leader.beat_seconds
@@ -299,6 +305,9 @@ class RankedAdapters:
         report: LoadReport = self._act("load", os.path.abspath(path), name, skip_unserved)
         return report
 
+    def combine_adapters(self, parts: Sequence[tuple[str, float]], name: str) -> None:
+        self._act("combine", parts, name)
+
     def unload_adapter(self, name: str) -> None:
         self._act("unload", name)
 
@@ -327,6 +336,8 @@ def _act_alone(graft: GraftedModel, what: str, args: tuple[Any, ...]) -> LoadRep
         case "load":
             path, name, skip_unserved = args
             return graft.load_adapter(path, name=name, resident=False, skip_unserved=skip_unserved)
+        case "combine":
+            graft.combine_adapters(*args)
         case "unload":
             graft.unload_adapter(*args)
         case "pin":
