@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moegraft.core.errors import MoegraftError
-from moegraft.kernels.records import next_power_of_2
-from moegraft.tuning.heuristic import gemm_tiles, heuristic_tiles
-from moegraft.tuning.tiles import GemmTile, MoETiles, TokenTile, TokenTiles, TuningShape
+from moegraft.tuning.heuristic import gemm_tiles, heuristic_tiles, token_tiles
+from moegraft.tuning.tiles import GemmTile, MoETiles, TokenTile, TuningShape
 
 Measure = Callable[[TuningShape, MoETiles], float]
 """Microseconds of one layer call of that shape with those tiles, after its result was found right.
@@ -235,25 +234,30 @@ def variants(shape: TuningShape) -> dict[str, MoETiles]:
 def _token_variants(shape: TuningShape) -> dict[str, MoETiles]:
     """The kernels of other batches, those of a single token, and the latter with one thing changed."""
     default = heuristic_tiles(shape)
-    at_once = next_power_of_2(shape.top_k)
-    tokens = default.token or TokenTiles(w2=TokenTile(block_n=4, block_k=2048 // at_once))
+    tokens = default.token or token_tiles(shape)
     found = {"rows": replace(default, token=None), "token": replace(default, token=tokens)}
-    for which, tile in (("w13", tokens.w13), ("w2", tokens.w2)):
-        for change in (
-            {"block_n": tile.block_n // 2},
-            {"block_n": tile.block_n * 2},
-            {"block_k": tile.block_k // 2},
-            {"block_k": tile.block_k * 2},
-            {"block_n": tile.block_n // 2, "block_k": tile.block_k * 2},
-            {"block_n": tile.block_n // 2, "num_warps": 2},
-            {"num_warps": 8},
-            {"block_n": tile.block_n * 2, "num_warps": 8},
-        ):
-            name = " ".join([which, *(f"{field}={value}" for field, value in change.items())])
-            found[name] = replace(default, token=replace(tokens, **{which: replace(tile, **change)}))
+    for name, w13 in _token_neighbours(tokens.w13):
+        found[f"w13 {name}"] = replace(default, token=replace(tokens, w13=w13))
+    for name, w2 in _token_neighbours(tokens.w2):
+        found[f"w2 {name}"] = replace(default, token=replace(tokens, w2=w2))
     for megabytes in (0, 16, 48):
         found[f"warm {megabytes} MB"] = replace(default, token=replace(tokens, warm_bytes=megabytes << 20))
     return found
+
+
+def _token_neighbours(tile: TokenTile) -> Iterator[tuple[str, TokenTile]]:
+    n, k = tile.block_n, tile.block_k
+    for changed in (
+        replace(tile, block_n=n // 2),
+        replace(tile, block_n=n * 2),
+        replace(tile, block_k=k // 2),
+        replace(tile, block_k=k * 2),
+        replace(tile, block_n=n // 2, block_k=k * 2),
+        replace(tile, block_n=n // 2, num_warps=2),
+        replace(tile, num_warps=8),
+        replace(tile, block_n=n * 2, num_warps=8),
+    ):
+        yield f"{changed.block_n} x {changed.block_k}, {changed.num_warps} warps", changed
 
 
 def join_best(shape: TuningShape, block_m: int, trials: Sequence[Trial]) -> MoETiles | None:
