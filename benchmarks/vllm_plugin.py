@@ -3,11 +3,13 @@
 
     python benchmarks/vllm_plugin.py                       # both, a table, and one line of JSON at the end
     python benchmarks/vllm_plugin.py --layers 48 --batches 8,32
+    python benchmarks/vllm_plugin.py --trace --out folder  # also each kernel of a decode step, in folder/trace.txt
 
 Qwen3-30B-A3B's architecture with random weights and as many of its layers as asked for; adapters of rank 16 on
 attention and all experts. Times: `step_ms` is the median of the engine's steps in which all requests decode one token
-(wall clock around LLMEngine.step(), CUDA graphs on); `total_s` goes from prompts to the last token; `prefill_s` is one
-batch of prompts and one token each.
+(wall clock around LLMEngine.step(), CUDA graphs on), `gpu_ms` the time in which a kernel runs in such a step (from
+torch.profiler; the rest is vLLM's host, which swings from process to process); `total_s` goes from prompts to the last
+token; `prefill_s` is one batch of prompts and one token each. Rows are kept in `--out` as they come.
 
 Before anything is reported the engines' logprobs of the same prompts are compared. Their kernels round differently, and
 rows without adapters show by how much; rows with adapters may differ by twice that, and their adapter's own effect must
@@ -17,15 +19,20 @@ be at least five times as large. Where that fails, or an engine does, there is n
 from __future__ import annotations
 
 import argparse
+import cProfile
 import faulthandler
+import io
 import json
 import os
+import pstats
 import random
 import statistics
 import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +52,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK, NUM_ADAPTERS, DISTINCT = 16, 8, 3
 PROMPT, OUTPUT = 128, 128
 CHECK_PROMPT, CHECK_OUTPUT = 64, 8
+TRACE_BEFORE, TRACE_STEPS = 6, 16
 
 
 def main() -> None:
@@ -55,6 +63,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--limit", type=int, default=270, help="seconds for each engine")
     parser.add_argument("--work", type=Path, default=Path("/tmp/vllm_plugin"))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "/tmp/vllm_plugin")))
+    parser.add_argument("--trace", action="store_true", help="kernels of decode steps and host functions at batch 1")
+    parser.add_argument("--order", default="with,without", help="of the engines")
     parser.add_argument("--engine", choices=["with", "without"], help="one engine, in this process")
     args = parser.parse_args()
     if args.engine:
@@ -67,7 +78,8 @@ def main() -> None:
     for number in range(DISTINCT):
         write_adapter(args.work / f"adapter{number}", args.layers, seed=number)
     print(f"adapters written in {time.perf_counter() - begin:.0f} s", flush=True)
-    results = {which: run_child(which, args) for which in ("with", "without")}
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = {which: run_child(which, args) for which in args.order.split(",")}
     failed = [which for which, result in results.items() if result is None]
     if failed:
         sys.exit(f"no report: the engine {' and the engine '.join(failed)} the plug-in failed")
@@ -76,13 +88,16 @@ def main() -> None:
     if not check["alike"]:
         sys.exit("no report: the engines' logprobs differ")
     report(results, check)
+    if args.trace:
+        compare_kernels(results, args.out / "trace.txt")
 
 
 def run_child(which: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """An engine in a process of its own; None where it failed."""
     file = args.work / f"{which}.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--engine", which, "--work", str(args.work)]
+    command = [sys.executable, __file__, "--engine", which, "--work", str(args.work), "--out", str(args.out)]
+    command += ["--trace"] if args.trace else []
     for name in ("layers", "batches", "adapters", "repeat", "limit"):
         command += [f"--{name}", str(getattr(args, name))]
     print(f"--- {which} the plug-in", flush=True)
@@ -141,8 +156,14 @@ def run_engine(args: argparse.Namespace) -> None:
         for batch in batches:
             if kind <= max(1, batch):
                 row = {"batch": batch, "adapters": kind, **time_batch(llm, adapters[:kind], batch, args.repeat)}
+                row["gpu_ms"], kernels = trace_batch(llm, adapters[:kind], batch)
                 say(json.dumps(row))
-                result["rows"].append(row)
+                with open(args.out / "rows.jsonl", "a") as file:
+                    file.write(json.dumps({"engine": args.engine, **row}) + "\n")
+                result["rows"].append(row | {"kernels": kernels})
+    if args.trace:
+        for kind in (0, 1):
+            (args.out / f"host-{args.engine}-{kind}.txt").write_text(host_functions(llm, adapters[:kind]))
     (args.work / f"{args.engine}.json").write_text(json.dumps(result))
 
 
@@ -206,8 +227,10 @@ def time_batch(llm: Any, adapters: list[Any], batch: int, repeat: int) -> dict[s
     }  # fmt: skip
 
 
-def run(llm: Any, batch: int, loras: list[Any], output: int, seed: int) -> list[float]:
-    """Seconds of each of the engine's steps."""
+def run(
+    llm: Any, batch: int, loras: list[Any], output: int, seed: int, around: Callable[[int], None] | None = None
+) -> list[float]:
+    """Seconds of each of the engine's steps; ``around`` is told the number of each before it begins."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
@@ -215,10 +238,63 @@ def run(llm: Any, batch: int, loras: list[Any], output: int, seed: int) -> list[
     llm.enqueue(prompts_of(batch, PROMPT, seed), params, lora_request=requests, use_tqdm=False)
     times = []
     while llm.llm_engine.has_unfinished_requests():
+        if around is not None:
+            around(len(times))
         begin = time.perf_counter()
         llm.llm_engine.step()
         times.append(time.perf_counter() - begin)
     return times
+
+
+def trace_batch(llm: Any, adapters: list[Any], batch: int) -> tuple[float, dict[str, list[float]]]:
+    """(ms of a decode step in which a kernel runs, each kernel's launches and us of a step)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if DEVICE != "cuda":
+        return float("nan"), {}
+    loras = [adapters[i % len(adapters)] if adapters else None for i in range(batch)]
+    tracer = profile(activities=[ProfilerActivity.CUDA])
+
+    def around(step: int) -> None:
+        if step == TRACE_BEFORE:
+            torch.cuda.synchronize()
+            tracer.start()
+        if step == TRACE_BEFORE + TRACE_STEPS:
+            torch.cuda.synchronize()
+            tracer.stop()
+
+    run(llm, batch, loras, TRACE_BEFORE + TRACE_STEPS + 8, seed=30, around=around)
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in tracer.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    launches, times, busy, last = Counter(), Counter(), 0.0, 0.0
+    for begin, end, name in sorted(spans):
+        launches[name] += 1
+        times[name] += end - begin
+        busy += max(0.0, end - max(begin, last))
+        last = max(last, end)
+    kernels = {
+        name: [round(launches[name] / TRACE_STEPS, 2), round(time / TRACE_STEPS, 2)]
+        for name, time in times.most_common()
+    }
+    return round(1e-3 * busy / TRACE_STEPS, 4), kernels
+
+
+def host_functions(llm: Any, adapters: list[Any]) -> str:
+    """Where the host's time goes at batch 1."""
+    profiler = cProfile.Profile()
+
+    def around(step: int) -> None:
+        if step == 16:
+            profiler.enable()
+
+    run(llm, 1, adapters or [None], OUTPUT, seed=40, around=around)
+    profiler.disable()
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(45)
+    return text.getvalue()
 
 
 # ---- both
@@ -262,12 +338,12 @@ def _decoded_distance(ours: dict[str, Any], theirs: dict[str, Any], row: int) ->
 def report(results: dict[str, Any], check: dict[str, Any]) -> None:
     """The table, and the last line."""
     rows, gains = [], {}
-    heads = ("step, ms: without -> with", "prompts to end, s", "prompts, s")
+    heads = ("step, ms: without -> with", "of it on the GPU", "prompts to end, s", "prompts, s")
     print(f"{'batch':>6} {'adapters':>9} | " + " | ".join(f"{head:<28}" for head in heads))
     for theirs, ours in zip(results["without"]["rows"], results["with"]["rows"], strict=True):
         cells = [f"{theirs['batch']:>6} {theirs['adapters']:>9}"]
         row = {key: ours[key] for key in ("batch", "adapters")}
-        for key, width in (("step_ms", 8), ("total_s", 7), ("prefill_s", 6)):
+        for key, width in (("step_ms", 8), ("gpu_ms", 8), ("total_s", 7), ("prefill_s", 6)):
             gain = theirs[key] / ours[key]
             cells.append(f"{theirs[key]:>{width + 3}} -> {ours[key]:>{width}} {gain:5.2f}")
             row |= {f"{key}_without": theirs[key], f"{key}_with": ours[key]}
@@ -277,6 +353,26 @@ def report(results: dict[str, Any], check: dict[str, Any]) -> None:
     keys = ("gpu", "torch", "vllm")
     sides = {f"{key}_{which}": results[which][key] for which in results for key in ("startup_s", "load_s")}
     print(json.dumps({**{key: results["with"][key] for key in keys}, **sides, **check, "faster": gains, "rows": rows}))
+
+
+def compare_kernels(results: dict[str, Any], file: Path) -> None:
+    """A file with both engines' kernels of each batch, those of one engine that differ from the other's first."""
+    lines = []
+    for theirs, ours in zip(results["without"]["rows"], results["with"]["rows"], strict=True):
+        lines.append(
+            f"== batch {ours['batch']}, {ours['adapters']} adapters: step {theirs['step_ms']} -> {ours['step_ms']} ms, "
+            f"on the GPU {theirs['gpu_ms']} -> {ours['gpu_ms']} ms, launches "
+            f"{sum(n for n, _ in theirs['kernels'].values()):.0f} -> {sum(n for n, _ in ours['kernels'].values()):.0f}"
+        )
+        for which, row in (("without", theirs), ("with", ours)):
+            other = (ours if which == "without" else theirs)["kernels"]
+            for name, (count, time_us) in row["kernels"].items():
+                mark = " " if name in other else "*"
+                if time_us >= 1:
+                    lines.append(
+                        f"{which:>8} {mark} {time_us:9.1f} us {count:7.1f} x {time_us / count:8.2f}  {name[:90]}"
+                    )
+    file.write_text("\n".join(lines) + "\n")
 
 
 def write_model(folder: Path, layers: int) -> None:

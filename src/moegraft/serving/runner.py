@@ -109,7 +109,8 @@ class Runner:
             self.shapes, num_pages=num_pages, page_size=page_size, device=self.device, has_kernel=has_kernel
         )
         if has_kernel:
-            self._fused = FusedParts(self.model, self.device)
+            is_alone = self.graphs_type is DecodeGraphs
+            self._fused = FusedParts(self.graft, self.device, takes_linears=is_alone and not self._row_by_row)
         self._packing = Packing(
             pool=self.pool,
             row_by_row=self._row_by_row,
