@@ -21,7 +21,7 @@ from support.distributed import WorldPool
 from support.families import build
 from support.family_adapters import save_all_of
 from support.http_server import Served, eventually, make_served
-from support.rank_engines import RankCase, lose_rank, serve_case
+from support.rank_engines import RankCase, lose_rank, same_bits, serve_case
 from support.serving import draw_prompts, serving
 from transformers import AutoModelForCausalLM
 
@@ -261,6 +261,20 @@ def test_quantised_experts(world4: WorldPool, tmp_path: Path, stored: str, paral
     if "gptq" in stored:
         dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
         assert found == [greedy_alone(dense, adapter, requests, case.new)]
+
+
+@pytest.mark.parametrize("how", ["tp 2 x ep 2", "ep 4, data parallel"])
+def test_base_requests_have_the_same_bits_whatever_else_runs(
+    world4: WorldPool, kinds: dict[str, Path], tmp_path: Path, how: str
+) -> None:
+    """In one layout, in batches of one composition: an all-reduce of four sums an element in an order that follows its
+    place. As in one process, of which the test of this name says why all experts are chosen."""
+    build("qwen3_moe", num_experts_per_tok=7).save_pretrained(tmp_path / "base")
+    options = {"batch_sizes": (32,), "max_rows": 8, "chunk_tokens": 32, "prefix_cache": False}
+    case = RankCase(checkpoint=tmp_path / "base", parallel=FOUR[how], rounds=[], options=options)
+    adapters = {name: kinds[name] for name in ("fused", "dora", "lm_head")}
+    requests = list(zip(draw_prompts((7, 4, 9, 6, 5)), (None, "fused", None, "dora", "lm_head"), strict=True))
+    assert world4.run(same_bits, case, adapters, requests)[0] == [True, True]
 
 
 @pytest.mark.parametrize("killed", range(4))
