@@ -18,10 +18,10 @@ from peft import PeftModel
 from support.checkpoints import write_checkpoint
 from support.churn import NARROW, Churn, expect
 from support.distributed import WorldPool
-from support.families import build
-from support.family_adapters import save_all_of
+from support.families import FAMILIES, build
+from support.family_adapters import save_all_of, save_everything
 from support.http_server import Served, eventually, make_served
-from support.rank_engines import RankCase, lose_rank, serve_case
+from support.rank_engines import RankCase, lose_rank, same_bits, serve_case
 from support.serving import draw_prompts, serving
 from transformers import AutoModelForCausalLM
 
@@ -261,6 +261,58 @@ def test_quantised_experts(world4: WorldPool, tmp_path: Path, stored: str, paral
     if "gptq" in stored:
         dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
         assert found == [greedy_alone(dense, adapter, requests, case.new)]
+
+
+TWO = {
+    "tp": (ParallelConfig(tp=2, timeout_seconds=60.0), False),
+    "ep": (ParallelConfig(ep=2, timeout_seconds=60.0), False),
+    "data parallel": (ParallelConfig(ep=2, data_parallel=True, timeout_seconds=60.0), False),
+    "plan": (ParallelConfig(tp=2, timeout_seconds=60.0), True),
+}
+# Latent attention; sinks and a plan that leaves experts whole; two kinds of recurrent state.
+HANDFUL = [("deepseek_v3", "plan"), ("gpt_oss", "plan"), ("qwen3_next", "plan"), ("nemotron_h", "data parallel")]
+REST = [(family, how) for family in sorted(FAMILIES) for how in TWO if (family, how) not in HANDFUL]
+
+
+def check_family(world2: WorldPool, family: str, how: str, folder: Path) -> None:
+    build(family).save_pretrained(folder / "base")
+    adapter = save_everything(family, folder / "a").path
+    requests = list(zip(draw_prompts((9, 5, 13)), ("a", None, "a"), strict=True))
+    options: dict[str, Any] = {"page_size": 4, "max_rows": 4, "chunk_tokens": 9, "max_model_len": 32, "device": "cpu"}
+    parallel, plan = TWO[how]
+    rounds: list[Any] = [({"a": adapter}, requests)]
+    case = RankCase(checkpoint=folder / "base", plan=plan, parallel=parallel, rounds=rounds, options=options)
+    greedy = SamplingParams(temperature=0, max_tokens=case.new, min_tokens=case.new)
+    with Engine(folder / "base", adapters={"a": adapter}, dtype="float32", adapter_memory="16MiB", **options) as engine:
+        expected = [each.token_ids for each in engine.generate(requests, greedy)]
+    found, _, _ = world2.run(serve_case, case)[0]
+    assert found == [expected]
+
+
+@pytest.mark.parametrize(("family", "how"), HANDFUL)
+def test_families(world2: WorldPool, family: str, how: str, tmp_path: Path) -> None:
+    """Tokens of one process, under an adapter on every linear map and all experts."""
+    check_family(world2, family, how, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("family", "how"), REST)
+def test_every_family_in_every_layout(world2: WorldPool, family: str, how: str, tmp_path: Path) -> None:
+    check_family(world2, family, how, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["tp 2 x ep 2", "ep 4, data parallel"])
+def test_base_requests_have_the_same_bits_whatever_else_runs(
+    world4: WorldPool, kinds: dict[str, Path], tmp_path: Path, how: str
+) -> None:
+    """In one layout, in batches of one composition: an all-reduce of four sums an element in an order that follows its
+    place. As in one process, of which the test of this name says why all experts are chosen."""
+    build("qwen3_moe", num_experts_per_tok=7).save_pretrained(tmp_path / "base")
+    options = {"batch_sizes": (32,), "max_rows": 8, "chunk_tokens": 32, "prefix_cache": False}
+    case = RankCase(checkpoint=tmp_path / "base", parallel=FOUR[how], rounds=[], options=options)
+    adapters = {name: kinds[name] for name in ("fused", "dora", "lm_head")}
+    requests = list(zip(draw_prompts((7, 4, 9, 6, 5)), (None, "fused", None, "dora", "lm_head"), strict=True))
+    assert world4.run(same_bits, case, adapters, requests)[0] == [True, True]
 
 
 @pytest.mark.parametrize("killed", range(4))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from moegraft import Engine, ParallelConfig, SamplingParams
 from moegraft.serving.batch import StepBatch
+from moegraft.serving.engine import collect
 from moegraft.serving.graphs import DecodeGraphs
 from moegraft.serving.requests import Request
 from moegraft.serving.runner import Runner
@@ -81,6 +83,30 @@ def serve_case(case: RankCase) -> tuple[list[list[tuple[int, ...]]], int, set[st
         engine.check_integrity()
         captures = engine.stats().graph_captures
         return found, captures, {choice.backend for choice in engine._graft.explain()}
+
+
+def same_bits(case: RankCase, adapters: Mapping[str, Path], requests: Requests) -> list[bool] | None:
+    """On rank 0: whether each base request has the tokens and log-probabilities, to the bit, that it has where the
+    others of its batch are base requests too."""
+    opened = case.open()
+    if opened is None:
+        return None
+    params = SamplingParams(temperature=0, max_tokens=case.new, logprobs=5, ignore_eos=True)
+    with opened as engine:
+        for name, path in adapters.items():
+            engine.load_adapter(name, path)
+        found = []
+        for turn, names in enumerate(([name for _, name in requests], [None] * len(requests))):
+            begin = threading.Event()
+            engine._loop._inbox.put(partial(begin.wait, 30))  # all are there when the first step begins
+            asked = [
+                Request(request_id=f"{turn} {row}", prompt_ids=prompt, adapter=name, sampling=params)
+                for row, ((prompt, _), name) in enumerate(zip(requests, names, strict=True))
+            ]
+            streams = [engine.submit(request) for request in asked]
+            begin.set()
+            found.append([collect(*each).outputs for each in zip(asked, streams, strict=True)])
+        return [found[0][row] == found[1][row] for row, (_, name) in enumerate(requests) if name is None]
 
 
 def lose_rank(case: RankCase, killed: int, meeting: Path) -> str | None:

@@ -197,11 +197,12 @@ def shrink_linears(
     x_MI: torch.Tensor, token_slots_M: torch.Tensor, tables: Sequence[LinearTables], rank_bound: int
 ) -> torch.Tensor:
     """v [map, split, M, width] of the rows of a decode step, whose splits are still to be added up; see
-    ``add_lora_linears``. Only the lanes that an adapter has are written."""
+    ``add_lora_linears``. Only the lanes that an adapter has are written. The kernel that was launched last must not be
+    one that writes slots or tables: they are read before it has ended."""
     M, in_features = x_MI.shape
     tile = choose_tile(M, in_features, in_features, rank_bound, 1)
     v_GSMW = _group_scratch(x_MI, len(tables), tile, rank_bound)
-    _launch_group_shrink(x_MI, v_GSMW, token_slots_M, tables, tile)
+    _launch_group_shrink(x_MI, v_GSMW, token_slots_M, tables, tile, is_early=True)
     return v_GSMW
 
 
@@ -389,6 +390,8 @@ def _launch_group_shrink(
     token_slots_M: torch.Tensor,
     tables: Sequence[LinearTables],
     tile: LinearTile,
+    *,
+    is_early: bool = False,
 ) -> None:
     (M, in_features), (G, splits, _, width) = x_MI.shape, v_GSMW.shape
     operands, shifts = group_tables(tables)
@@ -398,7 +401,7 @@ def _launch_group_shrink(
     shrink_group_kernel[(programs * rank_blocks * splits, G)](
         v_GSMW, groups.Rows(x_MI, None, x_MI.stride(0)), token_slots_M, operands, *shifts, M, LENGTH=in_features,
         ALIGN=alignment(tables[0], in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
-        num_stages=3, ROWS=rows, **options,
+        num_stages=3, ROWS=rows, EARLY=is_early, **options,
     )  # fmt: skip
 
 
