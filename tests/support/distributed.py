@@ -143,7 +143,8 @@ class WorldPool:
         context = multiprocessing.get_context("forkserver")
         # transformers takes seconds to import: once, and not in every rank. The server knows no sys.path but its own,
         # and leaves out in silence what it does not find.
-        context.set_forkserver_preload(PRELOADED)
+        # Forks of a process that has asked for GPUs get none: for these, only what surely does not ask.
+        context.set_forkserver_preload(PRELOADED if self.device == "cpu" else PRELOADED[:2])
         # A file is the meeting point: no port that another test run might take.
         self._folder = tempfile.TemporaryDirectory()
         meeting = Path(self._folder.name) / "meeting"
