@@ -86,8 +86,8 @@ def _find_lanes(u_ptr, tables, slot, choices, lanes, expert, is_local, columns, 
 def _expand(found, factor):
     """Sum over lanes of factor * u * B, [columns].
 
-    u is read once for each number of B: read once a lane, it is so small that the compiler would add up all lanes anew in
-    each thread that needs the sum.
+    u is read once for each number of B: read once a lane, it is so small that the compiler would add up all lanes anew
+    in each thread that needs the sum.
     """
     u_ptrs, b, live = found
     u_ptrs = u_ptrs[:, None] + tl.zeros_like(b).to(tl.int32)
