@@ -163,7 +163,7 @@ def few_rows_tiles(num_rows: int, widths: Sequence[int], in_features: int) -> li
     chosen = few_rows.choose_tile(num_rows, sum(widths), in_features)
     changes: list[dict[str, Any]] = [{}, {"block_n": 16}, {"block_n": 32}, {"block_n": 64}]
     if num_rows == 8:
-        changes += [{"is_ahead": False}, {"num_stages": 6}, {"num_warps": 8}, {"block_k": 128}, {"block_k": 256}]
+        changes += [{"num_stages": 6}, {"block_n": 16, "block_k": 256}, {"num_warps": 2}]
     tiles = [replace(chosen, **change) for change in changes]
     shared = {tile: 2 * tile.block_k * (max(16, num_rows) + tile.block_n) * (tile.num_stages - 1) for tile in tiles}
     return [tile for tile in dict.fromkeys(tiles) if shared[tile] <= 200 * 1024]
@@ -172,7 +172,7 @@ def few_rows_tiles(num_rows: int, widths: Sequence[int], in_features: int) -> li
 def run_few_rows(all_rows: Sequence[int]) -> None:
     few_rows.MAX_ROWS = max(all_rows)
     cells = []
-    print("rows widths             tile (n, k, r, stages, warps, ahead)  base us  LoRA us")
+    print("rows widths             tile (n, k, slots, r, stages, warps)  base us  LoRA us")
     for in_features, widths in ((2048, (4096, 512, 512)), (4096, (2048,))):
         bank = make_bank(in_features, widths, [16] * 8)
         for num_rows in all_rows:
@@ -188,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.few_rows:
-        run_few_rows((8, 32, 128))
+        run_few_rows((8, 32, 64))
         return
     ceilings, rows = measure_ceilings(), []
     print(f"{'map':8} {'adapters':12} {'rows':>5} {'base us':>8} {'LoRA us':>8} {'floor us':>8} {'x floor':>8}")

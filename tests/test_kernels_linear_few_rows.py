@@ -70,7 +70,7 @@ def test_maps_of_one_input(widths: list[int], num_rows: int) -> None:
 
 @pytest.mark.parametrize("block_n", [16, 32, 64])
 def test_a_rows_bits_depend_on_its_own_adapter_alone(block_n: int) -> None:
-    tile = FewRowsTile(block_n=block_n, block_k=32, block_r=4, num_stages=2)
+    tile = FewRowsTile(block_n=block_n, block_k=32, slots=2, block_r=8)
     case = make_linear_case([5, 16], [0, 1, -1, 0, 1, 0], in_features=96, out_features=80)
     weights = weights_of([80], 96)
 

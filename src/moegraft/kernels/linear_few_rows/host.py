@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -19,20 +20,37 @@ MAX_ROWS = 32
 
 _WAVE = 128
 """Programs that fill a device; see lora_linear/host.py."""
-_LINE_ELEMENTS = 64
-"""Half-precision elements of a line of the L2 cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewRowsTile:
-    """Tile sizes of one call. ``is_ahead``: the weights are asked for while the kernel before still runs."""
+    """Tile sizes of one call. Lanes of ``slots`` adapters, ``block_r`` of each, are one product."""
 
     block_n: int
     block_k: int
-    block_r: int
-    num_stages: int
+    slots: int
+    block_r: int = 16
+    num_stages: int = 4
     num_warps: int = 4
-    is_ahead: bool = True
+
+
+class _Shape(NamedTuple):
+    """LENGTH inputs · V_WIDTH, SPLITS: of the low-rank rows, 0 without LoRA."""
+
+    LENGTH: int
+    PAGE_ELEMS: int
+    V_WIDTH: int
+    SPLITS: int
+
+
+class _Tile(NamedTuple):
+    """``FewRowsTile`` as constants; BLOCK_M: all rows."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    SLOTS: int
 
 
 def linear_few_rows(
@@ -97,12 +115,10 @@ def _check(
 def choose_tile(num_rows: int, out_features: int, in_features: int) -> FewRowsTile:
     """As wide as still fills the device."""
     block_n = next((n for n in (64, 32) if out_features >= n * _WAVE), 16)
-    block_m = _block_m(num_rows)
     return FewRowsTile(
         block_n=block_n,
         block_k=min(256 if block_n == 16 else 128, max(16, next_power_of_2(in_features))),
-        block_r=max(1, min(16, 8192 // (block_m * block_n))),
-        num_stages=4,
+        slots=min(16, next_power_of_2(num_rows)) if num_rows <= 64 else 8,
     )
 
 
@@ -131,13 +147,11 @@ def _launch(
         (operands, shifts), (_, splits, _, width) = group_tables(tables), v_GSMW.shape
         page_elems = tables[0].page_elems
         alignments = tuple(alignment(tables[0], count) if count else 1 for count in columns)
-    options = pdl_options(x_MI.device)
-    is_ahead = tile.is_ahead and options["PDL"] and x_MI.element_size() == 2
     few_rows_kernel[(sum(cdiv(count, tile.block_n) for count in columns),)](
         *outs, groups.Rows(x_MI, None, x_MI.stride(0)), *weights, *[None] * absent, *biases, *[None] * absent, v_GSMW,
-        token_slots_M, operands, *shifts, weights[0].stride(0), M, COLUMNS=columns, ALIGNS=alignments, LENGTH=length,
-        PAGE_ELEMS=page_elems, V_WIDTH=width, SPLITS=splits, BLOCK_M=_block_m(M), BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
-        AHEAD=next_power_of_2(cdiv(length, _LINE_ELEMENTS)) if is_ahead else 0, PRECISION=dot_precision(x_MI.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
+        token_slots_M, operands, *shifts, weights[0].stride(0), M, COLUMNS=columns, ALIGNS=alignments,
+        SHAPE=_Shape(length, page_elems, width, splits),
+        TILE=_Tile(_block_m(M), tile.block_n, tile.block_k, tile.block_r, tile.slots),
+        PRECISION=dot_precision(x_MI.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **pdl_options(x_MI.device),
     )  # fmt: skip
