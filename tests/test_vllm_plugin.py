@@ -55,7 +55,7 @@ def test_qwen3_moe_through_the_life_of_adapters(tmp_path: Path) -> None:
     removed: their pages come back."""
     case = new_case("qwen3_moe", tmp_path)
     every = {"gate_proj": 4, "up_proj": 4, "down_proj": 3}
-    maps = attention(2, 4) | experts(range(2), range(8), every)
+    maps = attention(2, 4) | experts(range(2), range(8), every) | {"lm_head": 4}
     case.truths["hand"] = by_merging(case.model, tmp_path / "hand", 1, maps, alpha=8.0, use_rslora=True)
     case.truths["peft"] = by_peft(
         case.model, tmp_path / "peft", 2, r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "o_proj"],
@@ -206,7 +206,7 @@ class Pages:
         self.pool.num_free += 3
 
 manager = PagedLoRAModelManager.__new__(PagedLoRAModelManager)
-manager.pages, manager._layers, manager._touched = Pages(), {}, {}
+manager.pages, manager._layers, manager._touched, manager.modules = Pages(), {}, {}, {}
 manager.lora_index_to_id = [7, 8, 9]
 manager._active_adapters = AdapterLRUCache(3, manager._deactivate_adapter)
 for number in (8, 7, 9):

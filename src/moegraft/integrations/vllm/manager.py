@@ -15,7 +15,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from moegraft.core.errors import AdapterError, AdapterMemoryError
 from moegraft.core.memory import format_bytes, parse_bytes
-from moegraft.integrations.vllm.linear_layers import PagedLinear, Serving
+from moegraft.integrations.vllm.linear_layers import IdleLogitsProcessorWithLoRA, PagedLinear, Serving
 from moegraft.integrations.vllm.moe_layers import PagedExperts, PagedFusedMoEWithLoRA
 from moegraft.integrations.vllm.pages import SlotPages
 from moegraft.integrations.vllm.versions import (
@@ -142,17 +142,21 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
     def _deactivate_adapter(self, lora_id: int) -> None:
         slot = self.lora_index_to_id.index(lora_id) if lora_id in self.lora_index_to_id else None
         super()._deactivate_adapter(lora_id)
-        if self.pages is not None and slot is not None:
+        if slot is not None:
+            self._empty(slot)
+
+    def _empty(self, slot: int) -> None:
+        for head in self._paged(IdleLogitsProcessorWithLoRA).values():
+            head.release(slot)
+        if self.pages is not None:
             self.pages.drop(slot)
             self._set_touched(slot, ())
 
     def remove_all_adapters(self) -> None:
         """vLLM's, and all pages are free."""
         super().remove_all_adapters()
-        if self.pages is not None:
-            for slot in range(self.lora_slots):
-                self.pages.drop(slot)
-                self._set_touched(slot, ())
+        for slot in range(self.lora_slots):
+            self._empty(slot)
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         super()._set_adapter_mapping(mapping)
