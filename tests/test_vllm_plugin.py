@@ -61,6 +61,7 @@ def test_qwen3_moe_through_the_life_of_adapters(tmp_path: Path) -> None:
     case.truths["hand"] = by_merging(case.model, tmp_path / "hand", 1, maps, alpha=8.0, use_rslora=True)
     case.truths["peft"] = by_peft(
         case.model, tmp_path / "peft", 2, r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         rank_pattern={"layers.1.self_attn.q_proj": 5},
     )  # fmt: skip
     # One side of some experts, of unequal ranks.
@@ -142,8 +143,9 @@ def test_gpt_oss(tmp_path: Path, form: str) -> None:
         target_parameters=stacked,
     )  # fmt: skip
     case.truths["attention"] = by_peft(
-        case.model, tmp_path / "attention", 2, r=2, lora_alpha=8, target_modules=["k_proj", "v_proj"]
-    )
+        case.model, tmp_path / "attention", 2, r=2, lora_alpha=8, target_modules=["k_proj", "v_proj"],
+        target_parameters=stacked[:1],
+    )  # fmt: skip
     case.stages = [rows_of(None, "stacked", "attention")]
     result = case.run()
     check(case, case.stages[0], result["stages"][0])

@@ -10,7 +10,8 @@
 | ``quantised`` | methods of fp8, int4 and mxfp4 experts, before vLLM repacks their weights |
 | ``moe_layers`` | ``FusedMoEWithLoRA`` and ``FusedMoE3DWithLoRA`` over pages |
 | ``linear_layers`` | the LoRA layers of linear maps over pages; the operator that compiled graphs call |
-| ``manager`` | the manager of adapters: what a file means, when pages are filled and given back |
+| ``manager`` | the manager of adapters: when pages are filled and given back |
+| ``adapters`` | what a file means: scales, factors of all experts in one tensor, experts that are absent |
 | ``pages`` | no vLLM: adapters in numbered slots over a pool of pages |
 
 ``docs/engines.md`` says what is served. Whatever is not keeps vLLM's own path, and one line of the log says why.

@@ -35,6 +35,7 @@ _ZEROS_OF_8 = 0x77777777
 def _fp8(method: Any, layer: Any) -> ExpertsWeights:
     if not method.block_quant:
         raise ValueError("fp8 weights without blocks of scales")
+    b13, b2 = _biases(method, layer)
     return Fp8Experts.from_checkpoint(
         w13=layer.w13_weight.data,
         w2=layer.w2_weight.data,
@@ -42,7 +43,8 @@ def _fp8(method: Any, layer: Any) -> ExpertsWeights:
         w2_scale=layer.w2_weight_scale_inv.data,
         block_size=tuple(method.weight_block_size),
         num_halves=_num_halves(method),
-        **_biases(method, layer),
+        b13=b13,
+        b2=b2,
     )
 
 
@@ -100,10 +102,9 @@ def _mxfp4(method: Any, layer: Any) -> ExpertsWeights:
 
     rows = torch.arange(layer.w13_weight.shape[1], device=layer.w13_weight.device)
     order = torch.cat([rows[::2], rows[1::2]])
-    biases = _biases(method, layer)
-    if biases["b13"] is not None:
-        biases["b13"] = biases["b13"][:, order].contiguous()
-    return MXFP4Experts(w13=matrix("w13", order), w2=matrix("w2", None), **biases)
+    b13, b2 = _biases(method, layer)
+    b13 = None if b13 is None else b13[:, order].contiguous()
+    return MXFP4Experts(w13=matrix("w13", order), w2=matrix("w2", None), b13=b13, b2=b2)
 
 
 def _in_out(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group: int) -> Int4Matrix:
@@ -117,9 +118,8 @@ def _in_out(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | Non
 
 
 def _int4(method: Any, layer: Any, matrix: Callable[[str], Int4Matrix]) -> ExpertsWeights:
-    return Int4Experts(
-        w13=matrix("w13"), w2=matrix("w2"), num_halves=_num_halves(method), **_biases(method, layer)
-    )  # fmt: skip
+    b13, b2 = _biases(method, layer)
+    return Int4Experts(w13=matrix("w13"), w2=matrix("w2"), num_halves=_num_halves(method), b13=b13, b2=b2)
 
 
 def _num_halves(method: Any) -> int:
@@ -128,9 +128,10 @@ def _num_halves(method: Any) -> int:
     return 2 if method.moe.is_act_and_mul else 1
 
 
-def _biases(method: Any, layer: Any) -> dict[str, torch.Tensor | None]:
-    found = {"b13": getattr(layer, "w13_bias", None), "b2": getattr(layer, "w2_bias", None)}
-    return {name: None if bias is None else bias.data.to(method.moe.in_dtype) for name, bias in found.items()}
+def _biases(method: Any, layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    b13, b2 = (getattr(layer, name, None) for name in ("w13_bias", "w2_bias"))
+    dtype = method.moe.in_dtype
+    return None if b13 is None else b13.data.to(dtype), None if b2 is None else b2.data.to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
