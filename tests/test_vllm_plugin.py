@@ -266,6 +266,15 @@ assert meta.token_lora_mapping.tolist() == [1, -1, 0, 1, -1, -1, -1, -1]
 meta.prepare_tensors(torch.tensor([-1, -1]))
 versions.finish_mapping(wrapper, 2)
 assert meta.token_lora_mapping.tolist() == [-1] * 8
+
+# Engines of a data parallel group give their slots to other adapters.
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from moegraft.integrations.vllm.experts import why_not_experts
+ranks = SimpleNamespace(dp_size=1)
+moe = SimpleNamespace(activation=MoEActivation.SILU, is_lora_enabled=True, moe_parallel_config=ranks)
+assert why_not_experts(moe) is None
+ranks.dp_size = 2
+assert "data parallelism" in why_not_experts(moe)
 print("all seen")
 """
     done = subprocess.run(

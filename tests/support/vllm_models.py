@@ -213,7 +213,7 @@ class Case:
             process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         server = Server(f"http://127.0.0.1:{port}")
         try:
-            until = time.monotonic() + 240
+            until = time.monotonic() + 420
             while not server.is_up():
                 assert process.poll() is None and time.monotonic() < until, self.log[-6000:]
                 time.sleep(0.5)

@@ -142,7 +142,7 @@ class MoegraftExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
         if context is None or self.tables is None:
             return None
         slots, no_lora = mapping_of(context.punica_wrapper)
-        if context.local_token_lora_mapping is not None:  # of rows that data parallelism gathered
+        if context.local_token_lora_mapping is not None:  # of rows that ranks of one engine have gathered
             slots = context.local_token_lora_mapping.to(torch.int32).contiguous()
         elif is_skipped(slots.device, no_lora, self.idle):  # on the CPU: it also decides which graph is captured
             return None
@@ -171,6 +171,9 @@ def is_interleaved(activation: MoEActivation) -> bool:
 def why_not_experts(moe: Any) -> str | None:
     """Why the experts of a layer, described by vLLM's FusedMoEConfig, keep vLLM's kernels."""
     name = moe.activation.value
+    if moe.is_lora_enabled and moe.moe_parallel_config.dp_size > 1:
+        # Rows come with the slot that an adapter has in the engine they are from, and engines fill slots by themselves.
+        return "data parallelism gathers rows of several engines, whose slots hold other adapters"
     if moe.activation not in _KINDS:
         return f"the activation {name} has no kernel"
     if moe.activation is MoEActivation.SWIGLUOAI_UNINTERLEAVE and (moe.swiglu_beta != 1.0 or moe.swiglu_alpha is None):
