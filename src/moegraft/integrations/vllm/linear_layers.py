@@ -237,10 +237,11 @@ class IdleLogitsProcessorWithLoRA(LogitsProcessorWithLoRA):
         self._held.add(index)
         self._filled.add(index)
 
-    def _get_logits(self, hidden_states: torch.Tensor, lm_head: Any, embedding_bias: Any = None) -> Any:
+    def _get_logits(self, hidden_states: torch.Tensor, lm_head: Any, embedding_bias: Any = None, **rest: Any) -> Any:
         if self._held or not self._is_in_order:
-            return super()._get_logits(hidden_states, lm_head, embedding_bias)
-        return self.base_layer._get_logits(hidden_states, getattr(lm_head, "base_layer", lm_head), embedding_bias)
+            return super()._get_logits(hidden_states, lm_head, embedding_bias, **rest)
+        head = getattr(lm_head, "base_layer", lm_head)
+        return self.base_layer._get_logits(hidden_states, head, embedding_bias, **rest)
 
 
 def install() -> None:

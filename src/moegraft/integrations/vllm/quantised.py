@@ -41,7 +41,7 @@ def _fp8(method: Any, layer: Any) -> ExpertsWeights:
         w2=layer.w2_weight.data,
         w13_scale=layer.w13_weight_scale_inv.data,
         w2_scale=layer.w2_weight_scale_inv.data,
-        block_size=tuple(method.weight_block_size),
+        block_size=tuple(getattr(method, "moe_block_shape", None) or method.weight_block_size),
         num_halves=_num_halves(method),
         b13=b13,
         b2=b2,
@@ -82,7 +82,14 @@ def _compressed(method: Any, layer: Any) -> ExpertsWeights:
     def matrix(name: str) -> Int4Matrix:
         codes, scales = getattr(layer, f"{name}_weight_packed").data, getattr(layer, f"{name}_weight_scale").data
         zeros = getattr(layer, f"{name}_weight_zero_point", None)
-        return _in_out(codes, scales, zeros, method.group_size)
+        if getattr(method, "is_transposed", True):  # vLLM 0.26 turns them round as it loads them, 0.33 does not
+            return _in_out(codes, scales, zeros, method.group_size)
+        packed = [codes, scales] if zeros is None else [codes, scales, zeros.data]
+        each = [
+            Int4Matrix.from_compressed_tensors(*one, num_inputs=8 * codes.shape[2], group=method.group_size)
+            for one in zip(*packed, strict=True)
+        ]
+        return Int4Matrix.stack(each)
 
     return _int4(method, layer, matrix)
 
@@ -150,7 +157,11 @@ SEAMS = (
          absent=lambda module: {"wna16_moe_backend": None, "experts_cls": None}),
     Seam(module=f"{_LAYERS}.auto_awq", name="AutoAWQMoEMethod", read=_awq,
          absent=lambda module: {"wna16_moe_backend": None, "experts_cls": None}),
-    Seam(module=_COMPRESSED, name="CompressedTensorsWNA16MoEMethod", read=_compressed),
+    Seam(module=_COMPRESSED, name="CompressedTensorsWNA16MoEMethod", read=_compressed,
+         absent=lambda module: {
+             "wna16_backend": None, "experts_cls": None, "is_marlin": False, "is_transposed": False,
+             "input_dtype": None,
+         }),
     Seam(module=f"{_COMPRESSED}_marlin", name="CompressedTensorsWNA16MarlinMoEMethod", read=_compressed,
          absent=lambda module: {"wna16_backend": None, "experts_cls": None}),
     Seam(module=f"{_LAYERS}.mxfp4", name="GptOssMxfp4MoEMethod", read=_mxfp4,
