@@ -7,7 +7,8 @@ safetensors. ``step``: milliseconds between two tokens of a sequence in a full b
 them, in the median; ``graph``: the same step's CUDA graph alone; ``prefill``: prompts that share nothing, to their
 first token. Correctness first: the log-probabilities of what the engine generated, with mixed adapters, must be those
 of the attached model over transformers' own attention, or nothing is reported. Prints a table and, last, one JSON line.
-``--trace`` also lists each cell's kernels: launches and microseconds a step.
+``--trace`` also lists each cell's kernels: launches a step, their microseconds, and how much later the step's end is by
+each: kernels that run at once share the time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from end_to_end_decode import log, make_model, milliseconds, write_adapter
 from transformers import PreTrainedModel
 
 import moegraft
+import moegraft.kernels.linear_few_rows.host as few_rows
 from moegraft import SamplingParams
 from moegraft.serving.attention import IMPLEMENTATION
 from moegraft.serving.fused import FusedParts
@@ -57,6 +59,8 @@ class Cell:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
+    if args.few_rows is not None:
+        few_rows.MAX_ROWS = args.few_rows
     model = make_model(args.layers)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         count = max(args.adapters)
@@ -108,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kv-memory", default="8GiB")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--trace", action="store_true", help="list the kernels of each cell's step")
+    parser.add_argument("--few-rows", type=int, help="rows up to which linear maps have LoRA inside their product")
     parser.add_argument("--scratch", default="/dev/shm", help="where the adapter files are written")
     return parser.parse_args()
 
@@ -205,14 +210,23 @@ def trace(engine: moegraft.Engine, batch: int, has_adapters: bool) -> None:
             torch.cuda.synchronize()
         return profile
 
-    kernels = sorted(engine._loop.call(record).key_averages(), key=lambda one: -one.device_time_total)
-    log(f"kernels at batch {batch}{' with adapters' if has_adapters else ''}: launches and us a step")
-    for one in kernels:
-        each = one.device_time_total / one.count
-        log(f"  {one.count / 10:6.1f} {one.device_time_total / 10:9.1f} {each:7.2f}  {one.key[:100]}")
+    events = sorted(
+        (event for event in engine._loop.call(record).events() if event.device_type == torch.autograd.DeviceType.CUDA),
+        key=lambda event: event.time_range.end,
+    )
+    found: dict[str, list[float]] = {}
+    last = events[0].time_range.start
+    for event in events:
+        times = found.setdefault(event.name, [0.0, 0.0, 0.0])
+        times[0] += 0.1
+        times[1] += event.time_range.elapsed_us() / 10
+        times[2] += (event.time_range.end - last) / 10
+        last = event.time_range.end
+    log(f"kernels at batch {batch}{' with adapters' if has_adapters else ''}: launches, own us and added us a step")
+    for name, (launches, own, added) in sorted(found.items(), key=lambda item: -item[1][2]):
+        log(f"  {launches:6.1f} {own:9.1f} {added:9.1f}  {name[:90]}")
 
 
-@torch.no_grad()
 def check(engine: moegraft.Engine, found: Sequence[Completion]) -> dict[str, float]:
     """Differences of log-probabilities from the attached model's, over transformers' own attention, norms and routers;
     ends the run where they are not small beside what an adapter does."""
@@ -234,7 +248,7 @@ def check(engine: moegraft.Engine, found: Sequence[Completion]) -> dict[str, flo
     for version in versions.values():
         engine._store.done(version)
     model.set_attn_implementation(IMPLEMENTATION)
-    runner._fused = FusedParts(model, model.device)
+    runner._fused = FusedParts(graft, model.device)
     rows = torch.tensor([name is not None for name in names])
     result = {
         "error": float((served - right).abs().mean()),

@@ -16,8 +16,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -30,7 +30,8 @@ import torch.distributed as dist
 
 from moegraft.parallel import backend_of
 
-START_SECONDS = 60.0
+PRELOADED = ["torch.distributed", "moegraft.testing", "support.parallel_acts", "support.rank_engines"]
+START_SECONDS = 120.0
 CASE_SECONDS = 60.0
 NCCL_GRACE_SECONDS = 20.0
 """For the other ranks, once one has failed: over NCCL they wait for it until a watchdog ends them."""
@@ -140,8 +141,10 @@ class WorldPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        # transformers takes seconds to import: once, and not in every rank.
-        context.set_forkserver_preload(["torch.distributed", "moegraft.testing", "support.parallel_acts"])
+        # transformers takes seconds to import: once, and not in every rank. The server knows no sys.path but its own,
+        # and leaves out in silence what it does not find.
+        # Forks of a process that has asked for GPUs get none: for these, only what surely does not ask.
+        context.set_forkserver_preload(PRELOADED if self.device == "cpu" else PRELOADED[:2])
         # A file is the meeting point: no port that another test run might take.
         self._folder = tempfile.TemporaryDirectory()
         meeting = Path(self._folder.name) / "meeting"
@@ -149,7 +152,8 @@ class WorldPool:
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, self.size, str(meeting), self.group_seconds, self.device)
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with _this_path():
+                process.start()
             theirs.close()
             self._ranks.append((process, ours))
         deadline = time.monotonic() + START_SECONDS
@@ -166,6 +170,20 @@ class WorldPool:
                 outcome: Outcome = _load(connection.recv_bytes())
                 return outcome
         return Outcome(died=True)
+
+
+@contextmanager
+def _this_path() -> Iterator[None]:
+    """Processes that are started find what this one finds."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _serve(connection: Connection, rank: int, size: int, meeting: str, group_seconds: float, device: str) -> None:

@@ -188,6 +188,7 @@ class ParallelGroups:
             if ranks.size > 1:
                 ranks.all_reduce(torch.ones(1, device=device))
                 ranks.all_to_all(torch.ones(ranks.size, device=device), [1] * ranks.size, [1] * ranks.size)
+                ranks.traffic.reset()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

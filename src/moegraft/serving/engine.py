@@ -23,7 +23,7 @@ from moegraft.parallel.processes import Followers
 from moegraft.serving.adapters import AdapterStore, Source
 from moegraft.serving.config import EngineConfig
 from moegraft.serving.grammar import GrammarCompiler, Matcher
-from moegraft.serving.loading import end_ids, load_tokenizer
+from moegraft.serving.loading import end_ids, load_tokenizer, media_ids
 from moegraft.serving.loop import EngineLoop, Live, LiveRequest
 from moegraft.serving.opening import Opened, Setup, follow, follow_rank, open_model
 from moegraft.serving.pages import PagePool
@@ -136,6 +136,7 @@ class Engine:
         self._graft, runner = opened.graft, opened.runner
         self.max_model_len = opened.max_model_len
         self._end_ids = frozenset(end_ids(self._graft.model))
+        self._media_ids = media_ids(self._graft.model)
         self._vocab_size: int = self._graft.model.get_input_embeddings().weight.shape[0]
         leader = None
         if opened.channel is not None:
@@ -334,6 +335,13 @@ class Engine:
             wrong = next((t for t in tokens if type(t) is not int or not 0 <= t < self._vocab_size), None)
             if wrong is not None:
                 raise RequestError(name, wrong, f"token ids from 0 to {self._vocab_size - 1}")
+        media = next((token for token in ids if token in self._media_ids), None)
+        if media is not None:
+            raise RequestError(
+                "prompt",
+                media,
+                f"text: the token is the config's {self._media_ids[media]}, and no images, videos or sound are served",
+            )
         if params.stop and not self.text.has_tokenizer:
             raise RequestError("stop", params.stop, "no strings: the engine has no tokenizer")
         if request.wanted is not None:

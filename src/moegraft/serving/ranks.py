@@ -170,7 +170,8 @@ class RankRunner(Runner):
 
     @torch.no_grad()
     def run_share(self, plan: StepPlan, ids: torch.Tensor | None, decision: Decision | None) -> torch.Tensor:
-        """This rank's rows of a plan, and what the head gives for those of all ranks. ids: of rank 0, where any."""
+        """This rank's rows of a plan; on rank 0, which samples, what the head gives for those of all ranks. ids: of
+        rank 0, where any."""
         groups, places = self.graft.layout.groups, [chunk.place for chunk in plan.chunks]
         self._agreed = tuple({self._names(c.sequence.lane) for c in plan.chunks if c.sequence.lane != BASE})
         if ids is not None:
@@ -184,10 +185,14 @@ class RankRunner(Runner):
         if ids is not None:
             ids = ids[torch.tensor(own, device=ids.device)] if own else None
         logits = super().run(StepPlan(tuple(plan.chunks[i] for i in own) or (_no_row(),)), ids)
+        if groups.tp.rank > 0:
+            return logits  # they are those of the first rank of its tensor-parallel group
         counts = [0] * groups.ep.size
         for chunk in plan.chunks:
             counts[chunk.place] += chunk.samples
-        return groups.ep.all_gather(logits[: counts[groups.ep.rank]], counts)
+        to_first, nothing = [counts[groups.ep.rank]], [0] * groups.ep.size
+        sent = to_first + nothing[1:]
+        return groups.ep.all_to_all(logits[: to_first[0]], sent, nothing if groups.ep.rank else counts)
 
     def _adapters(self, lanes: tuple[int, ...], lengths: tuple[int, ...]) -> AbstractContextManager[Any]:
         names = [None if lane == BASE else self._names(lane) for lane in lanes]

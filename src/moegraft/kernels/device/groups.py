@@ -139,6 +139,15 @@ class Tile(NamedTuple):
     PRECISION: str
 
 
+class TokenTile(NamedTuple):
+    """``tuning.tiles.TokenTile``, and the choices of the token whose products a program adds up."""
+
+    CHOICES: int
+    BLOCK_N: int
+    BLOCK_K: int
+    NUM_WARPS: int
+
+
 class LowRank(NamedTuple):
     """Columns of the low-rank rows, and elements that divide the address of every row of B."""
 
