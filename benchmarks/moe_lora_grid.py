@@ -2,6 +2,7 @@
 
     python benchmarks/moe_lora_grid.py [--format int4] [--shapes qwen3-30b,...] [--tokens 1,8,...] [--cells 8:16:8,...]
                                        [--tiles heuristic] [--cold] [--out ROWS] [--against PEER_ROWS...]
+                                       [--kits FOLDER...]
     python benchmarks/moe_lora_grid.py --variants [--format ...] [--shapes ...] [--tokens ...] [--cells ...]
     python benchmarks/moe_lora_grid.py --rows ROWS [--against PEER_ROWS...]
 
@@ -12,6 +13,10 @@ ceilings are measured in the run. ``--against`` compares with other engines' row
 date, and refuses others. Prints a line a cell, tables, and last one JSON document. Kernels are compiled beforehand by
 parallel processes. ``--tiles heuristic`` leaves the shipped and the user's tables out; ``--rows`` measures nothing and
 needs no GPU: it prints the tables of rows that a run left in ``--out``, of the shapes, tokens and cells asked for.
+``--kits`` measures other engines in the same run, before ours: each folder has a ``layer.sh`` that is given FORMAT,
+SHAPES, TOKENS, CELLS and OUT, and writes rows to the JSON-lines file OUT: engine (name and version), the cell, lora_us,
+base_us and the errors that it found (rel_err, base_rel_err), timed as ``stopwatch.graph_us`` does. A format that it
+does not have gives no rows. A row without its errors, or with one above 2e-2, is in no ratio, and the run fails.
 ``--variants`` times the other ways of a call that ``tuner.search.variants`` lists, each checked as a cell is, a line
 each with its times over the floor; the first is the way that calls take.
 """
@@ -21,9 +26,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +78,7 @@ from moegraft.tuning.heuristic import heuristic_tiles
 from moegraft.tuning.tiles import MoETiles
 
 DEVICE = "cuda"
+MAX_PEER_ERR = 2e-2
 
 
 def main() -> None:
@@ -87,8 +95,11 @@ def main() -> None:
             _measure_variants(args)
             return
         read_peers(args.against, run_facts())  # refused before hours go into a run
+        peers, num_wrong = _measure_kits(args)
         rows = _measure_all(args)
-        _report(rows, run_facts(), args.against)
+        _report(rows, run_facts(), [*args.against, *peers])
+        if num_wrong:
+            sys.exit(f"{num_wrong} rows of other engines are wrong, and in no ratio")
     except NotComparable as error:
         sys.exit(str(error))
     failed = sum("lora_us" not in row for row in rows)
@@ -116,6 +127,35 @@ def _measure_all(args: argparse.Namespace) -> list[Row]:
             torch.cuda.empty_cache()
         del experts
     return rows
+
+
+def _measure_kits(args: argparse.Namespace) -> tuple[list[Path], int]:
+    """(files of rows, one an engine; rows that were wrong). A kit that fails ends the run."""
+    facts = {field: run_facts()[field] for field in SAME_RUN}
+    asked = [
+        args.format, ",".join(shape.name for shape in args.shapes), ",".join(map(str, args.tokens)),
+        ",".join(map(str, args.cells)),
+    ]  # fmt: skip
+    folder = Path(tempfile.mkdtemp()) if args.out is None else args.out.parent
+    files, wrong = [], 0
+    for kit in args.kits:
+        raw = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        subprocess.run(["bash", str(kit / "layer.sh"), *asked, str(raw)], check=True)
+        rows = [] if not raw.exists() else [json.loads(line) for line in raw.read_text().splitlines()]
+        right = [row for row in rows if _is_right(row)]
+        wrong += len(rows) - len(right)
+        for engine in dict.fromkeys(row["engine"] for row in right):
+            files.append(folder / f"{engine}.jsonl")
+            of_engine = [{**row, **facts, "format": args.format} for row in right if row["engine"] == engine]
+            files[-1].write_text("".join(json.dumps(row) + "\n" for row in of_engine))
+            print(f"{engine}: {len(of_engine)} cells", flush=True)
+    return files, wrong
+
+
+def _is_right(row: Row) -> bool:
+    """A peer's row: timed, and small errors; NaN is none."""
+    errors = (row.get("rel_err", math.inf), row.get("base_rel_err", math.inf))
+    return "lora_us" in row and all(error <= MAX_PEER_ERR for error in errors)
 
 
 def _measure_variants(args: argparse.Namespace) -> None:
@@ -186,6 +226,7 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", type=Path)
+    parser.add_argument("--kits", type=Path, nargs="+", default=[])
     parser.add_argument("--against", type=Path, nargs="+", default=[])
     parser.add_argument("--compile-part", type=lambda s: tuple(map(int, s.split("/"))), help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -227,8 +227,34 @@ def variants(shape: TuningShape) -> dict[str, MoETiles]:
     """Ways of a call that are no table's to choose, by name; the heuristic's is the first."""
     found = {"as chosen": heuristic_tiles(shape)}
     if shape.num_tokens == 1:
-        found |= _token_variants(shape)
+        return found | _token_variants(shape)
+    default = default_at(shape, found["as chosen"].block_m)
+    for which, tile in (("gemm13", default.gemm13), ("gemm2", default.gemm2)):
+        for changed in (*_neighbours(tile, default.block_m), *_side_by_side(tile)):
+            fields = asdict(changed).items()
+            name = ", ".join(f"{field} {value}" for field, value in fields if value != getattr(tile, field))
+            found[f"{which} {name}"] = replace(default, **{which: changed})  # type: ignore[arg-type]
+    for block_m in block_ms(shape)[1:]:
+        found[f"block_m {block_m}"] = default_at(shape, block_m)
+    both = [list(_side_by_side(tile)) for tile in (default.gemm13, default.gemm2)]
+    for i, (gemm13, gemm2) in enumerate(zip(*both, strict=False)):
+        found[f"both side by side {i}"] = replace(default, gemm13=gemm13, gemm2=gemm2)
     return found
+
+
+def _side_by_side(tile: GemmTile) -> Iterator[GemmTile]:
+    """Programs so small that a multiprocessor has two or more at once: one stores while another multiplies."""
+    if tile.num_warps == 8:
+        half = replace(tile, block_n=tile.block_n // 2, num_warps=4, num_stages=3)
+        yield half
+        yield replace(half, num_stages=2, block_k=64)
+        yield replace(half, group=2 * tile.group)
+        yield replace(half, tma=False)
+    elif tile.num_stages > 2:
+        yield replace(tile, num_stages=2)
+        yield replace(tile, num_warps=8)
+        yield replace(tile, block_k=2 * tile.block_k, num_stages=2)
+        yield replace(tile, block_n=2 * tile.block_n, num_warps=8)
 
 
 def _token_variants(shape: TuningShape) -> dict[str, MoETiles]:

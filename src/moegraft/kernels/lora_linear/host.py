@@ -110,7 +110,38 @@ def run_lora_linear(
     width = cdiv(rank_bound * (len(starts) + 1), block_r) * block_r
     v_dtype = x_MI.dtype if tile.splits == 1 else torch.float32
     v_SMW = torch.empty(tile.splits, M, width, dtype=v_dtype, device=x_MI.device)
-    _launch(y_MO, x_MI, v_SMW, token_slots_M, tables, bias_O, tile, _slices(starts))
+    _launch_shrink(x_MI, v_SMW, token_slots_M, tables, tile)
+    _launch_expand(y_MO, v_SMW, token_slots_M, tables, bias_O, tile, _slices(starts))
+
+
+def shrink_linear(
+    x_MI: torch.Tensor, token_slots_M: torch.Tensor, tables: LinearTables, *, rank_bound: int, run_length: int = 1
+) -> torch.Tensor:
+    """v [M, W] = A[a] x[m] in float32, the first half of ``add_lora_linear``; what no adapter's lane is holds zeros.
+
+    For ranks that exchange v before ``expand_linear`` reads it.
+    """
+    M, in_features = x_MI.shape
+    tile = choose_tile(M, in_features, in_features, rank_bound, run_length)
+    width = cdiv(rank_bound, tile.shrink_r) * tile.shrink_r
+    v_SMW = torch.zeros(tile.splits, M, width, dtype=torch.float32, device=x_MI.device)
+    _launch_shrink(x_MI, v_SMW, token_slots_M, tables, tile)
+    return v_SMW.sum(0)
+
+
+def expand_linear(
+    y_MO: torch.Tensor,
+    v_MW: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    tables: LinearTables,
+    *,
+    run_length: int = 1,
+    bias_O: torch.Tensor | None = None,
+) -> None:
+    """The second half of ``add_lora_linear``, from low-rank rows v [M, W] in the dtype of the adapters."""
+    M, out_features = y_MO.shape
+    tile = choose_tile(M, out_features, out_features, v_MW.shape[1], run_length)
+    _launch_expand(y_MO, v_MW[None].contiguous(), token_slots_M, tables, bias_O, tile, _slices(()))
 
 
 def add_lora_linears(
@@ -291,9 +322,21 @@ def _prefill_tile(num_rows: int, rank_bound: int, run_length: int) -> LinearTile
     )
 
 
-def _launch(
+def _launch_shrink(
+    x_MI: torch.Tensor, v_SMW: torch.Tensor, token_slots_M: torch.Tensor, tables: LinearTables, tile: LinearTile
+) -> None:
+    (M, in_features), width = x_MI.shape, v_SMW.shape[2]
+    rank_blocks = width // tile.shrink_r
+    programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
+    shrink_kernel[(programs * rank_blocks * v_SMW.shape[0],)](
+        v_SMW, groups.Rows(x_MI, None, x_MI.stride(0)), token_slots_M, _tables_group(tables), M, LENGTH=in_features,
+        ALIGN=alignment(tables, in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
+        num_stages=3, ROWS=rows, **_options(v_SMW, tables, tile),
+    )  # fmt: skip
+
+
+def _launch_expand(
     y_MO: torch.Tensor,
-    x_MI: torch.Tensor,
     v_SMW: torch.Tensor,
     token_slots_M: torch.Tensor,
     tables: LinearTables,
@@ -301,28 +344,27 @@ def _launch(
     tile: LinearTile,
     slices: groups.Slices,
 ) -> None:
-    (M, in_features), out_features = x_MI.shape, y_MO.shape[1]
-    splits, _, width = v_SMW.shape
-    operands = groups.Tables(
-        tables.pool, tables.page_table, tables.factors, None, tables.page_table.stride(0), tables.factors.stride(0), 0
-    )
-    options = {
-        "PAGE_ELEMS": tables.page_elems, "V_WIDTH": width, "SPLITS": splits, "PRECISION": dot_precision(x_MI.dtype),
-        "num_warps": tile.num_warps, **pdl_options(x_MI.device),
-    }  # fmt: skip
-    rank_blocks = width // tile.shrink_r
-    programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
-    shrink_kernel[(programs * rank_blocks * splits,)](
-        v_SMW, groups.Rows(x_MI, None, x_MI.stride(0)), token_slots_M, operands, M, LENGTH=in_features,
-        ALIGN=alignment(tables, in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
-        num_stages=3, ROWS=rows, **options,
-    )  # fmt: skip
+    M, out_features = y_MO.shape
     programs, rows = _row_tiles(M, tile.expand_m, tile.leaders)
     expand_kernel[(programs * cdiv(out_features, tile.expand_n * tile.expand_steps),)](
-        groups.Rows(y_MO, None, y_MO.stride(0)), v_SMW, bias_O, token_slots_M, operands, M, COLUMNS=out_features,
-        ALIGN=alignment(tables, out_features), BLOCK_R=tile.expand_r,
-        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, SLICES=slices, **options,
+        groups.Rows(y_MO, None, y_MO.stride(0)), v_SMW, bias_O, token_slots_M, _tables_group(tables), M,
+        COLUMNS=out_features, ALIGN=alignment(tables, out_features), BLOCK_R=tile.expand_r,
+        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, SLICES=slices,
+        **_options(v_SMW, tables, tile),
     )  # fmt: skip
+
+
+def _tables_group(tables: LinearTables) -> groups.Tables:
+    return groups.Tables(
+        tables.pool, tables.page_table, tables.factors, None, tables.page_table.stride(0), tables.factors.stride(0), 0
+    )
+
+
+def _options(v_SMW: torch.Tensor, tables: LinearTables, tile: LinearTile) -> dict[str, Any]:
+    return {
+        "PAGE_ELEMS": tables.page_elems, "V_WIDTH": v_SMW.shape[2], "SPLITS": v_SMW.shape[0],
+        "PRECISION": dot_precision(tables.pool.dtype), "num_warps": tile.num_warps, **pdl_options(v_SMW.device),
+    }  # fmt: skip
 
 
 def group_tables(tables: Sequence[LinearTables]) -> tuple[groups.Tables, list[int]]:

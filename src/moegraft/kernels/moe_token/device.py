@@ -83,17 +83,16 @@ def _find_lanes(u_ptr, tables, slot, choices, lanes, expert, is_local, columns, 
 
 
 @triton.jit
-def _expand(found, factor, PDL: tl.constexpr):
+def _expand(found, factor):
     """Sum over lanes of factor * u * B, [columns].
 
-    What is as small as this the compiler would compute anew, all lanes in each thread, where it is added to the base.
+    u is read once for each number of B: read once a lane, it is so small that the compiler would add up all lanes anew
+    in each thread that needs the sum.
     """
     u_ptrs, b, live = found
-    u = tl.load(u_ptrs, mask=live, other=0.0).to(tl.float32) * factor
-    delta = tl.sum(b.to(tl.float32) * u[:, None], 0)
-    if PDL:
-        delta = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [delta], dtype=tl.float32, is_pure=False, pack=1)
-    return delta
+    u_ptrs = u_ptrs[:, None] + tl.zeros_like(b).to(tl.int32)
+    u = tl.load(u_ptrs, mask=live[:, None] & (tl.zeros_like(b).to(tl.int32) == 0), other=0.0).to(tl.float32)
+    return tl.sum(b.to(tl.float32) * u * factor, 0)
 
 
 @triton.jit
@@ -156,9 +155,9 @@ def token13_kernel(h_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr
         if u_ptr is not None:
             await_prior_kernel(PDL)
             release_next_kernel(PDL)
-            up += _expand(up_lanes, 1.0, PDL)
+            up += _expand(up_lanes, 1.0)
             if GATED:
-                gate += _expand(gate_lanes, 1.0, PDL)
+                gate += _expand(gate_lanes, 1.0)
         if router_weight_ptr is not None:
             router_weight = tl.load(router_weight_ptr + choice).to(tl.float32)
             gate *= router_weight
@@ -209,7 +208,7 @@ def token2_kernel(out_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_pt
         await_prior_kernel(PDL)
     release_next_kernel(PDL)
     if u_ptr is not None:
-        out += _expand(found, factor, PDL)
+        out += _expand(found, factor[:, None])
     if bias.ptr is not None:
         choices = tl.arange(0, CHOICES)
         expert, is_local = load_choices(ids_ptr, choices, E, K)
