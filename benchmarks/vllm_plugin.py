@@ -4,6 +4,7 @@
     python benchmarks/vllm_plugin.py                       # both, a table, and one line of JSON at the end
     python benchmarks/vllm_plugin.py --layers 48 --batches 8,32
     python benchmarks/vllm_plugin.py --trace --out folder  # also each kernel of a decode step, in folder/trace.txt
+    python benchmarks/vllm_plugin.py --ranks 2             # tensor parallel; with --expert-parallel experts by ranks
 
 Qwen3-30B-A3B's architecture with random weights and as many of its layers as asked for; adapters of rank 16 on
 attention and all experts. Times: `step_ms` is the median of the engine's steps in which all requests decode one token
@@ -65,6 +66,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/vllm_plugin"))
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "/tmp/vllm_plugin")))
     parser.add_argument("--trace", action="store_true", help="kernels of decode steps and host functions at batch 1")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs of each engine")
+    parser.add_argument("--expert-parallel", action="store_true")
     parser.add_argument("--order", default="with,without", help="of the engines")
     parser.add_argument("--engine", choices=["with", "without"], help="one engine, in this process")
     args = parser.parse_args()
@@ -98,11 +101,29 @@ def run_child(which: str, args: argparse.Namespace) -> dict[str, Any] | None:
     file.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--engine", which, "--work", str(args.work), "--out", str(args.out)]
     command += ["--trace"] if args.trace else []
-    for name in ("layers", "batches", "adapters", "repeat", "limit"):
+    command += ["--expert-parallel"] if args.expert_parallel else []
+    for name in ("layers", "batches", "adapters", "repeat", "limit", "ranks"):
         command += [f"--{name}", str(getattr(args, name))]
     print(f"--- {which} the plug-in", flush=True)
-    subprocess.run(command, check=False)
+    subprocess.run(command, check=False, env=environment(which, args.work))
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def environment(which: str, work: Path) -> dict[str, str]:
+    """Of an engine and its workers, which find the plug-in by its entry point as an installed one is found."""
+    package = work / "entry_points" / "moegraft_benchmark-0.dist-info"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: moegraft-benchmark\nVersion: 0\n")
+    text = "[vllm.general_plugins]\nmoegraft = moegraft.integrations.vllm:register\n"
+    (package / "entry_points.txt").write_text(text)
+    paths = [str(Path(__file__).resolve().parents[1] / "src"), str(package.parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "MOEGRAFT_VLLM": "lora" if which == "with" else "off",
+        # the functions that fill weights and name layers go to the workers
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
 
 
 # ---- one engine
@@ -116,10 +137,6 @@ def run_engine(args: argparse.Namespace) -> None:
     def say(text: str) -> None:
         print(f"[{args.engine} {time.perf_counter() - start:6.1f} s] {text}", flush=True)
 
-    if args.engine == "with":
-        from moegraft.integrations.vllm import register
-
-        register()
     import vllm
     from vllm import LLM
     from vllm.lora.request import LoRARequest
@@ -131,7 +148,8 @@ def run_engine(args: argparse.Namespace) -> None:
         max_model_len=PROMPT + OUTPUT + 16, max_num_seqs=max(batches),
         max_num_batched_tokens=min(16384, max(2048, max(batches) * PROMPT)), gpu_memory_utilization=0.9,
         enable_prefix_caching=False, generation_config="vllm", seed=0, disable_log_stats=True, enable_lora=True,
-        max_loras=NUM_ADAPTERS, max_lora_rank=RANK, max_cpu_loras=NUM_ADAPTERS,
+        max_loras=NUM_ADAPTERS, max_lora_rank=RANK, max_cpu_loras=NUM_ADAPTERS, tensor_parallel_size=args.ranks,
+        enable_expert_parallel=args.expert_parallel,
         compilation_config={"cudagraph_capture_sizes": sorted({1, 2, 4, *batches})},
     )  # fmt: skip
     startup = time.perf_counter() - start
@@ -147,16 +165,20 @@ def run_engine(args: argparse.Namespace) -> None:
     load = (time.perf_counter() - begin) / NUM_ADAPTERS
     say(f"adapters loaded, {load:.1f} s each")
     result: dict[str, Any] = {
-        "gpu": device_name(), "torch": torch.__version__, "vllm": vllm.__version__,
+        "gpu": device_name(), "torch": torch.__version__, "vllm": vllm.__version__, "ranks": args.ranks,
+        "expert_parallel": args.expert_parallel,
         "startup_s": round(startup, 1), "load_s": round(load, 2), "logprobs": check_rows(llm, adapters), "rows": [],
         "layers": llm.apply_model(lora_layers)[0],
     }  # fmt: skip
+    found = any(name.startswith("moegraft.") for name in result["layers"])
+    if found != (args.engine == "with"):
+        raise RuntimeError(f"the engine {args.engine} the plug-in has the layers {result['layers']}")
     say("logprobs taken; " + ", ".join(result["layers"]))
     for kind in (int(kind) for kind in args.adapters.split(",")):
         for batch in batches:
             if kind <= max(1, batch):
                 row = {"batch": batch, "adapters": kind, **time_batch(llm, adapters[:kind], batch, args.repeat)}
-                row["gpu_ms"], kernels = trace_batch(llm, adapters[:kind], batch)
+                row["gpu_ms"], kernels = trace_batch(llm, adapters[:kind], batch, args.ranks)
                 say(json.dumps(row))
                 with open(args.out / "rows.jsonl", "a") as file:
                     file.write(json.dumps({"engine": args.engine, **row}) + "\n")
@@ -246,11 +268,12 @@ def run(
     return times
 
 
-def trace_batch(llm: Any, adapters: list[Any], batch: int) -> tuple[float, dict[str, list[float]]]:
-    """(ms of a decode step in which a kernel runs, each kernel's launches and us of a step)."""
+def trace_batch(llm: Any, adapters: list[Any], batch: int, ranks: int) -> tuple[float, dict[str, list[float]]]:
+    """(ms of a decode step in which a kernel runs, each kernel's launches and us of a step); nothing of kernels in
+    other processes."""
     from torch.profiler import ProfilerActivity, profile
 
-    if DEVICE != "cuda":
+    if DEVICE != "cuda" or ranks > 1:
         return float("nan"), {}
     loras = [adapters[i % len(adapters)] if adapters else None for i in range(batch)]
     tracer = profile(activities=[ProfilerActivity.CUDA])
@@ -350,7 +373,7 @@ def report(results: dict[str, Any], check: dict[str, Any]) -> None:
             gains[f"{key}:{ours['batch']}:{ours['adapters']}"] = round(gain, 3)
         print(" | ".join(cells))
         rows.append(row)
-    keys = ("gpu", "torch", "vllm")
+    keys = ("gpu", "torch", "vllm", "ranks", "expert_parallel")
     sides = {f"{key}_{which}": results[which][key] for which in results for key in ("startup_s", "load_s")}
     print(json.dumps({**{key: results["with"][key] for key in keys}, **sides, **check, "faster": gains, "rows": rows}))
 
