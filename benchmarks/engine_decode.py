@@ -7,6 +7,8 @@ safetensors. ``step``: milliseconds between two tokens of a sequence in a full b
 them, in the median; ``graph``: the same step's CUDA graph alone; ``prefill``: prompts that share nothing, to their
 first token. Correctness first: the log-probabilities of what the engine generated, with mixed adapters, must be those
 of the attached model over transformers' own attention, or nothing is reported. Prints a table and, last, one JSON line.
+``--trace`` also lists each cell's kernels: launches a step, their microseconds, and how much later the step's end is by
+each: kernels that run at once share the time.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,10 @@ from end_to_end_decode import log, make_model, milliseconds, write_adapter
 from transformers import PreTrainedModel
 
 import moegraft
+import moegraft.kernels.linear_few_rows.host as few_rows
 from moegraft import SamplingParams
+from moegraft.serving.attention import IMPLEMENTATION
+from moegraft.serving.fused import FusedParts
 from moegraft.serving.requests import Completion, Request
 
 VOCABULARY = 150_000
@@ -54,6 +59,8 @@ class Cell:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
+    if args.few_rows is not None:
+        few_rows.MAX_ROWS = args.few_rows
     model = make_model(args.layers)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         count = max(args.adapters)
@@ -76,18 +83,17 @@ def main() -> None:
         log(f"engine with {count} adapters of {size / 2**20:.0f} MiB: {time.perf_counter() - start:.0f} s")
         with engine:
             found = generate(engine, draw(8, 40, seed=7), mixed(8, count), 12, logprobs=0)
+            correctness = engine._loop.call(lambda: check(engine, found))
+            log(f"correct: {correctness}")
             cells = []
             for batch in args.batches:
                 for adapters_used in args.adapters:
                     if adapters_used <= batch:
                         cells.append(measure(engine, batch, adapters_used, args))
                         log(str(cells[-1]))
+                        if args.trace:
+                            trace(engine, batch, adapters_used > 0)
             stats = engine.stats()
-        graft = moegraft.attach(model, adapter_memory=memory)
-        for name, path in adapters.items():
-            graft.load_adapter(path, name)
-        correctness = check(graft, found)
-    log(f"correct: {correctness}")
     report(cells, correctness, stats.graph_captures, args)
 
 
@@ -105,6 +111,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--kv-memory", default="8GiB")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--trace", action="store_true", help="list the kernels of each cell's step")
+    parser.add_argument("--few-rows", type=int, help="rows up to which linear maps have LoRA inside their product")
     parser.add_argument("--scratch", default="/dev/shm", help="where the adapter files are written")
     return parser.parse_args()
 
@@ -179,17 +187,53 @@ def median_gap(engine: moegraft.Engine, prompts: Sequence[tuple[int, ...]], name
 
 def graph_milliseconds(engine: moegraft.Engine, batch: int, has_adapters: bool) -> float | None:
     """Of the step that ran last at this size; None without graphs."""
-    loop = engine._loop
-    graphs = loop.runner._graphs
+    replay = replay_of(engine, batch, has_adapters)
+    return None if replay is None else engine._loop.call(lambda: milliseconds(replay, 20))
+
+
+def replay_of(engine: moegraft.Engine, batch: int, has_adapters: bool) -> Callable[[], None] | None:
+    graphs = engine._loop.runner._graphs
     captured = None if graphs is None else graphs.captured(batch, has_adapters)
-    return None if captured is None else loop.call(lambda: milliseconds(captured.replay, 20))
+    return None if captured is None else captured.replay
 
 
-@torch.no_grad()
-def check(graft: Any, found: Sequence[Completion]) -> dict[str, float]:
-    """Differences of log-probabilities from the attached model's; exits where they are not small beside what an adapter
-    does."""
+def trace(engine: moegraft.Engine, batch: int, has_adapters: bool) -> None:
+    """Logs the kernels of a captured step, the longest first."""
+    replay = replay_of(engine, batch, has_adapters)
+    if replay is None:
+        return
+
+    def record() -> torch.profiler.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(10):
+                replay()
+            torch.cuda.synchronize()
+        return profile
+
+    events = sorted(
+        (event for event in engine._loop.call(record).events() if event.device_type == torch.autograd.DeviceType.CUDA),
+        key=lambda event: event.time_range.end,
+    )
+    found: dict[str, list[float]] = {}
+    last = events[0].time_range.start
+    for event in events:
+        times = found.setdefault(event.name, [0.0, 0.0, 0.0])
+        times[0] += 0.1
+        times[1] += event.time_range.elapsed_us() / 10
+        times[2] += (event.time_range.end - last) / 10
+        last = event.time_range.end
+    log(f"kernels at batch {batch}{' with adapters' if has_adapters else ''}: launches, own us and added us a step")
+    for name, (launches, own, added) in sorted(found.items(), key=lambda item: -item[1][2]):
+        log(f"  {launches:6.1f} {own:9.1f} {added:9.1f}  {name[:90]}")
+
+
+def check(engine: moegraft.Engine, found: Sequence[Completion]) -> dict[str, float]:
+    """Differences of log-probabilities from the attached model's, over transformers' own attention, norms and routers;
+    ends the run where they are not small beside what an adapter does."""
+    runner, graft = engine._loop.runner, engine._graft
     model: PreTrainedModel = graft.model
+    runner._fused.remove()
+    model.set_attn_implementation("sdpa")
     tokens = len(found[0].outputs[0].token_ids)
     ids = torch.tensor([[*one.prompt_ids, *one.outputs[0].token_ids] for one in found], device=model.device)
 
@@ -197,12 +241,17 @@ def check(graft: Any, found: Sequence[Completion]) -> dict[str, float]:
         logits = graft(input_ids=ids, adapters=adapters, use_cache=False).logits[:, -tokens - 1 : -1].float()
         return logits.log_softmax(-1).gather(2, ids[:, -tokens:, None])[..., 0].cpu()
 
-    engine = torch.tensor([[entry.logprob for entry in one.outputs[0].logprobs] for one in found])
-    names = [one.adapter for one in found]
+    served = torch.tensor([[entry.logprob for entry in one.outputs[0].logprobs] for one in found])
+    versions = {one.adapter: engine._store.use(one.adapter) for one in found if one.adapter is not None}
+    names = [one.adapter and versions[one.adapter].key for one in found]
     right, base = logprobs(names), logprobs(None)
+    for version in versions.values():
+        engine._store.done(version)
+    model.set_attn_implementation(IMPLEMENTATION)
+    runner._fused = FusedParts(graft, model.device)
     rows = torch.tensor([name is not None for name in names])
     result = {
-        "error": float((engine - right).abs().mean()),
+        "error": float((served - right).abs().mean()),
         "effect": float((right - base)[rows].abs().mean()) if rows.any() else 0.0,
     }
     # bfloat16 moves near-ties of the router; a lost delta is the whole effect.

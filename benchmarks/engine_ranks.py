@@ -1,12 +1,16 @@
 """The whole engine over two or more GPUs, by layout, against one: decode, prefill, adapters off and on.
 
-    python benchmarks/engine_ranks.py [--ranks 2] [--layouts tp,ep,dp] [--batches 1,8,32,128] [--adapters 0,8]
+    python benchmarks/engine_ranks.py [--ranks 2] [--layouts ep,tp,dp] [--batches 1,32,8,128] [--adapters 0,8]
     python benchmarks/engine_ranks.py --device cpu --tiny          over gloo, to try it
 
 A Qwen3-30B-A3B of ``--layers`` layers at full width with random bfloat16 weights, adapters of one rank on experts and
 attention, read from safetensors. ``tp``: ranks share F · ``ep``: ranks share the experts, all bring all rows · ``dp``:
-the same with a batch and pages on each rank, all-to-all. ``step``: milliseconds between two tokens of a sequence in a
-full batch, as a caller of the engine sees them, in the median; ``prefill``: prompts that share nothing.
+the same with a batch and pages on each rank, all-to-all. Decode: milliseconds between two tokens of a sequence in a
+full batch, as a caller of the engine sees them, in the median; prefill: tokens a second of prompts that share nothing.
+
+Each layout runs in processes of its own, which show on stderr where they are. After ``--seconds`` it begins no further
+cell, 15 seconds later every rank shows its stacks, and 15 more later it is ended; what was measured is kept, and the
+next layout follows.
 
 Correctness first: every request of a mixed batch must get the tokens that one GPU gives it. Sums in another order may
 turn near-ties, of which random weights have many: tokens may part where one GPU's log-probabilities of the two are
@@ -20,12 +24,18 @@ import argparse
 import faulthandler
 import itertools
 import json
+import logging
+import os
+import pickle
+import signal
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,54 +47,61 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moegraft
 from moegraft import ParallelConfig, SamplingParams
-from moegraft.cli.launch import run_on_ranks
 from moegraft.serving.requests import Completion, Request
 
 CHECKED, CHECKED_TOKENS = 24, 12
 SIZES = {"one": (1, 1, False), "tp": (2, 1, False), "ep": (1, 2, False), "dp": (1, 2, True)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    layout: str
-    args: argparse.Namespace
+GRACE_SECONDS = 15.0
+PARENT = "ENGINE_RANKS_LAYOUT"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measured batch. Prefill in tokens a second."""
+    """One measurement: milliseconds of a step of ``batch`` rows, or tokens a second where ``batch`` is 0: prefill."""
 
-    layout: str
     batch: int
     adapters: int
-    step_ms: float
-    prefill: float | None
+    value: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Found:
-    """What rank 0 of one layout made: (token, its likeliest log-probabilities) of every step of every request."""
+    """What rank 0 of one layout has made so far. ``checked``: (token, its likeliest log-probabilities) of every step of
+    every request · ``sent``: bytes that this rank sent, by group."""
 
-    cells: tuple[Cell, ...]
     checked: tuple[tuple[tuple[int, dict[int, float]], ...], ...]
-    captures: int
-    load_seconds: float
-    sent: dict[str, int]
+    cells: list[Cell] = field(default_factory=list)
+    captures: int = 0
+    load_seconds: float = 0.0
+    sent: dict[str, int] = field(default_factory=dict)
+    is_complete: bool = False
 
 
 def main() -> None:
     args = parse_arguments()
-    device = torch.device(args.device)
+    if PARENT in os.environ:
+        run_layout(os.environ[PARENT], args)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the ranks end with it
     found: dict[str, Found] = {}
     verdicts: dict[str, Any] = {}
-    for layout in ("one", *args.layouts):
-        start = time.perf_counter()
-        size = 1 if layout == "one" else args.ranks
-        found[layout] = run_on_ranks(run_layout, Work(layout=layout, args=args), size=size, device=device)
-        verdicts[layout] = compare(found["one"], found[layout], args.tie, layout)
-        log(f"{layout}: {time.perf_counter() - start:.0f} s, {verdicts[layout]}")
-        report(found[layout], found["one"])
-    print(json.dumps(summary(found, verdicts, args)))
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        for layout in ("one", *args.layouts):
+            start = time.perf_counter()
+            one = run_ranks(layout, args, Path(scratch) / layout)
+            seconds = time.perf_counter() - start
+            if one is None:
+                log(f"{layout}: nothing was found in {seconds:.0f} s")
+                if layout == "one":
+                    sys.exit(1)
+                continue
+            found[layout] = one
+            verdicts[layout] = compare(found["one"], one, args.tie, layout)
+            log(f"{layout}: {seconds:.0f} s{'' if one.is_complete else ', cut short'}, {verdicts[layout]}")
+            report(layout, one, found["one"])
+    print(json.dumps(summary(found, verdicts, args)), flush=True)
+    if not all(one.is_complete for one in found.values()) or len(found) <= len(args.layouts):
+        sys.exit(1)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,9 +110,9 @@ def parse_arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layouts", type=lambda text: text.split(","), default=["tp", "ep", "dp"])
+    parser.add_argument("--layouts", type=lambda text: text.split(","), default=["ep", "tp", "dp"])
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--batches", type=numbers, default=[1, 8, 32, 128])
+    parser.add_argument("--batches", type=numbers, default=[1, 32, 8, 128], help="the most important first")
     parser.add_argument("--adapters", type=numbers, default=[0, 8])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--context", type=int, default=224, help="tokens of a prompt")
@@ -104,23 +121,73 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--kv-memory", default="6GiB")
     parser.add_argument("--tie", type=float, default=0.1, help="log-probabilities this close are a near-tie")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of a layout, after which it begins no cell")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--dump-after", type=float, help="seconds after which each rank shows where it is")
     parser.add_argument("--scratch", default="/dev/shm", help="where the adapter files are written")
     return parser.parse_args()
 
 
-def run_layout(work: Work, rank: int) -> Found | None:
+# The parent
+
+
+def run_ranks(layout: str, args: argparse.Namespace, folder: Path) -> Found | None:
+    """The ranks of one layout as processes, until they end or have to be ended; what rank 0 has left behind."""
+    folder.mkdir()
+    size = 1 if layout == "one" else args.ranks
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TMPDIR": str(folder)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-u", *sys.argv],
+            env={**os.environ, **world, PARENT: layout, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(size)
+    ]
+    deadline = time.monotonic() + args.seconds + 2 * GRACE_SECONDS
+    try:
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            if any(rank.poll() for rank in ranks):  # one has failed: the others wait for it
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            time.sleep(0.1)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    codes = [rank.wait() for rank in ranks]
+    if any(codes):
+        log(f"{layout}: the ranks ended with {codes}")
+    file = folder / "found"
+    found: Found | None = pickle.loads(file.read_bytes()) if file.exists() else None
+    return found
+
+
+# A rank
+
+
+def run_layout(layout: str, args: argparse.Namespace) -> None:
     """On every rank: the same weights, then the engine, or its steps."""
-    args = work.args
-    if args.dump_after:
-        faulthandler.dump_traceback_later(args.dump_after, repeat=True)
     start = time.perf_counter()
+    rank = int(os.environ["RANK"])
+    where = f"{layout}, rank {rank}"
+    faulthandler.dump_traceback_later(args.seconds + GRACE_SECONDS)
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {where}: %(message)s", datefmt="%H:%M:%S")
+    tp, ep, spread = SIZES[layout]
+    parallel = ParallelConfig(
+        tp=args.ranks if tp > 1 else 1,
+        ep=args.ranks if ep > 1 else 1,
+        data_parallel=spread,
+        timeout_seconds=min(120.0, args.seconds),
+    )
+    device = str(moegraft.init_parallel(args.device)) if parallel.world_size > 1 else args.device
+    if args.device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // parallel.world_size))
     torch.manual_seed(0)
-    device = "cpu" if args.device == "cpu" else f"cuda:{torch.cuda.current_device()}"
     model = make_model(args, device)
+    log(f"{where}: a model of {args.layers} layers after {time.perf_counter() - start:.1f} s")
+    count = max(args.adapters)
     options: dict[str, Any] = {
         "kv_memory": args.kv_memory,
         "max_model_len": max(2048, args.context + args.new + 1),
@@ -129,41 +196,60 @@ def run_layout(work: Work, rank: int) -> Found | None:
         "prefix_cache": False,
         "cuda_graphs": not args.eager,
         "device": args.device,
+        "adapter_memory": count * adapter_bytes(model, args.rank) + (64 << 20),
     }
-    tp, ep, spread = SIZES[work.layout]
-    parallel = ParallelConfig(
-        tp=args.ranks if tp > 1 else 1, ep=args.ranks if ep > 1 else 1, data_parallel=spread, timeout_seconds=120.0
-    )
-    count = max(args.adapters)
-    options["adapter_memory"] = count * adapter_bytes(model, args.rank) + (64 << 20)
-    if dist.get_rank() > 0:
+    if rank > 0:
         moegraft.Engine.follow(model, parallel=parallel, **options)
-        return None
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        files = [write_adapter(model, Path(scratch) / f"file{i}", rank=args.rank, seed=i) for i in range(min(count, 2))]
-        with moegraft.Engine(model, parallel=parallel, **options) as engine:
-            log(f"{work.layout}: open after {time.perf_counter() - start:.1f} s")
-            start = time.perf_counter()
-            for i in range(count):
-                engine.load_adapter(f"a{i}", files[i % 2])
-            load_seconds = (time.perf_counter() - start) / max(count, 1)
-            log(f"{work.layout}: {load_seconds:.2f} s an adapter")
-            checked = generate(engine, draw(CHECKED, 40, args, seed=7), count, CHECKED_TOKENS, logprobs=20)
-            cells = [
-                measure(engine, work.layout, *cell, args) for cell in itertools.product(args.batches, args.adapters)
-            ]
+        dist.destroy_process_group()
+        log(f"{where}: left")
+        return
+    folder = Path(tempfile.gettempdir())
+    files = [write_adapter(model, folder / f"file{i}", rank=args.rank, seed=i) for i in range(min(count, 2))]
+    with moegraft.Engine(model, parallel=parallel, **options) as engine:
+        log(f"{where}: open after {time.perf_counter() - start:.1f} s")
+        began = time.perf_counter()
+        for i in range(count):
+            engine.load_adapter(f"a{i}", files[i % 2])
+        load_seconds = (time.perf_counter() - began) / max(count, 1)
+        log(f"{where}: {load_seconds:.2f} s an adapter")
+        checked = generate(engine, draw(CHECKED, 40, args, seed=7), count, CHECKED_TOKENS, logprobs=20)
+        log(f"{where}: the check has run after {time.perf_counter() - start:.1f} s")
+        found = Found(
+            checked=tuple(
+                tuple((entry.token_id, dict(entry.top)) for entry in one.outputs[0].logprobs) for one in checked
+            ),
+            load_seconds=load_seconds,
+        )
+        keep(found, folder)
+        for batch, adapters in cells(args):
+            if time.perf_counter() - start > args.seconds:
+                log(f"{where}: no time for batch {batch}, {adapters} adapters")
+                continue
+            cell = measure(engine, batch, adapters, args)
+            log(f"{where}: {time.perf_counter() - start:.1f} s {cell}")
+            found.cells.append(cell)
             groups = engine._graft.layout.groups
-            sent = {
+            found.sent = {
                 comm.name: comm.traffic.total_bytes for comm in (groups.tp, groups.ep, groups.world) if comm.size > 1
             }
-            captures = engine.stats().graph_captures
-    return Found(
-        cells=tuple(cells),
-        checked=tuple(tuple((entry.token_id, dict(entry.top)) for entry in one.outputs[0].logprobs) for one in checked),
-        captures=captures,
-        load_seconds=load_seconds,
-        sent=sent,
-    )
+            found.captures = engine.stats().graph_captures
+            keep(found, folder)
+    found.is_complete = len(found.cells) == len(list(cells(args)))
+    keep(found, folder)
+    log(f"{where}: closed after {time.perf_counter() - start:.1f} s")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def cells(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """(batch, adapters), the most important first; batch 0: prefill, behind the first two batches."""
+    for batch in (*args.batches[:2], 0, *args.batches[2:]):
+        yield from dict.fromkeys((batch, min(adapters, batch or adapters)) for adapters in args.adapters)
+
+
+def keep(found: Found, folder: Path) -> None:
+    (folder / "new").write_bytes(pickle.dumps(found))
+    (folder / "new").rename(folder / "found")
 
 
 def make_model(args: argparse.Namespace, device: str) -> PreTrainedModel:
@@ -222,24 +308,24 @@ def generate(
     return found
 
 
-def measure(engine: moegraft.Engine, layout: str, batch: int, adapters: int, args: argparse.Namespace) -> Cell:
-    adapters = min(adapters, batch)
+def measure(engine: moegraft.Engine, batch: int, adapters: int, args: argparse.Namespace) -> Cell:
+    if batch == 0:
+        return Cell(batch=0, adapters=adapters, value=prefill_rate(engine, adapters, args))
     generate(engine, draw(batch, args.context, args, seed=3), adapters, 4)  # compiles and captures
-    step_ms = min(median_gap(engine, draw(batch, args.context, args, seed=i), adapters, args) for i in range(2))
-    prefill = None
-    if batch == max(args.batches):
-        length = min(1024, args.prefill)
-        count = args.prefill // length
-        times = []
-        for seed in range(3):  # the first compiles
-            prompts = draw(count, length, args, seed=seed)
-            start = time.perf_counter()
-            generate(engine, prompts, adapters, 1)
-            times.append(time.perf_counter() - start)
-        prefill = count * length / min(times[1:])
-    cell = Cell(layout=layout, batch=batch, adapters=adapters, step_ms=step_ms, prefill=prefill)
-    log(str(cell))
-    return cell
+    gaps = [median_gap(engine, draw(batch, args.context, args, seed=i), adapters, args) for i in range(2)]
+    return Cell(batch=batch, adapters=adapters, value=min(gaps))
+
+
+def prefill_rate(engine: moegraft.Engine, adapters: int, args: argparse.Namespace) -> float:
+    length = min(1024, args.prefill)
+    count = args.prefill // length
+    times = []
+    for seed in range(3):  # the first compiles
+        prompts = draw(count, length, args, seed=seed)
+        start = time.perf_counter()
+        generate(engine, prompts, adapters, 1)
+        times.append(time.perf_counter() - start)
+    return count * length / min(times[1:])
 
 
 _runs = itertools.count()
@@ -285,17 +371,16 @@ def compare(one: Found, other: Found, tie: float, layout: str) -> dict[str, floa
     return {**counts, "error": error}
 
 
-def report(found: Found, one: Found) -> None:
-    alone = {(cell.batch, cell.adapters): cell for cell in one.cells}
-    print("layout batch LoRAs  step ms    tok/s  vs one   prefill  vs one")
+def report(layout: str, found: Found, one: Found) -> None:
+    alone = {(cell.batch, cell.adapters): cell.value for cell in one.cells}
+    print("layout batch LoRAs  step ms    tok/s  vs one")
     for cell in found.cells:
-        other = alone[cell.batch, cell.adapters]
-        prefill = "" if cell.prefill is None else f"{cell.prefill:9.0f} {cell.prefill / (other.prefill or 1):7.2f}"
-        rate = cell.batch / cell.step_ms * 1e3
-        ratio = other.step_ms / cell.step_ms
-        print(
-            f"{cell.layout:>6} {cell.batch:5} {cell.adapters:5} {cell.step_ms:8.2f} {rate:8.0f} {ratio:7.2f} {prefill}"
-        )
+        other = alone.get((cell.batch, cell.adapters), float("nan"))
+        if cell.batch:
+            shown = f"{cell.batch:5} {cell.adapters:5} {cell.value:8.2f} {cell.batch / cell.value * 1e3:8.0f}"
+            print(f"{layout:>6} {shown} {other / cell.value:7.2f}")
+        else:
+            print(f"{layout:>6} {'pre':>5} {cell.adapters:5} {'':8} {cell.value:8.0f} {cell.value / other:7.2f}")
     sys.stdout.flush()
 
 
@@ -306,7 +391,7 @@ def summary(found: dict[str, Found], verdicts: dict[str, Any], args: argparse.Na
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "options": {name: value for name, value in vars(args).items() if name != "scratch"},
-        "cells": [asdict(cell) for one in found.values() for cell in one.cells],
+        "cells": [{"layout": layout, **asdict(cell)} for layout, one in found.items() for cell in one.cells],
         "tokens": verdicts,
         "captures": {layout: one.captures for layout, one in found.items()},
         "load_seconds": {layout: one.load_seconds for layout, one in found.items()},
@@ -315,7 +400,7 @@ def summary(found: dict[str, Found], verdicts: dict[str, Any], args: argparse.Na
 
 
 def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

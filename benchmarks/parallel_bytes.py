@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from stopwatch import graph_us
 
 from moegraft.build import build_fused_moe_with_lora, build_parallel_moe, take_slice
 from moegraft.cli.launch import run_on_ranks
@@ -198,6 +199,14 @@ class RankLayer:
                 seconds.append(time.perf_counter() - began)
             sent = (self._sent_bytes() - before) / count
         return Steps(out=out, milliseconds=1e3 * statistics.median(seconds), sent_bytes=sent)
+
+    def graph_us(self, batch: Batch, *, lora: bool) -> float:
+        """Microseconds of a step as a CUDA graph with its collectives: all ranks replay together."""
+        with self.bank.acquire(batch.names) as held:
+            rows = AdapterRows.of(held.own.row_slots, device=batch.x.device)
+            bounds = RankBounds.of(held.union.max_ranks(MODULE))
+            context = self.with_lora.lora_context(rows, bounds, held.group) if lora else None
+            return graph_us(lambda: self.base.apply_experts(batch.x, batch.weights, batch.ids, context), replays=30)
 
     def _sent_bytes(self) -> int:
         groups = self.groups

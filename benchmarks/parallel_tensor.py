@@ -6,7 +6,8 @@
 Every token of a cell with adapters uses one of four, of rank 8. Bytes are counted by the communicators as they send;
 what a rank keeps of the adapters is what its bank says. Correctness first: a cell whose output or delta is off from
 one process's is not reported, and the run fails. The ranks share this machine's cores, so a step's time is that of all
-ranks' work. ``--device cuda``: a GPU a rank, over NCCL; each step is waited for. Experts have the F of the model, of
+ranks' work. ``--device cuda``: a GPU a rank, over NCCL; each step is waited for, and timed once more as a CUDA graph
+that holds its collectives. Experts have the F of the model, of
 which there are fewer than it has. The last line is one JSON document.
 """
 
@@ -65,6 +66,7 @@ def run_cell(
     groups.world.barrier()
     base, lora = (layer.steps(batch, request.steps, lora=lora) for lora in (False, True))
     bank = layer.bank.bank
+    graphs = [layer.graph_us(batch, lora=lora) for lora in (False, True)] if request.device == "cuda" else []
     return {
         "shape": request.shape.name,
         "world": request.world,
@@ -75,6 +77,7 @@ def run_cell(
         "adapter_bytes": sum(bank.info(name).num_bytes for name in bank.names()),
         "base_ms": round(base.milliseconds, 3),
         "lora_ms": round(lora.milliseconds, 3),
+        "graph_us": [round(us, 1) for us in graphs],
         "wrong": wrong,
     }
 
@@ -88,7 +91,8 @@ def print_row(row: dict[str, object]) -> None:
     base, sent, held = (int(str(row[name])) / 1024 for name in ("sent_without_adapters", "sent", "adapter_bytes"))
     print(
         f"{head}  a rank sends {base:8.1f} KiB, with adapters {sent:8.1f}, and keeps {held:8.1f} KiB of them"
-        f"  base {row['base_ms']:7.2f} ms  lora {row['lora_ms']:7.2f} ms",
+        f"  base {row['base_ms']:7.2f} ms  lora {row['lora_ms']:7.2f} ms"
+        f"  as graphs {row['graph_us']} us",
         flush=True,
     )
 

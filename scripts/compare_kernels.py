@@ -130,6 +130,7 @@ def call_linears(rows: int, rank: int) -> None:
     import torch
 
     from moegraft.core.tables import NUM_FIELDS, LinearTables
+    from moegraft.kernels.linear_few_rows.host import MAX_ROWS, linear_few_rows
     from moegraft.kernels.lora_linear.host import add_lora_linears
 
     factors = empty(8, 3, 3, NUM_FIELDS, dtype=torch.int32)
@@ -143,6 +144,10 @@ def call_linears(rows: int, rank: int) -> None:
         for i in range(3)
     ]
     ys, slots = [empty(rows, width) for width in (4096, 512, 512)], empty(rows, dtype=torch.int32)
+    if rows <= MAX_ROWS:
+        weights = [empty(width, 2048) for width in (4096, 512, 512)]
+        linear_few_rows(empty(rows, 2048), weights, [None] * 3)
+        linear_few_rows(empty(rows, 2048), weights, [None] * 3, token_slots_M=slots, tables=tables, rank_bound=rank)
     for run_length in (1, 64):
         add_lora_linears(
             ys, empty(rows, 2048), slots, tables, rank_bound=rank, run_length=run_length, biases=[None] * 3

@@ -84,6 +84,30 @@ def test_ratios_are_of_the_cells_that_both_have(report: ModuleType) -> None:
     assert report.summary([wrong], {})["wrong_cells"] == 1
 
 
+def test_rows_of_a_kit_are_stamped_and_wrong_ones_left_out(
+    grid: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each engine by its name; a row with too large an error, or without one, is in no ratio."""
+    facts = {"device": "a card", "stopwatch": "a stopwatch", "date": "2026-01-01"}
+    monkeypatch.setattr(grid, "run_facts", lambda: {**facts, "commit": "none"})
+    (tmp_path / "kit").mkdir()
+    rows = [
+        {"engine": "one 1.0", "lora_us": 2.0, "rel_err": 0.01, "base_rel_err": 0.01},
+        {"engine": "two 1.0", "lora_us": 3.0, "rel_err": 0.01, "base_rel_err": 0.01},
+        {"engine": "two 1.0", "lora_us": 3.0, "rel_err": 0.03, "base_rel_err": 0.01},
+        {"engine": "two 1.0", "lora_us": 3.0, "rel_err": 0.01},
+    ]
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / "kit" / "layer.sh").write_text(f"cat > $5 <<'ROWS'\n{lines}\nROWS\necho $1 $2 $3 $4 > $0.asked\n")
+    argv = ["--kits", str(tmp_path / "kit"), "--shapes", "mixtral", "--tokens", "1,8", "--cells", "1:16:1"]
+    args = grid._parse([*argv, "--out", str(tmp_path / "ours.jsonl")])
+    files, wrong = grid._measure_kits(args)
+    assert (tmp_path / "kit" / "layer.sh.asked").read_text() == "bf16 mixtral 1,8 1:16:1\n"
+    assert wrong == 2
+    assert [path.name for path in files] == ["one 1.0.jsonl", "two 1.0.jsonl"]
+    assert json.loads(files[0].read_text()) == {**rows[0], **facts, "format": "bf16"}
+
+
 def test_the_command_prints_tables_or_the_reason(
     grid: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -13,9 +14,11 @@ from support.families import build
 from transformers import PreTrainedModel
 
 import moegraft
-from moegraft.core.errors import BatchError, UnknownAdapterError
+from moegraft import Engine, SamplingParams
+from moegraft.core.errors import AdapterInUseError, BatchError, UnknownAdapterError
 from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import load_peft_adapter
+from moegraft.serving.requests import FinishReason, Request
 
 ATOL = 1e-4
 IDS = random_ids()
@@ -141,6 +144,51 @@ def test_kept_by_version_and_forgotten_with_its_parts(model: PreTrainedModel, fo
         other = graft(input_ids=IDS, adapters=[["fused", "some"], None]).logits
         torch.testing.assert_close(other[0], merged(model, folders, {"fused": 1, "outer": 1})[0], atol=ATOL, rtol=0)
         graft.bank.check_integrity()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_engine_serves_them(model: PreTrainedModel, folders: Path) -> None:
+    """PEFT's tokens; parts may be loaded on first use, replaced, taken away; what nobody uses is kept and bounded."""
+    live = peft.PeftModel.from_pretrained(copy.deepcopy(model), folders / "style", adapter_name="style")
+    live.load_adapter(folders / "domain", adapter_name="domain")
+    live.add_weighted_adapter(["style", "domain"], [1.0, -2.0], "both", combination_type="cat")
+    live.set_adapter("both")
+    live.eval()
+    prompt = tuple(IDS[0].tolist())
+    sizes = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    greedy = {"attention_mask": torch.ones(1, len(prompt)), **sizes}
+    with torch.no_grad():
+        expected = tuple(live.generate(input_ids=IDS[:1], **greedy)[0, len(prompt) :].tolist())
+    entry, params = ["style", ("domain", -2.0)], SamplingParams(temperature=0, max_tokens=6, min_tokens=6)
+
+    def run(*entries: Any) -> list[Any]:
+        found = [each.outputs[0] for each in engine.generate([(prompt, entry) for entry in entries], params)]
+        return [output.error or output.token_ids for output in found]
+
+    options = {"adapter_memory": "8MiB", "max_adapters": 3, "page_size": 4, "max_model_len": 100}
+    with Engine(copy.deepcopy(model), adapters_from=folders, **options) as engine:
+        first, base, style = run(entry, None, "style")
+        assert first == expected not in (base, style)
+        assert run(entry, [("style", 1.0)], ["style", ("domain", 1.0)])[:2] == [expected, style]
+        run(*(["style", ("domain", 0.1 * i)] for i in range(2, 7)))
+        assert sum(handle.is_combined for handle in engine._graft.bank.handles()) == 3
+        with pytest.raises(BatchError, match="'dora@1' cannot be combined"):
+            run("dora"), run(["style", "dora"])
+        assert "cannot be combined" in run(["style", "rows"])[0]  # not loaded before
+        long = SamplingParams(temperature=0, max_tokens=60, min_tokens=60)
+        stream = engine.submit(Request(request_id="1", prompt_ids=prompt, adapter=entry, sampling=long))
+        assert stream.get(30) is not None
+        engine.load_adapter("domain", folders / "style", replace=True)
+        assert run(entry)[0] != expected
+        with pytest.raises(AdapterInUseError, match="serves 1 requests"):
+            engine.unload_adapter("style")
+        with pytest.raises(UnknownAdapterError, match="no adapter 'gone'"):
+            run(["domain", "gone"])
+        engine.unload_adapter("style", force=True)
+        assert [event.finish_reason for event in stream][-1] is FinishReason.CANCELLED
+        assert [handle.name for handle in engine._graft.bank.handles()] == ["dora@1", "rows@1", "domain@2"]
+        assert not engine._store._combined
+        engine.check_integrity()
 
 
 @pytest.mark.parametrize(

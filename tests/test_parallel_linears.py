@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,7 @@ from support.slicing import slice_linear
 from moegraft.core.cuts import cut_tensor
 from moegraft.core.errors import BatchError
 from moegraft.lora.bank import AdapterBank, BankLayout
-from moegraft.lora.punica.sharded import ShardedLinearPunica
+from moegraft.lora.punica.sharded import ShardedLinearPunica, ShardedLinearPunicaGPU
 from moegraft.lora.rows import AdapterRows
 from moegraft.lora.targets import AdapterWeights, LinearTarget, ModelTargets, local_targets
 from moegraft.parallel import (
@@ -47,6 +48,7 @@ class Layout:
     style: str  # column, packed (gate and up in one map), row
     is_reduced: bool
     fully_sharded: bool = False
+    kernels: bool = False
 
     def slice_of(self, share: Share, in_features: int, out_features: int) -> LinearSlice:
         if self.style == "row":
@@ -96,7 +98,11 @@ def run_rank(layout: Layout, case_args: dict[str, object]) -> tuple[torch.Tensor
     rows = [names.get(slot) for slot in case.slots_M.tolist()]
     x_MI = case.x_MI if mine.inputs is None else cut_tensor(case.x_MI, {1: mine.inputs})
     y_MO, bias_O = own_output(case, layout, mine, tp.rank)
-    punica = ShardedLinearPunica(tp, mine, is_reduced=layout.is_reduced)
+    punica = (
+        ShardedLinearPunicaGPU(tp, mine)
+        if layout.kernels
+        else ShardedLinearPunica(tp, mine, is_reduced=layout.is_reduced)
+    )
     with bank.acquire(rows) as batch, poison_allocations():
         stated = AdapterRows.of(batch.row_slots, device="cpu")
         punica.add_lora_linear(y_MO, x_MI, stated, bank.linear_tables(MODULE), rank_bound=64, bias_O=bias_O)
@@ -165,6 +171,14 @@ def test_dora_on_a_partial_output_of_which_the_rank_scales_only_some_columns_is_
     for outcome in world2.outcomes(run_rank, layout, case):
         assert isinstance(outcome.error, BatchError)
         assert "needs the reduced output" in str(outcome.error)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("name", ["column, gathered", "row, reduced"])
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_kernels_equal_one_process(world2: WorldPool, name: str, fully_sharded: bool) -> None:
+    layout = replace(LAYOUTS[name], fully_sharded=fully_sharded, kernels=True)
+    check(world2, layout, gains=(0, 3))
 
 
 def test_each_rank_holds_its_share(world4: WorldPool) -> None:

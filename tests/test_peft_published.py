@@ -291,26 +291,34 @@ class TestModulesThatAreNotServed:
     """An adapter of a vision-language model that was trained on its tower too: text meets no part of it."""
 
     def test_the_rest_is_loaded_where_that_is_asked_for(self, tmp_path: Path) -> None:
-        model = tiny_model("qwen3_vl_moe")
-        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "qkv", "linear_fc1"])
+        model = tiny_model("internvl")
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
         input_ids = torch.tensor([[1, 5, 9, 2, 7, 3, 11]] * 2)
         expected = save_with_peft(model, config, tmp_path, input_ids)
         with moegraft.attach(model, adapter_memory="8MiB") as graft:
             base = graft(input_ids=input_ids).logits
-            with pytest.raises(UnservedModuleError, match=r"visual.*exists in the base model.*skip_unserved=True"):
+            with pytest.raises(
+                UnservedModuleError, match=r"vision_tower.*exists in the base model.*skip_unserved=True"
+            ):
                 graft.load_adapter(tmp_path, "a")
             report = graft.load_adapter(tmp_path, "a", skip_unserved=True)
             found = graft(input_ids=input_ids, adapters=["a", None]).logits
-        assert all(name.startswith("model.visual.") and "rows" in why for name, why in report.left_out.items())
+        assert all(name.startswith("model.vision_tower.") and "rows" in why for name, why in report.left_out.items())
         assert report.tensors_left_out == 2 * len(report.left_out) > 0
         assert report.tensors_applied + report.tensors_left_out == report.tensors_in_file
         torch.testing.assert_close(found[0], expected[0], atol=ATOL, rtol=0)
         assert (found[0] - base[0]).abs().max() > 100 * ATOL
 
     def test_nothing_else_is_skipped(self, tmp_path: Path) -> None:
-        targets = discover_targets(tiny_model("qwen3_vl_moe"))
-        tower = {f"{PREFIX}model.visual.blocks.0.attn.qkv.lora_{ab}.weight": torch.ones(2, 2) for ab in "AB"}
-        unknown = {f"{PREFIX}model.visual.blocks.9.attn.qkv.lora_{ab}.weight": torch.ones(2, 2) for ab in "AB"}
+        targets = discover_targets(tiny_model("internvl"))
+        tower = {
+            f"{PREFIX}model.vision_tower.encoder.layer.0.attention.q_proj.lora_{ab}.weight": torch.ones(2, 2)
+            for ab in "AB"
+        }
+        unknown = {
+            f"{PREFIX}model.vision_tower.encoder.layer.9.attention.q_proj.lora_{ab}.weight": torch.ones(2, 2)
+            for ab in "AB"
+        }
         with pytest.raises(AdapterMismatchError, match="has no module"):
             load_peft_adapter(
                 write_adapter(tmp_path / "a", tower | unknown), targets, dtype=torch.float32, skip_unserved=True

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,12 +37,33 @@ LAYOUTS = [
 ]
 OPTIONS: dict[str, Any] = {"page_size": 16, "max_model_len": 64, "max_rows": 8, "chunk_tokens": 64}
 NEW = 12
+_TRUTHS: dict[torch.dtype, list[list[tuple[int, ...]]]] = {}
 
 
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[WorldPool]:
-    with WorldPool(2, device="cuda", timeout_seconds=150.0) as pool:
+    with WorldPool(2, device="cuda", timeout_seconds=75.0) as pool:
         yield pool
+
+
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where a test that starts its own ranks hangs: the stacks of all threads of all of them, and the end."""
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+
+    def end() -> None:
+        faulthandler.dump_traceback(sys.__stderr__)
+        for child in multiprocessing.active_children():
+            if child.name.startswith("rank "):
+                os.kill(child.pid or 0, signal.SIGABRT)
+        time.sleep(2)
+        os._exit(1)
+
+    timer = threading.Timer(75.0, end)
+    timer.daemon = True
+    timer.start()
+    yield
+    timer.cancel()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +86,13 @@ def case(adapters: dict[str, Path], parallel: ParallelConfig, dtype: torch.dtype
 
 
 def alone(case: RankCase) -> list[list[tuple[int, ...]]]:
-    """On one GPU, in this process."""
+    """On one GPU, in this process; the same for all layouts."""
+    if case.dtype not in _TRUTHS:
+        _TRUTHS[case.dtype] = _serve_alone(case)
+    return _TRUTHS[case.dtype]
+
+
+def _serve_alone(case: RankCase) -> list[list[tuple[int, ...]]]:
     greedy = SamplingParams(temperature=0, max_tokens=case.new, min_tokens=case.new)
     found = []
     model = build(case.family).to("cuda:0", case.dtype)
@@ -72,14 +102,6 @@ def alone(case: RankCase) -> list[list[tuple[int, ...]]]:
                 engine.load_adapter(name, path, replace=True)
             found.append([each.token_ids for each in engine.generate(requests, greedy)])
     return found
-
-
-@pytest.mark.parametrize("parallel", LAYOUTS)
-def test_float32(adapters: dict[str, Path], parallel: ParallelConfig, gpus: WorldPool) -> None:
-    """Experts in torch's own operations, without graphs."""
-    mine = case(adapters, parallel, torch.float32)
-    found, _, _ = gpus.run(serve_case, mine)[0]
-    assert found == alone(mine)
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS)
@@ -100,6 +122,7 @@ def test_kernels_in_bfloat16(adapters: dict[str, Path], parallel: ParallelConfig
         assert sum(same) >= 0.8 * len(same), (found, again)
 
 
+@pytest.mark.usefixtures("stacks")
 def test_a_plan_of_transformers(adapters: dict[str, Path], tmp_path: Path) -> None:
     """Attention, pages and vocabulary are cut too; the engine starts its other rank."""
     build("qwen3_moe").save_pretrained(tmp_path / "model")
@@ -114,6 +137,15 @@ def test_a_plan_of_transformers(adapters: dict[str, Path], tmp_path: Path) -> No
     assert found == alone(mine)
 
 
+@pytest.mark.parametrize("parallel", LAYOUTS)
+def test_float32(adapters: dict[str, Path], parallel: ParallelConfig, gpus: WorldPool) -> None:
+    """Experts in torch's own operations, without graphs."""
+    mine = case(adapters, parallel, torch.float32)
+    found, _, _ = gpus.run(serve_case, mine)[0]
+    assert found == alone(mine)
+
+
+@pytest.mark.usefixtures("stacks")
 def test_a_lost_rank(adapters: dict[str, Path], tmp_path: Path) -> None:
     """NCCL's kernel waits for it for ever: the request is told all the same."""
     build("qwen3_moe", max_position_embeddings=8192).to(torch.bfloat16).save_pretrained(tmp_path / "model")

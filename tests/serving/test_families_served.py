@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from support.families import FAMILIES, build
-from support.family_adapters import save_everything, save_part
+from support.family_adapters import save_everything, save_part, save_with_config
 from support.serving import draw_prompts
+from support.zoo import IMAGE_TOKEN, tiny_model
+from transformers import PreTrainedModel
 
 import moegraft
 from moegraft import Engine, SamplingParams
 from moegraft.core.errors import UnsupportedModelError
+from moegraft.integrations.transformers.host.targets import discover_targets
+from moegraft.serving.requests import RequestError
 from moegraft.serving.runner import Runner
 
 NEW = 14
@@ -79,6 +86,46 @@ def test_recurrent_state_is_served(family: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("family", REST)
 def test_every_other_family_is_served(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(family, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4", "nemotron_h_omni", "qwen3_omni_moe"])
+def test_wrappers_with_images_and_sound_serve_text(model_type: str, tmp_path: Path) -> None:
+    """As a model that reads each sequence anew gives it. Qwen3-Omni's thinker is found in its checkpoint."""
+    model = tiny_model(model_type)
+    source: Any = model
+    if model_type == "qwen3_omni_moe":
+        source = tmp_path / "model"
+        model.save_pretrained(source)
+        model = model.thinker
+    linears = [name for name in discover_targets(model).linears if name.endswith(("q_proj", "o_proj"))]
+    save_with_config(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=64, target_modules=linears), tmp_path / "a")
+    before = [part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)]
+    prompt = (5, 6, 7, 8)
+    with Engine(
+        source, adapters={"a": tmp_path / "a"}, page_size=2, chunk_tokens=3, max_rows=2, dtype="float32"
+    ) as engine:
+        params = SamplingParams(temperature=0, max_tokens=4, min_tokens=4)
+        found = [each.token_ids for each in engine.generate([(prompt, "a"), (prompt, None)], params)]
+        with pytest.raises(RequestError, match="the config's image_token_id, and no images"):
+            list(engine.generate([(5, IMAGE_TOKEN)], params))
+    with moegraft.attach(model, adapter_memory="8MiB") as graft:
+        graft.load_adapter(tmp_path / "a")
+        both = graft(input_ids=torch.tensor([prompt, prompt]), adapters=["a", None], use_cache=False).logits
+        assert not torch.allclose(both[0], both[1], atol=0.01)
+        for tokens, name in zip(found, ("a", None), strict=True):
+            ids = torch.tensor([(*prompt, *tokens)])
+            logits = graft(input_ids=ids, adapters=[name], use_cache=False).logits[0]
+            assert tuple(logits[len(prompt) - 1 : -1].argmax(-1).tolist()) == tokens
+    after = [part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)]
+    assert after == before
+
+
+def test_a_model_that_needs_more_than_text_is_refused() -> None:
+    """Whatever its code raises for want of pictures or sound, the error is the engine's."""
+    model = build("qwen3_moe")
+    model.model.forward = lambda **inputs: inputs["pixel_values"].shape  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedModelError, match="a step of text alone, over pages, raises KeyError"):
+        Engine(model)
 
 
 def test_a_kind_of_layer_that_is_unknown_is_refused_by_name() -> None:

@@ -114,7 +114,7 @@ def test_an_adapter_that_replaces_parameters_runs_eagerly(served: Any, kinds: di
         assert engine.stats().graph_captures == 1
 
 
-FUSED = {"qwen3_moe": (9, 2, 1), "gpt_oss": (5, 2, 1), "gemma4_text": (22, 0, 0)}
+FUSED = {"qwen3_moe": (9, 2, 1, 4), "gpt_oss": (5, 2, 1, 4), "gemma4_text": (22, 0, 0, 15)}
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -125,6 +125,7 @@ def test_norms_routers_and_rotary_embeddings_in_few_launches(
     model = build(family)
     file, norm = sys.modules[type(model).__module__], next(m for m in model.modules() if "RMSNorm" in type(m).__name__)
     own = (file.apply_rotary_pos_emb, norm.forward)
+    monkeypatch.setattr("moegraft.serving.few_rows._FEWEST_COLUMNS", 1)
     (prompt,) = draw_prompts((3,))
     # Of the router too, whose LoRA hangs on its product.
     adapters = {"everything": kinds["everything"]} if family == "qwen3_moe" else {}
@@ -132,11 +133,12 @@ def test_norms_routers_and_rotary_embeddings_in_few_launches(
     with Engine(model, adapters=adapters, **OPTIONS) as engine:
         fused = engine._loop.runner._fused
         assert fused is not None
-        assert (len(fused.norms), len(fused.routers), len(fused.rotaries)) == FUSED[family]
+        taken = (fused.norms, fused.routers, fused.rotaries, fused.linears)
+        assert tuple(map(len, taken)) == FUSED[family]
         found = run(engine, requests)
-        taken = {key: half for rotary in fused.rotaries for key, half in rotary._known.items()}
+        turned = {key: half for rotary in fused.rotaries for key, half in rotary._known.items()}
     assert (file.apply_rotary_pos_emb, norm.forward) == own
-    assert None not in taken.values()
+    assert None not in turned.values()
     if adapters:
         assert found == truth(requests, NEW)
     else:

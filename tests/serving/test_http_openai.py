@@ -9,8 +9,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from support.http_server import ADAPTERS, Running, Served, make_served, running
+from transformers import Qwen3MoeForCausalLM
 
+import moegraft
 from moegraft.serving.engine import Engine
 from moegraft.serving.http.guard import ServerOptions
 
@@ -67,6 +70,24 @@ def test_greedy_text_is_pefts(
     found = client.completions.create(model=model, prompt=PROMPT, max_tokens=NEW, temperature=0)
     assert found.choices[0].text == text_of(served, truths[name])
     assert found.usage is not None and found.usage.completion_tokens == len(truths[name])
+
+
+def test_several_adapters_add_up(client: openai.OpenAI, served: Served) -> None:
+    model = Qwen3MoeForCausalLM.from_pretrained(served.model, dtype=torch.float32)
+    ids = served.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with moegraft.attach(model, adapter_memory="4MiB") as graft:
+        for name, folder in served.adapters.items():
+            graft.load_adapter(folder, name=name)
+        rows = [["experts", ("attention", -0.5)]]
+        expected = graft.generate(input_ids=ids, adapters=rows, max_new_tokens=NEW, do_sample=False)
+    text = text_of(served, expected[0, ids.shape[1] :].tolist())
+    for model_name in ("experts+-0.5*attention", "base:experts+-0.5*attention"):
+        found = client.completions.create(model=model_name, prompt=PROMPT, max_tokens=NEW, temperature=0)
+        assert (found.choices[0].text, found.model) == (text, model_name)
+    for wrong, status in (("experts+experts", 400), ("experts+nobody", 404), ("nan*experts", 404), ("experts+", 404)):
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.completions.create(model=wrong, prompt=PROMPT)
+        assert (refused.value.status_code, refused.value.param) == (status, "model")
 
 
 def test_a_stream_is_the_text_in_pieces(

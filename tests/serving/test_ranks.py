@@ -7,25 +7,33 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from peft import PeftModel
+from support.checkpoints import write_checkpoint
 from support.churn import NARROW, Churn, expect
 from support.distributed import WorldPool
-from support.families import build
+from support.families import FAMILIES, build
+from support.family_adapters import save_all_of, save_everything
 from support.http_server import Served, eventually, make_served
-from support.rank_engines import RankCase, serve_case
+from support.rank_engines import RankCase, lose_rank, same_bits, serve_case
 from support.serving import draw_prompts, serving
+from transformers import AutoModelForCausalLM
 
 from moegraft import Engine, ParallelConfig, SamplingParams
+from moegraft.core.errors import AdapterInUseError, ParallelError
 from moegraft.serving.requests import EngineClosedError, FinishReason, Request
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, min_tokens=8)
 LONG = SamplingParams(temperature=0, max_tokens=120, min_tokens=120)
-NAMES = ("fused", None, "per_expert", "dora", "everything", "save lm_head", None, "lm_head", "embeddings", "save norms")
-LENGTHS = (7, 4, 16, 3, 5, 20, 33, 8, 9, 12)
+NAMES = ("fused", None, "per_expert", "dora", "everything", "save lm_head", None, "lm_head", "embeddings", "save norms",
+         ("fused", ("embeddings", 0.5), "per_expert"))  # fmt: skip
+LENGTHS = (7, 4, 16, 3, 5, 20, 33, 8, 9, 12, 6)
 
 
 def layout(**sizes: Any) -> dict[str, Any]:
@@ -67,11 +75,14 @@ def test_tokens_are_those_of_one_process(checkpoint: Path, kinds: dict[str, Path
         assert [each.outputs[0].error for each in found] == [None] * len(found)
         assert [each.token_ids for each in found] == truth(requests, 8)
         for name in kinds:
+            with suppress(AdapterInUseError):
+                engine._graft.bank.evict(f"{name}@1")  # on this rank alone, as its own room may ask for
+        assert [each.token_ids for each in engine.generate(requests, GREEDY)] == truth(requests, 8)
+        for name in kinds:
             engine.unload_adapter(name)
-        if "plan" not in how:  # there steps and acts take turns
-            churn = Churn(engine, kinds, expect(truth))
-            churn.run(3)
-            churn.check_end()
+        churn = Churn(engine, kinds, expect(truth))
+        churn.run(3)
+        churn.check_end()
     assert not followers()
 
 
@@ -168,3 +179,165 @@ def test_all_ranks_capture_and_replay_the_same_steps(world2: WorldPool, kinds: d
     found, captures, _ = world2.run(serve_case, case)[0]
     assert found == [truth(requests, 4) for _, requests in files]
     assert captures >= 3  # the base, adapters, adapters on the head
+
+
+def test_what_no_graph_serves_runs_without(world2: WorldPool, tmp_path: Path) -> None:
+    """LoRA on the map behind latents, which a step of decode rows does not run."""
+    model = build("deepseek_v3")
+    adapter = save_everything("deepseek_v3", tmp_path / "a").path
+    requests = list(zip(draw_prompts((5, 3)), ("a", "a"), strict=True))
+    options = {"page_size": 4, "max_model_len": 40, "max_rows": 2, "batch_sizes": (2,)}
+    parallel = ParallelConfig(ep=2, timeout_seconds=60.0)
+    rounds: list[Any] = [({}, [(prompt, None) for prompt, _ in requests]), ({"a": adapter}, requests)]
+    case = RankCase(family="deepseek_v3", parallel=parallel, rounds=rounds, graphs=True, options=options)
+    found, captures, _ = world2.run(serve_case, case)[0]
+    assert found[1] == greedy_alone(model, adapter, requests, case.new)
+    assert captures == 1
+
+
+FOUR = {
+    "tp 2 x ep 2": ParallelConfig(tp=2, ep=2, timeout_seconds=60.0),
+    "tp 2 x ep 2, data parallel": ParallelConfig(tp=2, ep=2, data_parallel=True, timeout_seconds=60.0),
+    "ep 4, data parallel": ParallelConfig(ep=4, data_parallel=True, timeout_seconds=60.0),
+    "tp 4": ParallelConfig(tp=4, timeout_seconds=60.0),
+}
+
+
+@pytest.mark.parametrize("how", FOUR)
+def test_four_ranks(world4: WorldPool, kinds: dict[str, Path], truth: Any, how: str) -> None:
+    """Mixed adapters in chunks; adapters that come and go under fire where both sizes are cut."""
+    requests = list(zip(draw_prompts(LENGTHS), NAMES, strict=True))
+    kv_memory = NARROW["kv_memory"] // (2 if FOUR[how].data_parallel else 1)
+    case = RankCase(
+        parallel=FOUR[how],
+        rounds=[(kinds, requests)],
+        new=8,
+        options={**NARROW, "kv_memory": kv_memory},
+        churn=(kinds, expect(truth)) if how == "tp 2 x ep 2" else None,
+    )
+    found, _, _ = world4.run(serve_case, case)[0]
+    assert found == [truth(requests, 8)]
+
+
+def test_four_ranks_by_the_plan(world4: WorldPool, tmp_path: Path) -> None:
+    """One head of keys a rank; adapters on every linear map, by PEFT's own file."""
+    model = build("qwen3_moe", num_key_value_heads=4)
+    model.save_pretrained(tmp_path / "base")
+    adapter = save_all_of(model, tmp_path / "a").path
+    prompts = draw_prompts((5, 20, 9))
+    requests = list(zip(prompts, ("a", None, "a"), strict=True))
+    options = {"page_size": 4, "max_model_len": 40, "max_rows": 4, "chunk_tokens": 16}
+    parallel = ParallelConfig(tp=4, timeout_seconds=60.0)
+    rounds: list[Any] = [({"a": adapter}, requests)]
+    case = RankCase(checkpoint=tmp_path / "base", plan=True, parallel=parallel, rounds=rounds, options=options)
+    found, _, _ = world4.run(serve_case, case)[0]
+    assert found == [greedy_alone(build("qwen3_moe", num_key_value_heads=4), adapter, requests, case.new)]
+
+
+def greedy_alone(model: Any, adapter: Path, requests: Any, new: int) -> list[tuple[int, ...]]:
+    """By transformers' own generate, each request alone, the adapter in PEFT's own hands."""
+    found = []
+    for name in ("a", None):
+        if name is not None:
+            model = PeftModel.from_pretrained(model, adapter)
+        else:
+            model = model.unload()
+        for prompt, wanted in requests:
+            if wanted == name:
+                ids = torch.tensor([prompt])
+                options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+                with torch.no_grad():
+                    tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+                found.append((prompt, name, tuple(tokens[0, len(prompt) :].tolist())))
+    return [next(tokens for p, n, tokens in found if (p, n) == request) for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("stored", "parallel"),
+    [
+        ("gptq, groups of 64, zero points", ParallelConfig(tp=2, ep=2, timeout_seconds=60.0)),
+        ("fp8 blocks", ParallelConfig(ep=4, data_parallel=True, timeout_seconds=60.0)),
+    ],
+    ids=["int4, tp 2 x ep 2", "fp8, ep 4, rows travel in fp8"],
+)
+def test_quantised_experts(world4: WorldPool, tmp_path: Path, stored: str, parallel: ParallelConfig) -> None:
+    """Tokens of one process; in int4, whose GEMMs read rows as they are, of the weights that it stands for too."""
+    checkpoint = write_checkpoint(stored, tmp_path)
+    adapter = save_all_of(checkpoint.dense, tmp_path / "a").path
+    requests = list(zip(draw_prompts((5, 20, 9, 3)), ("a", None, "a", None), strict=True))
+    options = {"page_size": 4, "max_model_len": 40, "max_rows": 4, "chunk_tokens": 16, "device": "cpu"}
+    rounds: list[Any] = [({"a": adapter}, requests)]
+    case = RankCase(checkpoint=checkpoint.path, parallel=parallel, rounds=rounds, options=options)
+    found, _, _ = world4.run(serve_case, case)[0]
+    with Engine(checkpoint.path, adapters={"a": adapter}, dtype="float32", adapter_memory="16MiB", **options) as engine:
+        greedy = SamplingParams(temperature=0, max_tokens=case.new, min_tokens=case.new)
+        assert found == [[each.token_ids for each in engine.generate(requests, greedy)]]
+    if "gptq" in stored:
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+        assert found == [greedy_alone(dense, adapter, requests, case.new)]
+
+
+TWO = {
+    "tp": (ParallelConfig(tp=2, timeout_seconds=60.0), False),
+    "ep": (ParallelConfig(ep=2, timeout_seconds=60.0), False),
+    "data parallel": (ParallelConfig(ep=2, data_parallel=True, timeout_seconds=60.0), False),
+    "plan": (ParallelConfig(tp=2, timeout_seconds=60.0), True),
+}
+# Latent attention; sinks and a plan that leaves experts whole; two kinds of recurrent state.
+HANDFUL = [("deepseek_v3", "plan"), ("gpt_oss", "plan"), ("qwen3_next", "plan"), ("nemotron_h", "data parallel")]
+REST = [(family, how) for family in sorted(FAMILIES) for how in TWO if (family, how) not in HANDFUL]
+
+
+def check_family(world2: WorldPool, family: str, how: str, folder: Path) -> None:
+    build(family).save_pretrained(folder / "base")
+    adapter = save_everything(family, folder / "a").path
+    requests = list(zip(draw_prompts((9, 5, 13)), ("a", None, "a"), strict=True))
+    options: dict[str, Any] = {"page_size": 4, "max_rows": 4, "chunk_tokens": 9, "max_model_len": 32, "device": "cpu"}
+    parallel, plan = TWO[how]
+    rounds: list[Any] = [({"a": adapter}, requests)]
+    case = RankCase(checkpoint=folder / "base", plan=plan, parallel=parallel, rounds=rounds, options=options)
+    greedy = SamplingParams(temperature=0, max_tokens=case.new, min_tokens=case.new)
+    with Engine(folder / "base", adapters={"a": adapter}, dtype="float32", adapter_memory="16MiB", **options) as engine:
+        expected = [each.token_ids for each in engine.generate(requests, greedy)]
+    found, _, _ = world2.run(serve_case, case)[0]
+    assert found == [expected]
+
+
+@pytest.mark.parametrize(("family", "how"), HANDFUL)
+def test_families(world2: WorldPool, family: str, how: str, tmp_path: Path) -> None:
+    """Tokens of one process, under an adapter on every linear map and all experts."""
+    check_family(world2, family, how, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("family", "how"), REST)
+def test_every_family_in_every_layout(world2: WorldPool, family: str, how: str, tmp_path: Path) -> None:
+    check_family(world2, family, how, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["tp 2 x ep 2", "ep 4, data parallel"])
+def test_base_requests_have_the_same_bits_whatever_else_runs(
+    world4: WorldPool, kinds: dict[str, Path], tmp_path: Path, how: str
+) -> None:
+    """In one layout, in batches of one composition: an all-reduce of four sums an element in an order that follows its
+    place. As in one process, of which the test of this name says why all experts are chosen."""
+    build("qwen3_moe", num_experts_per_tok=7).save_pretrained(tmp_path / "base")
+    options = {"batch_sizes": (32,), "max_rows": 8, "chunk_tokens": 32, "prefix_cache": False}
+    case = RankCase(checkpoint=tmp_path / "base", parallel=FOUR[how], rounds=[], options=options)
+    adapters = {name: kinds[name] for name in ("fused", "dora", "lm_head")}
+    requests = list(zip(draw_prompts((7, 4, 9, 6, 5)), (None, "fused", None, "dora", "lm_head"), strict=True))
+    assert world4.run(same_bits, case, adapters, requests)[0] == [True, True]
+
+
+@pytest.mark.parametrize("killed", range(4))
+def test_kill_of_every_rank(tmp_path: Path, killed: int) -> None:
+    """The request ends with an error, and no rank waits for ever."""
+    case = RankCase(parallel=ParallelConfig(tp=2, ep=2, timeout_seconds=10.0), rounds=[])
+    with WorldPool(4, timeout_seconds=50.0) as pool:
+        outcomes = pool.outcomes(lose_rank, case, killed, tmp_path / "now")
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.died == (rank == killed), (rank, outcome)
+        if rank > 0 and rank != killed:
+            assert isinstance(outcome.error, ParallelError), (rank, outcome)
+    if killed > 0:
+        assert "a peer is dead" in (outcomes[0].result or "")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +211,101 @@ def test_one_replica_two_and_one(cluster: Cluster) -> None:
             thread.join(60)
     eventually(lambda: len(cluster.held()) == 1, seconds=60)
     assert set(texts) == {cluster.expected(None)}
+
+
+class Soak:
+    """Clients that check every text, an administrator, and replicas that are killed; counts by how a request ended."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.stop = threading.Event()
+        self.counts: Counter[str] = Counter()
+        self.first_token: list[float] = []
+        self.back: list[float] = []
+        self.odd: list[str] = []
+        self.lock = threading.Lock()
+        longest = {}
+        for adapter in (None, "attention", "experts", "head"):
+            longest[adapter] = cluster.served.alone("a red fox", adapter, max_new_tokens=48)
+        self.right = {
+            (adapter, count): cluster.served.tokenizer.decode(tokens[:count], skip_special_tokens=True)
+            for adapter, tokens in longest.items()
+            for count in range(1, 49)
+        }
+
+    def ask(self, seed: int) -> None:
+        rng = random.Random(seed)
+        while not self.stop.is_set():
+            adapter = rng.choice((None, "attention", "experts", "experts", "head"))
+            count, began = rng.randint(4, 48), time.monotonic()
+            try:
+                chunks = self.cluster.complete(adapter or "model", max_tokens=count, stream=True)
+                text, first = "", None
+                for chunk in chunks:
+                    first = first or time.monotonic() - began
+                    text += chunk.choices[0].text
+                end = "right" if text == self.right[adapter, count] else "wrong"
+                self.first_token.append(first or 0.0)
+            except openai.APIError as error:
+                status = getattr(error, "status_code", None)
+                end = f"told in mid-stream: {LOST}" if status is None and LOST in str(error) else f"status {status}"
+                if not (end.startswith("told") or status == 503):
+                    self.odd.append(repr(error))
+            with self.lock:
+                self.counts[end] += 1
+
+    def change(self) -> None:
+        rng = random.Random(0)
+        while not self.stop.wait(2.0):
+            path = str(self.cluster.served.adapters[rng.choice(("experts", "head"))])
+            loaded = self.cluster.post("load_lora_adapter", lora_name="other", lora_path=path, load_inplace=True)
+            gone = self.cluster.post("unload_lora_adapter", lora_name="other")
+            with self.lock:
+                self.counts[f"load {loaded.status_code}"] += 1
+                self.counts[f"unload {gone.status_code}"] += 1
+
+    def kill(self) -> None:
+        while not self.stop.wait(45.0):
+            before = replicas()
+            os.kill(min(before), signal.SIGKILL)
+            began = time.monotonic()
+            eventually(lambda before=before: bool(replicas() - before) and len(self.cluster.held()) == 2, seconds=150)
+            self.back.append(time.monotonic() - began)
+
+    def memory(self) -> dict[str, int]:
+        """MiB of the processes that are not killed."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                name = (process / "cmdline").read_text().split("\0")[0]
+                if name.startswith("ray::") and "EngineReplica" not in name:
+                    pages = int((process / "statm").read_text().split()[1])
+                    found[f"{name} {process.name}"] = pages * os.sysconf("SC_PAGESIZE") >> 20
+        return found
+
+
+@pytest.mark.soak
+def test_soak(cluster: Cluster) -> None:
+    """Ten minutes by hand: ``SOAK_SECONDS=600 pytest -s -m soak tests/serving/test_ray.py``."""
+    cluster.run(replicas=2)
+    soak = Soak(cluster)
+    acts = [partial(soak.ask, seed) for seed in range(6)] + [soak.change, soak.kill]
+    threads = [threading.Thread(target=act) for act in acts]
+    for thread in threads:
+        thread.start()
+    seconds = float(os.environ.get("SOAK_SECONDS", "60"))
+    time.sleep(seconds / 3)
+    before = soak.memory()
+    time.sleep(seconds * 2 / 3)
+    soak.stop.set()
+    for thread in threads:
+        thread.join(200)
+    after = soak.memory()
+    times = sorted(soak.first_token)
+    p50, p99 = (round(1e3 * times[int(len(times) * share)]) for share in (0.5, 0.99))
+    grown = {name: (size, after[name]) for name, size in before.items() if name in after}
+    print(
+        f"{seconds:.0f} s: {dict(soak.counts)}; first token {p50} ms, 99 %: {p99} ms; back after {soak.back}; {grown}"
+    )
+    assert soak.counts["right"] > 0 and not soak.counts["wrong"] and not soak.odd, soak.odd[:5]
+    eventually(lambda: len(cluster.held()) == 2, seconds=150)

@@ -67,9 +67,9 @@ def write_checkpoint(name: str, folder: Path) -> QuantisedCheckpoint:
     shutil.copytree(folder / "base", folder / "dense")
     state = load_file(folder / "base" / "model.safetensors")
     if layout.matrix is None:
-        stored, meant = _mxfp4(state)
+        stored, meant = mxfp4(state)
     else:
-        stored, meant = _each_matrix(state, layout.matrix)
+        stored, meant = each_matrix(state, layout.matrix)
     save_file(stored, folder / "base" / "model.safetensors", metadata={"format": "pt"})
     save_file(meant, folder / "dense" / "model.safetensors", metadata={"format": "pt"})
     edit_config(folder / "base", quantization_config=dict(layout.config))
@@ -112,7 +112,7 @@ def is_quantised_matrix(name: str, tensor: torch.Tensor) -> bool:
     return tensor.dim() == 2 and name.endswith(".weight") and module.endswith(("_proj", "w1", "w2", "w3"))
 
 
-def _each_matrix(
+def each_matrix(
     state: Tensors, matrix: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
 ) -> tuple[Tensors, Tensors]:
     stored: Tensors = {}
@@ -278,7 +278,7 @@ def write_turned_checkpoint(folder: Path) -> PreTrainedModel:
     return dense
 
 
-def _mxfp4(state: Tensors) -> tuple[Tensors, Tensors]:
+def mxfp4(state: Tensors) -> tuple[Tensors, Tensors]:
     """gpt-oss: experts as blocks of 32 inputs along the last axis, two numbers a byte, and an E8M0 byte for each."""
     stored = dict(state)
     meant = {name: tensor.float() for name, tensor in state.items()}
@@ -326,7 +326,7 @@ def _compressed(family: str, format_name: str, form: str, args: Mapping[str, Any
     )
 
 
-_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False}
 _CHANNEL = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
 _INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
 _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
@@ -391,13 +391,13 @@ LAYOUTS: dict[str, Layout] = {
         sizes=_SIZES,
     ),
     "compressed-tensors int4": _compressed(
-        "qwen3_moe", "int4", "pack-quantized", _INT4, sizes={**_SIZES, "head_dim": 16}
+        "qwen3_moe", "int4", "pack-quantized", INT4, sizes={**_SIZES, "head_dim": 16}
     ),
     "compressed-tensors int4, zero points": _compressed(
-        "olmoe", "int4", "pack-quantized", {**_INT4, "symmetric": False}, sizes={**_SIZES, "intermediate_size": 64}
+        "olmoe", "int4", "pack-quantized", {**INT4, "symmetric": False}, sizes={**_SIZES, "intermediate_size": 64}
     ),
     "compressed-tensors int4, groups of 128": _compressed(
-        "qwen3_moe", "int4", "pack-quantized", {**_INT4, "group_size": 128}, sizes=_WIDE
+        "qwen3_moe", "int4", "pack-quantized", {**INT4, "group_size": 128}, sizes=_WIDE
     ),
     "compressed-tensors int4, whole channels": _compressed("mixtral", "int4", "pack-quantized", _CHANNEL, sizes=_SIZES),
     "compressed-tensors int4, whole channels, zero points": _compressed(

@@ -6,18 +6,21 @@ that kills ranks can have a pool of its own.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import multiprocessing
 import os
 import pickle
+import signal
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,8 +31,11 @@ import torch.distributed as dist
 from moegraft.parallel import backend_of
 from support.interpreter import hasten_interpreter
 
-START_SECONDS = 60.0
+PRELOADED = ["torch.distributed", "moegraft.testing", "support.parallel_acts", "support.rank_engines"]
+START_SECONDS = 120.0
 CASE_SECONDS = 60.0
+NCCL_GRACE_SECONDS = 20.0
+"""For the other ranks, once one has failed: over NCCL they wait for it until a watchdog ends them."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +89,37 @@ class WorldPool:
     def outcomes(
         self, function: Callable[..., Any], *args: Any, per_rank: Sequence[tuple[Any, ...]] | None = None
     ) -> list[Outcome]:
-        """What became of every rank. ``per_rank``: more arguments, of each rank. A rank that hangs counts as died."""
+        """What became of every rank. ``per_rank``: more arguments, of each rank. A rank that hangs counts as died; the
+        stacks of its threads are on stderr."""
         if not self._ranks:
             self._start()
         for rank, (_, connection) in enumerate(self._ranks):
             mine = (*args, *(per_rank[rank] if per_rank else ()))
             connection.send_bytes(_dump((function, mine)))
-        deadline = time.monotonic() + self.timeout_seconds
-        outcomes = [self._receive(connection, deadline) for _, connection in self._ranks]
+        outcomes = self._collect()
         if any(outcome.died or outcome.error is not None for outcome in outcomes):
             self.close()
         return outcomes
+
+    def _collect(self) -> list[Outcome]:
+        deadline = time.monotonic() + self.timeout_seconds
+        open_ranks = {connection: rank for rank, (_, connection) in enumerate(self._ranks)}
+        found: dict[int, Outcome] = {}
+        while open_ranks:
+            ready = wait(list(open_ranks), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                rank = open_ranks.pop(connection)  # type: ignore[call-overload]
+                found[rank] = self._receive(self._ranks[rank][1], deadline)
+                if self.device == "cuda" and (found[rank].died or found[rank].error is not None):
+                    deadline = min(deadline, time.monotonic() + NCCL_GRACE_SECONDS)
+        for rank in open_ranks.values():
+            process = self._ranks[rank][0]
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGUSR1)
+            process.join(1.0)
+        return [found.get(rank, Outcome(died=True)) for rank in range(self.size)]
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""
@@ -116,8 +142,10 @@ class WorldPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        # transformers takes seconds to import: once, and not in every rank.
-        context.set_forkserver_preload(["torch.distributed", "moegraft.testing", "support.parallel_acts"])
+        # transformers takes seconds to import: once, and not in every rank. The server knows no sys.path but its own,
+        # and leaves out in silence what it does not find.
+        # Forks of a process that has asked for GPUs get none: for these, only what surely does not ask.
+        context.set_forkserver_preload(PRELOADED if self.device == "cpu" else PRELOADED[:2])
         # A file is the meeting point: no port that another test run might take.
         self._folder = tempfile.TemporaryDirectory()
         meeting = Path(self._folder.name) / "meeting"
@@ -125,7 +153,8 @@ class WorldPool:
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, self.size, str(meeting), self.group_seconds, self.device)
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with _this_path():
+                process.start()
             theirs.close()
             self._ranks.append((process, ours))
         deadline = time.monotonic() + START_SECONDS
@@ -144,9 +173,24 @@ class WorldPool:
         return Outcome(died=True)
 
 
+@contextmanager
+def _this_path() -> Iterator[None]:
+    """Processes that are started find what this one finds."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
 def _serve(connection: Connection, rank: int, size: int, meeting: str, group_seconds: float, device: str) -> None:
     hasten_interpreter()
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     has_own_gpu = device == "cuda" and torch.cuda.device_count() >= size
     if has_own_gpu:
         torch.cuda.set_device(rank)

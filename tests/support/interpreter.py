@@ -24,7 +24,7 @@ def hasten_interpreter() -> None:
 
 
 class _Kept:
-    """In place of what would take the interpreter's functions out of ``triton.language``: the next launch needs them."""
+    """Instead of taking the interpreter's functions out of ``triton.language``: the next launch needs them."""
 
     def restore(self) -> None:
         """Nothing."""
@@ -91,7 +91,7 @@ def _remember_shapes(tl: Any) -> None:
 
 
 def _skip_idle_checks(interpreter: Any) -> None:
-    """Every sum and product of integers is computed once more in 64 bits, for an assertion that only debugging makes."""
+    """Every sum and product of integers is computed once more in 64 bits, for a check that only debugging makes."""
     semantic = interpreter.interpreter_semantic
     if not semantic.builder.options.debug:
         semantic.binary_op_sanitize_overflow_impl = lambda lhs, rhs, binary_op: None

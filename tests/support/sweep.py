@@ -71,7 +71,7 @@ def table(verdicts: Iterable[Verdict]) -> str:
             refused.append(f"| `{one.model_type}` | {reason} |")
             continue
         how = "text and images" if len(one.errors) > 1 else "text"
-        left_out = ", ".join(f"`{name}`" for name in one.left_out)
+        left_out = ", ".join(one.left_out)
         served.append(f"| `{one.model_type}` | {one.class_name} | {how} | {left_out} |")
     head = ("| `model_type` | class | tried with | left out |", "|---|---|---|---|")
     refused_head = ("| `model_type` | why it is refused |", "|---|---|")
@@ -91,7 +91,8 @@ def _places(targets: ModelTargets) -> list[str]:
             places[".".join(parts[: shared + 1])] = None
         else:
             places[owner[1] if owner else re.sub(r"\b\d+\b", "*", name)] = None
-    return [name for name in places if not any(name.startswith(f"{other}.") for other in places)]
+    outer = [name for name in places if not any(name.startswith(f"{other}.") for other in places)]
+    return [f"`{name}`" + (" but its linear maps" if name in targets.towers else "") for name in outer]
 
 
 def mixed_batch_error(model_type: str, inputs: Inputs) -> float:
@@ -129,9 +130,10 @@ def stray_rows(model: PreTrainedModel, inputs: Inputs) -> dict[str, str]:
     """
     targets = discover_targets(model)
     by_weight = {name for name, linear in targets.linears.items() if linear.router}
+    linears = [name for name, linear in targets.linears.items() if linear.tower is None]
     # Llama 4's experts see every token for each expert: what they give a token says whose it was.
     experts = [name for name in targets.experts if not is_adopted(model.get_submodule(name))]
-    names = dict.fromkeys((*experts, *targets.linears, *targets.embeddings, *targets.saveable))
+    names = dict.fromkeys((*experts, *linears, *targets.embeddings, *targets.saveable))
     before = _seen(model, inputs, names)
     problems = {name: "is never called" for name in names if name not in before and name not in by_weight}
     B, S = inputs["input_ids"].shape

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / ".vllm"
 """Where scripts/test.sh puts vLLM and the packages it needs beside those of .venv."""
@@ -77,6 +79,11 @@ def _platform_class() -> type:
                 vllm_config.parallel_config.worker_cls = "support.vllm_cpu.TestWorker"
             vllm_config.compilation_config.mode = 0
             vllm_config.compilation_config.custom_ops = ["none"]
+
+        @classmethod
+        def pre_register_and_update(cls, parser: Any = None) -> None:
+            super().pre_register_and_update(parser)
+            _allow_float32()
 
         @classmethod
         def get_device_total_memory(cls, device_id: int = 0) -> int:
@@ -165,9 +172,11 @@ def replace_operators() -> None:
     import vllm._custom_ops as ops
     import vllm.v1.attention.backends.cpu_attn as cpu_attn
 
+    from support.fp8_interpreter import round_fp8_exactly
     from support.interpreter import hasten_interpreter
 
     hasten_interpreter()
+    round_fp8_exactly(pytest.MonkeyPatch())
     ops.cpu_attn_reshape_and_cache = _write_cache
     ops.cpu_attention_with_kv_cache = _attend
     ops.cpu_attn_get_scheduler_metadata = lambda *args, **kwargs: None
@@ -184,6 +193,16 @@ def replace_operators() -> None:
     library.impl("greedy_argmax", lambda logits: logits.argmax(-1), "CPU")
     library.define("silu_and_mul(Tensor(a!) out, Tensor input) -> ()")
     library.impl("silu_and_mul", _silu_and_mul, "CPU")
+
+
+def _allow_float32() -> None:
+    """Of quantised models, whose kernels in vLLM read half precision only: float32 shows smaller errors."""
+    import torch
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+    from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4Config
+
+    for config in (Fp8Config, Mxfp4Config):
+        config.get_supported_act_dtypes = classmethod(lambda cls: [torch.float32, torch.bfloat16])
 
 
 def _map_slots(starts_R: Any, positions_T: Any, block_table_RB: Any, slots_T: Any, block_size: int) -> None:

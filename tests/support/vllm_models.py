@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,9 +22,11 @@ import httpx
 import peft
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from support.adapters import write_adapter
+from support.checkpoints import edit_config
 from support.vllm_cpu import ROOT, environment
 
 # Attention heads of 32, which the CPU platform asks for; vocabularies that vLLM does not pad oddly.
@@ -54,14 +57,16 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
-def build(model_type: str, folder: Path) -> PreTrainedModel:
+def build(model_type: str, folder: Path, **sizes: int) -> PreTrainedModel:
     """A model with random weights, saved."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **CONFIGS[model_type])).float().eval()
+    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **sizes})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name or "sinks" in name:
-                parameter.normal_(std=0.1)
+                # vLLM keeps biases of mxfp4 experts in bfloat16
+                parameter.copy_(torch.randn_like(parameter).mul(0.1).bfloat16())
     model.save_pretrained(folder)
     return model
 
@@ -208,7 +213,7 @@ class Case:
             process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         server = Server(f"http://127.0.0.1:{port}")
         try:
-            until = time.monotonic() + 240
+            until = time.monotonic() + 420
             while not server.is_up():
                 assert process.poll() is None and time.monotonic() < until, self.log[-6000:]
                 time.sleep(0.5)
@@ -261,9 +266,33 @@ class Server:
         return {"tokens": tokens, "logprobs": found["token_logprobs"]}
 
 
-def new_case(model_type: str, folder: Path) -> Case:
-    """A model without adapters; the base is among its truths."""
-    model = build(model_type, folder / "model")
+def quantise(folder: Path, config: Mapping[str, Any], change: Callable[[Any], tuple[Any, Any]]) -> PreTrainedModel:
+    """Experts of the checkpoint in ``folder`` as ``change`` stores them; the model of the weights that they stand for.
+
+    ``change``: tensors of the experts by name -> (tensors to store, weights that those mean).
+    """
+    state = load_file(folder / "model.safetensors")
+    stored, meant = change({name: tensor for name, tensor in state.items() if ".experts." in name})
+    rest = {name: tensor for name, tensor in state.items() if ".experts." not in name}
+    save_file(rest | stored, folder / "model.safetensors")
+    dense = folder.parent / "meant"
+    shutil.copytree(folder, dense)
+    save_file(rest | meant, dense / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, quantization_config=dict(config))
+    return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+
+
+def new_case(
+    model_type: str,
+    folder: Path,
+    *,
+    quantised: tuple[Mapping[str, Any], Callable[[Any], tuple[Any, Any]]] | None = None,
+    **sizes: int,
+) -> Case:
+    """A model without adapters; the base is among its truths. ``quantised``: what ``quantise`` takes."""
+    model = build(model_type, folder / "model", **sizes)
+    if quantised is not None:
+        model = quantise(folder / "model", *quantised)
     return Case(folder=folder, model=model, truths={None: lambda ids: model(input_ids=ids).logits})
 
 

@@ -11,7 +11,12 @@ from moegraft.core.config import BackendRequest, DeviceTarget, MoEConfig
 from moegraft.core.tables import ExpertsTables
 from moegraft.formats.base import ExpertsWeights
 from moegraft.lora.punica import PunicaWrapperBase, PunicaWrapperCPU, PunicaWrapperGPU
-from moegraft.lora.punica.sharded import ShardedExpertsPunica, ShardedLinearPunica
+from moegraft.lora.punica.sharded import (
+    ShardedExpertsPunica,
+    ShardedExpertsPunicaGPU,
+    ShardedLinearPunica,
+    ShardedLinearPunicaGPU,
+)
 from moegraft.moe.expert_parallel.all_gather import AllGatherPrepareAndFinalize
 from moegraft.moe.expert_parallel.all_to_all import AllToAllPrepareAndFinalize
 from moegraft.moe.expert_parallel.replicated import ReplicatedPrepareAndFinalize
@@ -32,9 +37,12 @@ from moegraft.parallel.slices import ExpertMap
 
 def punica_for(device: torch.device) -> PunicaWrapperBase:
     """The punica wrapper of a device."""
+    return PunicaWrapperGPU() if _runs_kernels(device) else PunicaWrapperCPU()
+
+
+def _runs_kernels(device: torch.device) -> bool:
     target = DeviceTarget.of(device)
-    runs_kernels = target.has_triton and target.capability is not None and target.capability >= MIN_CAPABILITY
-    return PunicaWrapperGPU() if runs_kernels else PunicaWrapperCPU()
+    return target.has_triton and target.capability is not None and target.capability >= MIN_CAPABILITY
 
 
 def build_fused_moe(
@@ -79,7 +87,8 @@ def build_fused_moe_with_lora(
     """
     punica = punica_for(tables.pool.device)
     if groups is not None and groups.config.fully_sharded and groups.tp.size > 1:
-        punica = ShardedExpertsPunica(groups.tp, layer.config.hidden_size)
+        sharded = ShardedExpertsPunicaGPU if _runs_kernels(tables.pool.device) else ShardedExpertsPunica
+        punica = sharded(groups.tp, layer.config.hidden_size)
     return FusedMoEWithLoRA(layer, tables, punica)
 
 
@@ -133,6 +142,8 @@ def linear_punica_for(
     """
     if mine is None or (mine.inputs is None and not gathers):
         return punica_for(device)
+    if _runs_kernels(device):
+        return ShardedLinearPunicaGPU(ranks, mine)
     return ShardedLinearPunica(ranks, mine, is_reduced=True)
 
 

@@ -74,8 +74,7 @@ def explain_in_vllm(folder: Path) -> PluginExplanation:
     """What the plug-in for vLLM would serve of the checkpoint. Raises UnsupportedModelError."""
     with Checkpoint(folder) as files:
         fields = quantisation_fields(files.config())
-    method = "" if fields is None else str(fields.get("quant_method", "quantised"))
-    return explain_plugin(base_targets(folder), quantisation=method[:40])
+    return explain_plugin(base_targets(folder), quantisation=fields)
 
 
 def hollow_model(folder: Path, *, dtype: str = "auto", device: str | None = "cpu") -> PreTrainedModel:

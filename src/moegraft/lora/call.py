@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -102,6 +102,7 @@ class AdapterCall:
         self.modules = frozenset(modules)
         self._heads, self._growth = heads, growth
         self._forwards: dict[int, list[ForwardRows | None]] = {}
+        self._towers: dict[tuple[int, str], Mapping[int, AdapterRows]] = {}
         self._parts: dict[tuple[object, ...], AdapterRows] = {}
 
     @property
@@ -226,6 +227,36 @@ class AdapterCall:
         if found in ((B, S), (B * S,)) or _without_ones(found) == _without_ones((B, S)):
             return forward.tokens
         return self._rows_beside(module, found, forward)
+
+    @contextmanager
+    def images(self, tower: str, first: Sequence[int], patches: Sequence[int], merge_area: int) -> Iterator[None]:
+        """Inside the block a vision tower runs on this thread: image i has so many patches, its tokens begin at place
+        ``first[i]`` of the forward pass, and ``merge_area`` patches become one row on the way."""
+        slots = self.rows_at(list(first))
+        assert slots.host is not None, "a batch that the device alone knows has no images"
+        rows = {}
+        for area in (1, merge_area):
+            lengths = [count // area for count in patches]
+            rows[sum(lengths)] = AdapterRows.of(
+                slots.host, device=self.device, lengths=lengths, factors=self._memory.factors
+            )
+        key = (threading.get_ident(), tower)
+        self._towers[key] = rows
+        try:
+            yield
+        finally:
+            self._towers.pop(key, None)
+
+    def tower_rows(self, tower: str, module: str, shape: Sequence[int]) -> AdapterRows:
+        """Rows of a module of a vision tower. Raises BatchError where it is not known whose they are."""
+        M = math.prod(shape)
+        rows = self._towers.get((threading.get_ident(), tower), {}).get(M) or self._rows_alike(M)
+        if rows is None:
+            raise BatchError(
+                f"{module!r} met {M} rows of images of which it is not known whose they are: adapters on {tower!r} "
+                "need the model called as a whole with input_ids and image_grid_thw, or one adapter for all rows"
+            )
+        return rows
 
     def rows_along(self, module: str, shape: Sequence[int]) -> tuple[AdapterRows, int]:
         """(rows, the dimension of a module's input along which they stand): sequences or tokens along the first, tokens

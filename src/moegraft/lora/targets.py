@@ -50,7 +50,8 @@ class LinearTarget:
     ``router``: what multiplies with ``param`` does not call the module as an nn.Linear (a router that keeps a
     Parameter), so the weight itself gets the delta. ``lane_shares``: A holds one of so many shares of its rank rows
     (fully sharded). ``has_bias``: where ``ModelTargets.saveable`` has a ``bias`` of the map, whether the model has one;
-    otherwise it stands there as zeros, for what an adapter adds.
+    otherwise it stands there as zeros, for what an adapter adds. ``tower``: the vision tower that the map is part of,
+    whose rows are patches of images; None where they are tokens.
     """
 
     name: str
@@ -61,6 +62,7 @@ class LinearTarget:
     weight: Callable[[], torch.Tensor] | None = None
     lane_shares: int = 1
     has_bias: bool = True
+    tower: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,11 @@ class ModelTargets:
     embeddings: Mapping[str, EmbeddingTarget] = field(default_factory=dict)
     saveable: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Vision towers of which linear maps are served."""
+        return tuple(dict.fromkeys(t.tower for t in self.linears.values() if t.tower is not None))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,6 +179,19 @@ class ParallelGroups:
         parallel._made, parallel._health = made, health
         return parallel
 
+    def warm_up(self, device: torch.device) -> None:
+        """Collective: one exchange of ``device`` tensors in every group, and waits for it.
+
+        NCCL connects two ranks when a group first sends, which must not be while a CUDA graph is captured.
+        """
+        for ranks in (self.world, self.tp, self.ep):
+            if ranks.size > 1:
+                ranks.all_reduce(torch.ones(1, device=device))
+                ranks.all_to_all(torch.ones(ranks.size, device=device), [1] * ranks.size, [1] * ranks.size)
+                ranks.traffic.reset()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     def another(self, name: str) -> Communicator:
         """Collective: one more group of all ranks, for what another thread than the others' sends; on the host."""
         if self.world.size == 1:

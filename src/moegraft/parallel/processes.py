@@ -129,6 +129,20 @@ def interrupts_later() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def local_rank() -> Iterator[None]:
+    """transformers binds a plan to the GPU of this number, which torchrun says, and nobody to a process that has
+    started its own ranks."""
+    if "LOCAL_RANK" in os.environ or not torch.cuda.is_available():
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+
+
 class Followers:
     """The ranks of a world from 1 on; rank 0 is this process. They are watched until ``close``.
 

@@ -2,7 +2,7 @@
 
 A name stands for its newest version. Replacing loads a new version beside the old one, which takes no more requests
 and goes when its last one has ended; so does a version that is unloaded. The bank knows each version under a key of its
-own.
+own. Several adapters that one request names are a version of their own, made of theirs, which it keeps meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -27,12 +27,15 @@ from moegraft.core.errors import (
     AdapterInUseError,
     AdapterMemoryError,
     AdapterNameError,
+    MoegraftError,
     UnknownAdapterError,
 )
 from moegraft.integrations.transformers import GraftedModel
 from moegraft.lora.bank import AdapterBatch
+from moegraft.lora.bank.combination import Combination, check_combines
 from moegraft.lora.peft.config import CONFIG_FILE
 from moegraft.serving.ranks import Leader, RankedAdapters
+from moegraft.serving.requests import EngineBusyError, label_of
 from moegraft.serving.status import FIRST_TOKEN_BUCKETS, AdapterStatus, Observations
 from moegraft.serving.text import TextCodec, adapter_template
 
@@ -48,7 +51,8 @@ _REMOTE_FILES = (".safetensors", ".json", ".jinja")
 class AdapterVersion:
     """One version of one name. ``uid`` is never given twice; ``users`` counts the requests that it serves.
 
-    ``left_out``: modules that are not served, where ``skip_unserved`` allows to leave them out.
+    ``left_out``: modules that are not served, where ``skip_unserved`` allows to leave them out. ``parts``: the versions
+    that it adds up, with their weights, where a request names several.
     """
 
     name: str
@@ -61,13 +65,18 @@ class AdapterVersion:
     load_seconds: float = 0.0
     skip_unserved: bool = False
     left_out: tuple[str, ...] = ()
+    parts: tuple[tuple[AdapterVersion, float], ...] = ()
     error: AdapterError | None = None
     loaded: threading.Event = field(default_factory=threading.Event)
 
     @property
     def key(self) -> str:
         """The bank's name of it."""
-        return f"{self.name}@{self.version}"
+        return f"{self.name}@+{self.uid}" if self.parts else f"{self.name}@{self.version}"
+
+    def stands_on(self, versions: Sequence[AdapterVersion]) -> bool:
+        """Whether it is one of these, or made of one."""
+        return self in versions or any(part in versions for part, _ in self.parts)
 
 
 class AdapterStore:
@@ -90,6 +99,8 @@ class AdapterStore:
         self._loading: dict[str, AdapterVersion] = {}
         self._draining: dict[int, AdapterVersion] = {}
         self._failed: dict[str, AdapterVersion] = {}
+        # By uids and weights of their parts; the one used last comes last.
+        self._combined: dict[tuple[tuple[int, float], ...], AdapterVersion] = {}
         self._keys: dict[int, str] = {}
         self._held: dict[int, AdapterBatch] = {}
         self._versions: dict[str, int] = {}
@@ -113,27 +124,52 @@ class AdapterStore:
 
     # Requests
 
-    def use(self, name: str) -> AdapterVersion:
+    def use(self, adapter: str | Combination) -> AdapterVersion:
         """The version that a new request runs on, loading or ready, counted as used until ``done``.
 
-        Raises UnknownAdapterError.
+        Raises UnknownAdapterError; for adapters that add up BatchError, and EngineBusyError where requests use too many
+        combinations already.
         """
         with self._lock:
-            self.check(name)
-            version = self._current.get(name) or self._loading.get(name)
-            if version is None:
-                source = self._in_folder(name)
-                assert source is not None
-                version = self._start(name, source)
-            version.users += 1
+            self.check(adapter)
+            version = self._newest(adapter) if isinstance(adapter, str) else self._combination(adapter)
+            for each in (version, *(part for part, _ in version.parts)):
+                each.users += 1
             return version
 
-    def check(self, name: str) -> None:
+    def _newest(self, name: str) -> AdapterVersion:
+        version = self._current.get(name) or self._loading.get(name)
+        if version is None:
+            source = self._in_folder(name)
+            assert source is not None
+            version = self._start(name, source)
+        return version
+
+    def _combination(self, adapters: Combination) -> AdapterVersion:
+        """Kept from earlier, or made by the thread, behind the adapters of which it is made."""
+        parts = tuple((self._newest(name), weight) for name, weight in adapters)
+        key = _parts_key(parts)
+        version = self._combined.pop(key, None)
+        if version is None:
+            most = self._graft.bank.max_slots
+            if sum(each.users > 0 for each in self._combined.values()) >= most:
+                raise EngineBusyError(f"requests use {most} combinations of adapters; try again later")
+            for part, _ in parts:
+                if part.state == "ready":
+                    check_combines(self._graft.bank, part.key)
+            version = AdapterVersion(label_of(adapters), 1, next(self._uids), "other adapters", parts=parts)
+            self._keys[version.uid] = version.key
+            self._jobs.put((version, {}))
+        self._combined[key] = version
+        return version
+
+    def check(self, adapter: str | Combination) -> None:
         """Raises UnknownAdapterError where ``use`` would."""
         with self._lock:
-            if name not in self._current and name not in self._loading and self._in_folder(name) is None:
-                known = ", ".join(repr(each) for each in self._current) or "none"
-                raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {known}")
+            for name in [adapter] if isinstance(adapter, str) else [name for name, _ in adapter]:
+                if name not in self._current and name not in self._loading and self._in_folder(name) is None:
+                    known = ", ".join(repr(each) for each in self._current) or "none"
+                    raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {known}")
 
     def is_loaded(self, name: str) -> bool:
         with self._lock:
@@ -142,9 +178,12 @@ class AdapterStore:
     def done(self, version: AdapterVersion) -> None:
         """A request has ended."""
         with self._lock:
-            version.users -= 1
-            if version.state == "draining" and version.users == 0:
-                self._drop(version)
+            for each in (version, *(part for part, _ in version.parts)):
+                each.users -= 1
+            self._prune()
+            for each in (version, *(part for part, _ in version.parts)):
+                if each.state == "draining" and each.users == 0:
+                    self._drop(each)
 
     def key(self, uid: int) -> str:
         """The bank's name of a version."""
@@ -300,35 +339,55 @@ class AdapterStore:
         start, error = time.perf_counter(), None
         template = None
         try:
-            with _as_folder(source) as folder:
-                report = self._graft.load_adapter(
-                    folder, name=version.key, resident=False, skip_unserved=version.skip_unserved
-                )
-                version.left_out = tuple(report.left_out)
-                template = adapter_template(folder)
-        except AdapterError as found:
-            error = found
+            if version.parts:
+                self._combine(version)
+            else:
+                template = self._read(version, source)
+        except MoegraftError as found:
+            error = found if isinstance(found, AdapterError) else AdapterError(str(found))
         except Exception as found:  # the thread must live on
             error = AdapterFileError(f"{version.source}: {type(found).__name__}: {found}")
         version.load_seconds = time.perf_counter() - start
-        if error is None:
+        if error is None and not version.parts:
             self.load_times.add(version.load_seconds)
             self._codec.set_template(version.name, template)
         self._finish(version, error)
 
+    def _read(self, version: AdapterVersion, source: Source) -> str | None:
+        """Its chat template, where it has one."""
+        with _as_folder(source) as folder:
+            report = self._graft.load_adapter(
+                folder, name=version.key, resident=False, skip_unserved=version.skip_unserved
+            )
+            version.left_out = tuple(report.left_out)
+            return adapter_template(folder)
+
+    def _combine(self, version: AdapterVersion) -> None:
+        for part, _ in version.parts:
+            if part.error is not None:
+                raise AdapterError(f"{part.name}: {part.error}")
+        self._graft.combine_adapters([(part.key, weight) for part, weight in version.parts], version.key)
+
     def _finish(self, version: AdapterVersion, error: AdapterError | None) -> None:
+        was_pinned = False
         with self._lock:
-            del self._loading[version.name]
             version.error = error
-            if error is not None:
+            if version.parts:
+                version.state = "ready" if error is None else "failed"
+                if error is not None:
+                    self._combined.pop(_parts_key(version.parts), None)
+                    del self._keys[version.uid]
+                self._prune()
+            elif error is not None:
                 version.state = "failed"
-                del self._keys[version.uid]
+                del self._loading[version.name], self._keys[version.uid]
                 if version.name not in self._current:
                     self._failed[version.name] = version
                     while len(self._failed) > 64:
                         self._failed.pop(next(iter(self._failed)))
             else:
                 version.state = "ready"
+                del self._loading[version.name]
                 old = self._current.get(version.name)
                 self._current[version.name] = version
                 was_pinned = old is not None and old.pinned
@@ -358,13 +417,28 @@ class AdapterStore:
             version.pinned = False
         version.state = "draining"
         self._draining[version.uid] = version
+        self._prune()
         if version.users == 0:
             self._drop(version)
 
     def _drop(self, version: AdapterVersion) -> None:
         self._act(partial(self._graft.unload_adapter, version.key))
-        del self._draining[version.uid], self._keys[version.uid]
+        self._draining.pop(version.uid, None)
+        del self._keys[version.uid]
         self._on_gone(version.uid)
+
+    def _prune(self) -> None:
+        """Drops combinations that no request uses: those of which a part has been taken away, and the oldest of more
+        than may be resident."""
+        idle = {key: each for key, each in self._combined.items() if each.state == "ready" and each.users == 0}
+        stale = [key for key, each in idle.items() if any(part.state == "draining" for part, _ in each.parts)]
+        fresh = [key for key in idle if key not in stale]
+        for key in (*stale, *fresh[: max(0, len(fresh) - self._graft.bank.max_slots)]):
+            self._drop(self._combined.pop(key))
+
+
+def _parts_key(parts: Sequence[tuple[AdapterVersion, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((part.uid, weight) for part, weight in parts)
 
 
 class _Act:

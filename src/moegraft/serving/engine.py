@@ -23,12 +23,13 @@ from moegraft.parallel.processes import Followers
 from moegraft.serving.adapters import AdapterStore, Source
 from moegraft.serving.config import EngineConfig
 from moegraft.serving.grammar import GrammarCompiler, Matcher
-from moegraft.serving.loading import end_ids, load_tokenizer
+from moegraft.serving.loading import end_ids, load_tokenizer, media_ids
 from moegraft.serving.loop import EngineLoop, Live, LiveRequest
 from moegraft.serving.opening import Opened, Setup, follow, follow_rank, open_model
 from moegraft.serving.pages import PagePool
 from moegraft.serving.ranks import Leader, RankRunner
 from moegraft.serving.requests import (
+    AdapterChoice,
     Completion,
     EngineBusyError,
     EngineClosedError,
@@ -135,6 +136,7 @@ class Engine:
         self._graft, runner = opened.graft, opened.runner
         self.max_model_len = opened.max_model_len
         self._end_ids = frozenset(end_ids(self._graft.model))
+        self._media_ids = media_ids(self._graft.model)
         self._vocab_size: int = self._graft.model.get_input_embeddings().weight.shape[0]
         leader = None
         if opened.channel is not None:
@@ -216,10 +218,11 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[tuple[Prompt, str | None] | Prompt],
+        prompts: Sequence[tuple[Prompt, AdapterChoice] | Prompt],
         sampling_params: SamplingParams | None = None,
     ) -> Iterator[Completion]:
-        """Runs prompts, each text or token ids and with its adapter's name, and gives them back in their order.
+        """Runs prompts, each text or token ids and with its adapter's name, and gives them back in their order. Several
+        adapters of one prompt add up: ``("a prompt", ["style", ("domain", 0.5)])``.
 
         Raises RequestError or UnknownAdapterError before anything has run.
         """
@@ -257,8 +260,8 @@ class Engine:
     def submit(self, request: Request) -> TokenStream:
         """Queues a request. Its adapter may still be on disk under ``adapters_from``: it is then loaded first.
 
-        Raises, having queued nothing: RequestError, UnknownAdapterError, EngineBusyError, EngineClosedError. A load
-        that fails later ends the request's stream with ``FinishReason.ERROR``.
+        Raises, having queued nothing: RequestError, UnknownAdapterError, EngineBusyError, EngineClosedError; BatchError
+        for adapters that do not add up. A load that fails later ends the request's stream with ``FinishReason.ERROR``.
         """
         self._check(request)
         params = request.sampling
@@ -276,7 +279,7 @@ class Engine:
                 raise RequestError("request_id", request.request_id, "an id that is not in flight")
             if len(loop.live) >= self.config.max_waiting + self.config.max_rows:
                 raise EngineBusyError(f"{len(loop.live)} requests are in flight; try again later")
-            version = None if request.adapter is None else self._store.use(request.adapter)
+            version = None if request.wanted is None else self._store.use(request.wanted)
             stream = TokenStream(request.request_id, params.n)
             live = LiveRequest(request, stream, version, time.perf_counter())
             self._add_sequences(live, matcher)
@@ -332,10 +335,17 @@ class Engine:
             wrong = next((t for t in tokens if type(t) is not int or not 0 <= t < self._vocab_size), None)
             if wrong is not None:
                 raise RequestError(name, wrong, f"token ids from 0 to {self._vocab_size - 1}")
+        media = next((token for token in ids if token in self._media_ids), None)
+        if media is not None:
+            raise RequestError(
+                "prompt",
+                media,
+                f"text: the token is the config's {self._media_ids[media]}, and no images, videos or sound are served",
+            )
         if params.stop and not self.text.has_tokenizer:
             raise RequestError("stop", params.stop, "no strings: the engine has no tokenizer")
-        if request.adapter is not None:
-            self._store.check(request.adapter)
+        if request.wanted is not None:
+            self._store.check(request.wanted)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request with CANCELLED, and gives its pages back; False where it is not in flight."""
@@ -386,7 +396,7 @@ class Engine:
         using = self._store.retire(name)
         loop = self._loop
         with loop.lock:
-            ids = [key for key, live in loop.live.items() if live.version in using]
+            ids = [key for key, live in loop.live.items() if live.version is not None and live.version.stands_on(using)]
         for request_id in ids:
             loop.cancel(request_id)
         loop.call(lambda: None)
@@ -410,7 +420,7 @@ class Engine:
         for request in requests:
             running = sum(live.state.state is State.RUNNING for live in request.sequences)
             waiting = sum(live.state.state is State.WAITING for live in request.sequences)
-            name = request.request.adapter or ""
+            name = request.request.label
             before = counts.get(name, (0, 0))
             counts[name] = (before[0] + running, before[1] + waiting)
         return counts
@@ -508,4 +518,4 @@ def collect(request: Request, events: TokenStream) -> Completion:
 
 def _is_pair(prompt: tuple[Any, ...]) -> bool:
     """Whether a tuple is (prompt, adapter) rather than token ids."""
-    return len(prompt) == 2 and (prompt[1] is None or isinstance(prompt[1], str))
+    return len(prompt) == 2 and (prompt[1] is None or isinstance(prompt[1], str | list | tuple))

@@ -19,6 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from moegraft.integrations.transformers import GraftedModel
+from moegraft.serving.few_rows import take_linears
+
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _ROTARY = "apply_rotary_pos_emb"
 _ALIKE = 0.98
@@ -28,10 +31,13 @@ _ALIKE = 0.98
 class FusedParts:
     """What was taken over in one model, until ``remove``."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, graft: GraftedModel, device: torch.device, *, takes_linears: bool = True) -> None:
+        """takes_linears: also the maps that take LoRA; no other rank may have a part in them."""
+        model = graft.model
         self.norms: list[nn.Module] = []
         self.routers: list[nn.Module] = []
         self.rotaries: list[_Rotary] = []
+        self.linears = take_linears(graft, device) if takes_linears else []
         known: dict[Any, MethodOf | None] = {}
         for module in model.modules():
             for taken, key_of, try_kernel in (
@@ -59,7 +65,9 @@ class FusedParts:
             module.__dict__.pop("forward", None)
         for rotary in self.rotaries:
             rotary.remove()
-        self.norms, self.routers, self.rotaries = [], [], []
+        for linears in self.linears:
+            linears.remove()
+        self.norms, self.routers, self.rotaries, self.linears = [], [], [], []
 
 
 MethodOf = Callable[[nn.Module], Callable[..., torch.Tensor]]

@@ -401,7 +401,7 @@ class EngineLoop:
 
     def counters_of(self, request: LiveRequest) -> Counters:
         """Where a request counts. Names are bounded: of adapters that are gone, and then new ones, count together."""
-        name = request.request.adapter or ""
+        name = request.request.label
         if name not in self.counters and len(self.counters.keys() - {"", OTHERS}) >= MAX_NAMED:
             others = self.counters.setdefault(OTHERS, Counters())
             gone = [each for each in self.counters if each not in ("", OTHERS) and not self.store.is_loaded(each)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from moegraft.serving.kv_pool import bytes_per_page
 from moegraft.serving.loading import load_model, load_planned
 from moegraft.serving.ranks import Channel, Follower, RankRunner
 from moegraft.serving.runner import Runner, longest_context
+
+logger = logging.getLogger("moegraft.serving")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,11 @@ def open_model(setup: Setup, names: Callable[[int], str], keep: Callable[[Callab
     keep(partial(graft.detach, force=setup.size > 1))
     groups = graft.layout.groups
     channel = Channel(groups) if setup.size > 1 else None
+    where = f"rank {groups.rank} of {setup.size}"
+    logger.info("%s: the model is attached", where)
+    if setup.size > 1:
+        groups.warm_up(graft.bank.pool.data.device)
+        logger.info("%s: the groups are connected", where)
     sizes = config.batch_sizes
     if config.batch_invariant:
         sizes = (max(config.chunk_tokens, *sizes),) if sizes else (config.chunk_tokens,)
@@ -94,6 +102,7 @@ def open_model(setup: Setup, names: Callable[[int], str], keep: Callable[[Callab
         latent_cache=config.latent_cache,
     )
     keep(runner.close)
+    logger.info("%s: the model has run", where)
     longest = longest_context(graft.model, runner.shapes)
     with Agreement(groups.control).step([0, 0]) as step:
         step.same("the options of their engine", lambda: config)
@@ -102,6 +111,7 @@ def open_model(setup: Setup, names: Callable[[int], str], keep: Callable[[Callab
     max_rows, num_pages = (min(words[i] for words in step.told) for i in range(2))
     max_model_len = min(config.max_model_len or longest, (num_pages - 1) * config.page_size)
     runner.open_pool(num_pages, config.page_size, max_rows)
+    logger.info("%s: %d pages are open, and right", where, num_pages)
     # Captured decode steps have sizes of their own: a request's bits would follow how many others run.
     # Experts in torch's own operations copy their plan from the host, which no graph may capture.
     is_capturable = runner.states is None and all(choice.backend != "TorchExperts" for choice in graft.explain())

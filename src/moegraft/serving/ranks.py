@@ -119,6 +119,12 @@ class RankRunner(Runner):
     graphs_type = RankGraphs
     _agreed: tuple[str, ...] = ()
 
+    def close(self) -> None:
+        # A communicator is not given back while a graph that holds its kernels lives: NCCL waits for that.
+        if self.graphs is not None:
+            self.graphs.forget()
+        super().close()
+
     @property
     def beat_seconds(self) -> float | None:
         return None if self.leader is None else self.leader.beat_seconds
@@ -164,24 +170,31 @@ class RankRunner(Runner):
 
     @torch.no_grad()
     def run_share(self, plan: StepPlan, ids: torch.Tensor | None, decision: Decision | None) -> torch.Tensor:
-        """This rank's rows of a plan, and what the head gives for those of all ranks. ids: of rank 0, where any."""
+        """This rank's rows of a plan; on rank 0, which samples, what the head gives for those of all ranks. ids: of
+        rank 0, where any."""
         groups, places = self.graft.layout.groups, [chunk.place for chunk in plan.chunks]
         self._agreed = tuple({self._names(c.sequence.lane) for c in plan.chunks if c.sequence.lane != BASE})
         if ids is not None:
             ids = groups.world.broadcast(ids.long())
         if decision is not None:
             assert self.graphs is not None
-            return self.graphs.follow(decision, plan, ids)
+            found = self.graphs.follow(decision, plan, ids)
+            if found is not None:
+                return found
         if not groups.config.data_parallel:
             return super().run(plan, ids)
         own = [i for i, place in enumerate(places) if place == groups.ep.rank]
         if ids is not None:
             ids = ids[torch.tensor(own, device=ids.device)] if own else None
         logits = super().run(StepPlan(tuple(plan.chunks[i] for i in own) or (_no_row(),)), ids)
+        if groups.tp.rank > 0:
+            return logits  # they are those of the first rank of its tensor-parallel group
         counts = [0] * groups.ep.size
         for chunk in plan.chunks:
             counts[chunk.place] += chunk.samples
-        return groups.ep.all_gather(logits[: counts[groups.ep.rank]], counts)
+        to_first, nothing = [counts[groups.ep.rank]], [0] * groups.ep.size
+        sent = to_first + nothing[1:]
+        return groups.ep.all_to_all(logits[: to_first[0]], sent, nothing if groups.ep.rank else counts)
 
     def _adapters(self, lanes: tuple[int, ...], lengths: tuple[int, ...]) -> AbstractContextManager[Any]:
         names = [None if lane == BASE else self._names(lane) for lane in lanes]
@@ -299,6 +312,9 @@ class RankedAdapters:
         report: LoadReport = self._act("load", os.path.abspath(path), name, skip_unserved)
         return report
 
+    def combine_adapters(self, parts: Sequence[tuple[str, float]], name: str) -> None:
+        self._act("combine", parts, name)
+
     def unload_adapter(self, name: str) -> None:
         self._act("unload", name)
 
@@ -327,6 +343,8 @@ def _act_alone(graft: GraftedModel, what: str, args: tuple[Any, ...]) -> LoadRep
         case "load":
             path, name, skip_unserved = args
             return graft.load_adapter(path, name=name, resident=False, skip_unserved=skip_unserved)
+        case "combine":
+            graft.combine_adapters(*args)
         case "unload":
             graft.unload_adapter(*args)
         case "pin":

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from moegraft.core.errors import MoegraftError
+from moegraft.core.errors import BatchError, MoegraftError
+from moegraft.files.limits import MAX_COMBINED
+from moegraft.lora.bank.combination import Combination, parse_combination
 
 MAX_LOGPROBS = 20
 MAX_SEQUENCES = 64
 MAX_STOPS = 16
 MAX_GRAMMAR_CHARACTERS = 1 << 18
+AdapterChoice = str | Sequence[str | tuple[str, float]] | None
+"""What one request names: an adapter, several that add up (names, or (name, weight)), or None for the base."""
 
 
 class RequestError(MoegraftError, ValueError):
@@ -142,12 +146,47 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt for one adapter (None: the base model). ``request_id`` is unique among requests in flight."""
+    """One prompt for one adapter (None: the base model), or for several that add up: ``["style", ("domain", 0.5)]``.
+    ``request_id`` is unique among requests in flight. Raises RequestError."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
-    adapter: str | None = None
+    adapter: AdapterChoice = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapter", adapters_of(self.adapter))
+
+    @property
+    def label(self) -> str:
+        """The adapter's name; of several that add up one text, and none of the base."""
+        return label_of(self.wanted)
+
+    @property
+    def wanted(self) -> str | Combination | None:
+        """``adapter`` as it was checked."""
+        return cast("str | Combination | None", self.adapter)
+
+
+def adapters_of(choice: AdapterChoice) -> str | Combination | None:
+    """Checked; one name with the weight 1 is that name alone. Raises RequestError."""
+    if choice is None or isinstance(choice, str):
+        return choice
+    if not isinstance(choice, list | tuple):
+        raise RequestError("adapter", choice, "a name, several, or None")
+    try:
+        parts = parse_combination(choice, "")
+    except BatchError:
+        expected = f"1 to {MAX_COMBINED} names that differ, each alone or as (name, weight), with finite weights"
+        raise RequestError("adapter", choice, expected) from None
+    return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else parts
+
+
+def label_of(adapter: str | Combination | None) -> str:
+    """``Request.label`` of what ``adapters_of`` gives; a server takes it as a model's name."""
+    if adapter is None or isinstance(adapter, str):
+        return adapter or ""
+    return "+".join(name if weight == 1 else f"{weight!r}*{name}" for name, weight in adapter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +246,7 @@ class Completion:
     """One finished request, as ``Engine.generate`` gives it. ``outputs``: its n sequences."""
 
     request_id: str
-    adapter: str | None
+    adapter: AdapterChoice
     prompt_ids: tuple[int, ...]
     outputs: tuple[SequenceOutput, ...]
     usage: Usage

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moegraft.core.config import DeviceTarget
-from moegraft.core.errors import UnsupportedModelError
+from moegraft.core.errors import MoegraftError, UnsupportedModelError
 from moegraft.integrations.transformers import GraftedModel
 from moegraft.serving.attention import IMPLEMENTATION
-from moegraft.serving.attention.latents import give_back, keep_latents
+from moegraft.serving.attention.latents import LatentExpansion, give_back, keep_latents
 from moegraft.serving.batch import Packing, StepBatch, pack
 from moegraft.serving.chunk_graphs import ChunkGraphs
 from moegraft.serving.fused import FusedParts
@@ -62,24 +62,23 @@ class Runner:
         self._packing: Packing | None = None
         self._graphs: DecodeGraphs | None = None
         self._chunk_graphs: ChunkGraphs | None = None
-        self._previous: str = self.model.config._attn_implementation
+        self._previous = _attention_of(self.model)
         self._stack = ExitStack()  # the adapters of the rows that the head is given, until the model returns
         self._step: StepBatch | None = None
         check_can_be_paged(self.model)
-        head: nn.Module | None = self.model.get_output_embeddings()
-        if head is None:
-            raise UnsupportedModelError(f"{type(self.model).__name__} does not say which of its modules is the head")
-        self._probe = _Probe(self.model, self.device)
-        self.model.set_attn_implementation(IMPLEMENTATION)
-        self._hook = head.register_forward_pre_hook(self._keep_wanted_rows)
+        self._hook = _head(self.model).register_forward_pre_hook(self._keep_wanted_rows)
         self.states: StateSlots | None = None
         self._fused: FusedParts | None = None
-        keeps_latents = self.device.type == "cpu" if latent_cache is None else latent_cache
-        self._latents = keep_latents(self.model, graft) if keeps_latents else []
+        self._latents: list[LatentExpansion] = []
         try:
-            self.shapes: dict[int, LayerShape] = layer_shapes(self.model, self.device)
-            run = partial(layer_shapes, self.model, self.device)
-            self.states = find_states(self.model, run, self.shapes, graft.current_call)
+            with _running_text(self.model):
+                self._probe = _Probe(self.model, self.device)
+                self.model.set_attn_implementation(IMPLEMENTATION)
+                if self.device.type == "cpu" if latent_cache is None else latent_cache:
+                    self._latents = keep_latents(self.model, graft)
+                self.shapes: dict[int, LayerShape] = layer_shapes(self.model, self.device)
+                run = partial(layer_shapes, self.model, self.device)
+                self.states = find_states(self.model, run, self.shapes, graft.current_call)
             if self.states is not None and row_by_row:
                 raise UnsupportedModelError(
                     f"batch_invariant: {type(self.model).__name__} has recurrent layers, whose bits follow the chunks "
@@ -96,7 +95,8 @@ class Runner:
         if self._fused is not None:
             self._fused.remove()
         give_back(self._latents)
-        self.model.set_attn_implementation(self._previous)
+        for config, attention in self._previous:
+            config._attn_implementation = attention
         self.pool = self._packing = self._graphs = self._chunk_graphs = None
 
     def open_pool(self, num_pages: int, page_size: int, num_slots: int = 1) -> None:
@@ -109,7 +109,8 @@ class Runner:
             self.shapes, num_pages=num_pages, page_size=page_size, device=self.device, has_kernel=has_kernel
         )
         if has_kernel:
-            self._fused = FusedParts(self.model, self.device)
+            is_alone = self.graphs_type is DecodeGraphs
+            self._fused = FusedParts(self.graft, self.device, takes_linears=is_alone and not self._row_by_row)
         self._packing = Packing(
             pool=self.pool,
             row_by_row=self._row_by_row,
@@ -119,7 +120,8 @@ class Runner:
         )
         if self.states is not None:
             self.states.open(num_slots, self.device)
-        self._probe.check(self)
+        with _running_text(self.model):
+            self._probe.check(self)
 
     def open_graphs(self, longest: int, chunk_tokens: int) -> None:
         """From now on steps of up to ``chunk_tokens`` tokens, of sequences of up to ``longest``, run as CUDA graphs."""
@@ -212,6 +214,47 @@ class Runner:
         bind = step.bind_wanted or partial(self._adapters, step.lanes_W, (1,) * len(step.lanes_W))
         self._stack.enter_context(bind())
         return args[0][step.rows_W], *args[1:]
+
+
+def _attention_of(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+    """The attention that every config of the model and its parts names; each behind the config that it lies in, which
+    sets those inside too."""
+    found: dict[int, tuple[PreTrainedConfig, str | None]] = {}
+    left = [part.config for part in reversed(list(model.modules())) if isinstance(part, PreTrainedModel)]
+    while left:
+        config = left.pop()
+        if id(config) not in found:
+            found[id(config)] = (config, config._attn_implementation)
+            inner = [getattr(config, name, None) for name in config.sub_configs]
+            left += [each for each in inner if isinstance(each, PreTrainedConfig)]
+    return list(found.values())
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    """The model's, or the one that a model inside it has. Raises UnsupportedModelError."""
+    parts = [part.get_output_embeddings() for part in model.modules() if isinstance(part, PreTrainedModel)]
+    heads = list(
+        {id(head): head for head in (parts[:1] if parts[0] is not None else parts) if head is not None}.values()
+    )
+    if len(heads) != 1:
+        raise UnsupportedModelError(f"{type(model).__name__} does not say which of its modules is the head")
+    head: nn.Module = heads[0]
+    return head
+
+
+@contextmanager
+def _running_text(model: PreTrainedModel) -> Iterator[None]:
+    """Around the model's first steps: what its own code raises where it cannot run on text alone, or with another
+    attention, becomes UnsupportedModelError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, MoegraftError):
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be served: a step of text alone, over pages, raises "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def check_can_be_paged(model: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moegraft.core.errors import MoegraftError
-from moegraft.serving.requests import RequestError
+from moegraft.serving.requests import AdapterChoice, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,16 +46,18 @@ class TextCodec:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        adapter: str | None = None,
+        adapter: AdapterChoice = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Token ids of a conversation, under the adapter's chat template where it has one, else the model's.
+        """Token ids of a conversation, under the adapter's chat template where it has one, else the model's; of several
+        adapters the first that has one decides.
 
         options: further variables of the template. Raises RequestError where the template refuses the messages.
         """
-        template = self._templates.get(adapter) if adapter is not None else None
+        names = [adapter] if isinstance(adapter, str) else [e if isinstance(e, str) else e[0] for e in adapter or ()]
+        template = next((self._templates[name] for name in names if name in self._templates), None)
         if template is None and self.tokenizer.chat_template is None:
             raise RequestError("messages", "a conversation", "a prompt: the model's tokenizer has no chat template")
         try:

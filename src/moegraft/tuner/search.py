@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moegraft.core.errors import MoegraftError
-from moegraft.tuning.heuristic import gemm_tiles, heuristic_tiles
-from moegraft.tuning.tiles import GemmTile, MoETiles, TuningShape
+from moegraft.tuning.heuristic import gemm_tiles, heuristic_tiles, token_tiles
+from moegraft.tuning.tiles import GemmTile, MoETiles, TokenTile, TuningShape
 
 Measure = Callable[[TuningShape, MoETiles], float]
 """Microseconds of one layer call of that shape with those tiles, after its result was found right.
@@ -221,6 +221,69 @@ def candidates(shape: TuningShape) -> list[MoETiles]:
         found += [replace(default, gemm13=tile) for tile in _neighbours(default.gemm13, block_m)]
         found += [replace(default, gemm2=tile) for tile in _neighbours(default.gemm2, block_m)]
     return list(dict.fromkeys(found))
+
+
+def variants(shape: TuningShape) -> dict[str, MoETiles]:
+    """Ways of a call that are no table's to choose, by name; the heuristic's is the first."""
+    found = {"as chosen": heuristic_tiles(shape)}
+    if shape.num_tokens == 1:
+        return found | _token_variants(shape)
+    default = default_at(shape, found["as chosen"].block_m)
+    for which, tile in (("gemm13", default.gemm13), ("gemm2", default.gemm2)):
+        for changed in (*_neighbours(tile, default.block_m), *_side_by_side(tile)):
+            fields = asdict(changed).items()
+            name = ", ".join(f"{field} {value}" for field, value in fields if value != getattr(tile, field))
+            found[f"{which} {name}"] = replace(default, **{which: changed})  # type: ignore[arg-type]
+    for block_m in block_ms(shape)[1:]:
+        found[f"block_m {block_m}"] = default_at(shape, block_m)
+    both = [list(_side_by_side(tile)) for tile in (default.gemm13, default.gemm2)]
+    for i, (gemm13, gemm2) in enumerate(zip(*both, strict=False)):
+        found[f"both side by side {i}"] = replace(default, gemm13=gemm13, gemm2=gemm2)
+    return found
+
+
+def _side_by_side(tile: GemmTile) -> Iterator[GemmTile]:
+    """Programs so small that a multiprocessor has two or more at once: one stores while another multiplies."""
+    if tile.num_warps == 8:
+        half = replace(tile, block_n=tile.block_n // 2, num_warps=4, num_stages=3)
+        yield half
+        yield replace(half, num_stages=2, block_k=64)
+        yield replace(half, group=2 * tile.group)
+        yield replace(half, tma=False)
+    elif tile.num_stages > 2:
+        yield replace(tile, num_stages=2)
+        yield replace(tile, num_warps=8)
+        yield replace(tile, block_k=2 * tile.block_k, num_stages=2)
+        yield replace(tile, block_n=2 * tile.block_n, num_warps=8)
+
+
+def _token_variants(shape: TuningShape) -> dict[str, MoETiles]:
+    """The kernels of other batches, those of a single token, and the latter with one thing changed."""
+    default = heuristic_tiles(shape)
+    tokens = default.token or token_tiles(shape)
+    found = {"rows": replace(default, token=None), "token": replace(default, token=tokens)}
+    for name, w13 in _token_neighbours(tokens.w13):
+        found[f"w13 {name}"] = replace(default, token=replace(tokens, w13=w13))
+    for name, w2 in _token_neighbours(tokens.w2):
+        found[f"w2 {name}"] = replace(default, token=replace(tokens, w2=w2))
+    for megabytes in (0, 16, 48):
+        found[f"warm {megabytes} MB"] = replace(default, token=replace(tokens, warm_bytes=megabytes << 20))
+    return found
+
+
+def _token_neighbours(tile: TokenTile) -> Iterator[tuple[str, TokenTile]]:
+    n, k = tile.block_n, tile.block_k
+    for changed in (
+        replace(tile, block_n=n // 2),
+        replace(tile, block_n=n * 2),
+        replace(tile, block_k=k // 2),
+        replace(tile, block_k=k * 2),
+        replace(tile, block_n=n // 2, block_k=k * 2),
+        replace(tile, block_n=n // 2, num_warps=2),
+        replace(tile, num_warps=8),
+        replace(tile, block_n=n * 2, num_warps=8),
+    ):
+        yield f"{changed.block_n} x {changed.block_k}, {changed.num_warps} warps", changed
 
 
 def join_best(shape: TuningShape, block_m: int, trials: Sequence[Trial]) -> MoETiles | None:

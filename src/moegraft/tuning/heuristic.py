@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from moegraft.core.config import DeviceTarget
-from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TuningShape
+from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TokenTile, TokenTiles, TuningShape
 from moegraft.tuning.weight_formats import NUM_SMS, RULES
 
 H200 = DeviceTarget(kind="cuda", capability=(9, 0), name="NVIDIA H200", num_sms=132, shared_memory=227 * 1024)
@@ -40,6 +40,18 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
         shrink13=_shrink_tile(shape, tile_m, shape.hidden_size, shape.rank13),
         shrink2=_shrink_tile(shape, tile_m, shape.intermediate_size, shape.rank2),
     )
+
+
+def token_tiles(shape: TuningShape) -> TokenTiles:
+    """A thread has 64 bytes of weights on their way at a time, 128 in the first product."""
+    choices = 1
+    while choices < shape.top_k:
+        choices *= 2
+    if RULES[shape.weight_format].is_granular:
+        return TokenTiles(
+            w13=TokenTile(block_n=8, block_k=1024), w2=TokenTile(block_n=8, block_k=max(128, 2048 // choices))
+        )
+    return TokenTiles(w13=TokenTile(block_n=8, block_k=512), w2=TokenTile(block_n=4, block_k=max(128, 2048 // choices)))
 
 
 def gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:

@@ -35,15 +35,40 @@ class ShrinkTile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenTile:
+    """A product of a single token's rows: block_n columns a program, block_k inputs a step, without the matrix unit."""
+
+    block_n: int = 8
+    block_k: int = 512
+    num_warps: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTiles:
+    """The layer of a single token. ``block_r`` rank rows a program of a shrink.
+
+    ``warm_bytes``: up to so many bytes of w2, those of all experts that the token chose, the first product brings into
+    the L2 when it has read its own weights.
+    """
+
+    w13: TokenTile = TokenTile()
+    w2: TokenTile = TokenTile(block_n=4, block_k=256)
+    block_r: int = 8
+    warm_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoETiles:
     """All tile choices of one layer call. ``block_m`` positions a GEMM block, ``tile_m`` a shrink tile.
 
     ``route_token``: a single token is routed and shrunk in one launch, which sums in another order than other batches.
+    ``token``: a single token takes kernels of its own, with adapters and without.
     """
 
     block_m: int = 16
     tile_m: int = 16
     route_token: bool = False
+    token: TokenTiles | None = None
     gemm13: GemmTile = GemmTile()
     gemm2: GemmTile = GemmTile()
     shrink13: ShrinkTile = ShrinkTile()

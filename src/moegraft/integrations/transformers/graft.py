@@ -37,7 +37,7 @@ from moegraft.integrations.transformers.sites.experts import (
 )
 from moegraft.integrations.transformers.sites.fittings import Fittings
 from moegraft.lora.bank import AdapterBank, AdapterBatch, AdapterInfo, BankLayout
-from moegraft.lora.bank.combination import parse_combination
+from moegraft.lora.bank.combination import Combination, combine, parse_combination
 from moegraft.lora.call import AdapterCall, CallMemory
 from moegraft.lora.collective_bank import CollectiveBank, Combinations, GroupBatch
 from moegraft.lora.peft import LoadReport
@@ -248,6 +248,15 @@ class GraftedModel:
                 raise AdapterMismatchError(f"adapter {name!r} has DoRA on experts ({module}), but {reason}")
         return weights, report
 
+    def combine_adapters(self, parts: Sequence[tuple[str, float]], name: str) -> None:
+        """For engines: what ``parts`` (name, weight) add together as an adapter ``name`` of its own, which stays until
+        it is unloaded and which ``adapters`` does not list. A batch may name several adapters without it.
+
+        Raises AdapterError of the kind that fits, or BatchError where one of them does more than add a delta.
+        """
+        self._check_attached()
+        self._adapters.load(name, lambda _: (combine(self.bank, parts), None), resident=False)
+
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Raises UnknownAdapterError, or AdapterInUseError while a batch uses it."""
         self._check_attached()
@@ -391,7 +400,7 @@ class GraftedModel:
 
     def _acquire(
         self,
-        rows: Sequence[str | tuple[tuple[str, float], ...] | None],
+        rows: Sequence[str | Combination | None],
         agreed: Sequence[str | None] | None,
         stack: ExitStack,
     ) -> tuple[AdapterBatch, GroupBatch | None]:
@@ -518,7 +527,7 @@ def _examine(model: PreTrainedModel, ranks: RankOptions) -> ModelFacts:
 
 def _check_rows(
     adapters: Sequence[RowAdapters] | None, rows: int | None, loaded: Sequence[str]
-) -> tuple[str | tuple[tuple[str, float], ...] | None, ...] | None:
+) -> tuple[str | Combination | None, ...] | None:
     """The names of the batch, checked against its rows; None where no row has an adapter to be looked up."""
     if adapters is None:
         return None
@@ -527,7 +536,7 @@ def _check_rows(
         raise BatchError(f"adapters={adapters!r} is a string, expected one entry a row; loaded: {known}")
     if isinstance(adapters, Set | Mapping) or not isinstance(adapters, Iterable):
         raise BatchError(f"adapters= is a {type(adapters).__name__}, expected a list: one entry a row, in their order")
-    names: list[str | tuple[tuple[str, float], ...] | None] = []
+    names: list[str | Combination | None] = []
     for entry in adapters:
         if entry is not None and not isinstance(entry, str | list | tuple):
             raise BatchError(f"adapters= has an entry {entry!r}, expected names and None; loaded: {known}")

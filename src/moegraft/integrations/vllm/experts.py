@@ -42,6 +42,8 @@ class MoegraftExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
     """Routing, both GEMMs with the adapters inside, weights and sum. The LoRA layer binds the attributes."""
 
     tables: ExpertsTables | None = None
+    stored: MoEWeights | None = None
+    """Quantised weights, which the layer's tensors alone do not describe."""
     idle: torch.Tensor
     bounds = RankBounds(a13=0, a2=0)
 
@@ -75,6 +77,17 @@ class MoegraftExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
 
+    def moe_problem_size(
+        self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[int, int, int, int, int]:
+        """(E, rows, columns of w13, D, K) of weights in any form."""
+        return w1.shape[0], a1.shape[0], w1.shape[1], a1.shape[1], topk_ids.shape[1]
+
+    def activation_of(self, activation: MoEActivation) -> Activation:
+        """With the numbers that vLLM's configuration of the layer has."""
+        kind, gated, _ = _KINDS[activation]
+        return _activation(kind, gated, self.quant_config)
+
     def workspace_shapes(
         self, M: int, N: int, K: int, topk: int, *rest: Any
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -101,15 +114,16 @@ class MoegraftExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
     ) -> None:
         from moegraft.kernels.moe_forward.host import fused_moe_lora
 
-        kind, gated, interleaved = _KINDS[activation]
-        weights = MoEWeights(
-            w13=w1,
-            w2=w2,
-            b13=self.w1_bias,
-            b2=self.w2_bias,
-            activation=_activation(kind, gated, self.quant_config),
-            is_interleaved=interleaved,
-        )
+        weights = self.stored
+        if weights is None:
+            weights = MoEWeights(
+                w13=w1,
+                w2=w2,
+                b13=self.w1_bias,
+                b2=self.w2_bias,
+                activation=self.activation_of(activation),
+                is_interleaved=is_interleaved(activation),
+            )
         if expert_map is not None:  # experts of other ranks become -1, which gives nothing
             topk_ids = expert_map[topk_ids.long()].to(torch.int32)
         if apply_router_weight_on_input:  # vLLM's prepare step has multiplied the rows already
@@ -128,7 +142,7 @@ class MoegraftExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
         if context is None or self.tables is None:
             return None
         slots, no_lora = mapping_of(context.punica_wrapper)
-        if context.local_token_lora_mapping is not None:  # of rows that data parallelism gathered
+        if context.local_token_lora_mapping is not None:  # of rows that ranks of one engine have gathered
             slots = context.local_token_lora_mapping.to(torch.int32).contiguous()
         elif is_skipped(slots.device, no_lora, self.idle):  # on the CPU: it also decides which graph is captured
             return None
@@ -149,9 +163,17 @@ def _activation(kind: ActivationKind, gated: bool, quant_config: Any) -> Activat
     )
 
 
+def is_interleaved(activation: MoEActivation) -> bool:
+    """Whether gate and up alternate; also of an activation without a kernel."""
+    return activation in _KINDS and _KINDS[activation][2]
+
+
 def why_not_experts(moe: Any) -> str | None:
-    """Why the experts of an unquantised layer, described by vLLM's FusedMoEConfig, keep vLLM's kernels."""
+    """Why the experts of a layer, described by vLLM's FusedMoEConfig, keep vLLM's kernels."""
     name = moe.activation.value
+    if moe.is_lora_enabled and moe.moe_parallel_config.dp_size > 1:
+        # Rows come with the slot that an adapter has in the engine they are from, and engines fill slots by themselves.
+        return "data parallelism gathers rows of several engines, whose slots hold other adapters"
     if moe.activation not in _KINDS:
         return f"the activation {name} has no kernel"
     if moe.activation is MoEActivation.SWIGLUOAI_UNINTERLEAVE and (moe.swiglu_beta != 1.0 or moe.swiglu_alpha is None):
@@ -170,7 +192,7 @@ def install(*, base_too: bool) -> None:
     class MoegraftUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         def __init__(self, moe: Any) -> None:
             super().__init__(moe)
-            reason = _why_not_engine(moe, base_too=base_too)
+            reason = why_not_engine(moe, base_too=base_too)
             reason = why_not_experts(moe) if reason is None else reason
             if reason is None:
                 # With this backend vLLM leaves the weights as they were loaded.
@@ -181,7 +203,7 @@ def install(*, base_too: bool) -> None:
     UnquantizedFusedMoEMethod.register_oot(MoegraftUnquantizedFusedMoEMethod)
 
 
-def _why_not_engine(moe: Any, *, base_too: bool) -> str | None:
+def why_not_engine(moe: Any, *, base_too: bool) -> str | None:
     """An empty reason: nothing to say, since nothing was asked for."""
     if not moe.is_lora_enabled:
         return why_not_device() if base_too else ""

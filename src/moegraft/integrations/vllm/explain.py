@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from moegraft.integrations.vllm.versions import SWITCH, wanted_mode, why_not
 from moegraft.lora.targets import ModelTargets
@@ -25,11 +27,11 @@ class PluginExplanation:
     services: tuple[Service, ...]
 
 
-def explain_plugin(targets: ModelTargets, *, quantisation: str) -> PluginExplanation:
-    """For a model's targets; ``quantisation``: the method of its checkpoint, empty where there is none."""
+def explain_plugin(targets: ModelTargets, *, quantisation: Mapping[str, Any] | None) -> PluginExplanation:
+    """For a model's targets; ``quantisation``: the fields of its checkpoint's ``quantization_config``."""
     heads = sum(name.rpartition(".")[2] == "lm_head" for name in targets.linears)
     experts, linears = len(targets.experts), len(targets.linears) - heads
-    of_experts = f"{quantisation} weights, which vLLM's kernels read in a form of their own" if quantisation else ""
+    of_experts = "" if quantisation is None else _why_not_weights(quantisation)
     of_linears = ""
     if not experts and wanted_mode() != "all":
         of_linears = f"a model without experts, which {SWITCH}=all includes"
@@ -43,3 +45,24 @@ def explain_plugin(targets: ModelTargets, *, quantisation: str) -> PluginExplana
         ),
     )
     return PluginExplanation(absent=why_not(), services=tuple(service for service in services if service.count))
+
+
+def _why_not_weights(fields: Mapping[str, Any]) -> str:
+    """Empty where ``quantised`` reads experts of such a checkpoint."""
+    method = str(fields.get("quant_method", "quantised"))[:40]
+    if method == "mxfp4":
+        return ""
+    if method == "fp8":
+        return "" if fields.get("weight_block_size") == [128, 128] else "fp8 weights without blocks of 128 x 128"
+    if method in ("gptq", "awq"):
+        is_read = fields.get("bits", fields.get("w_bit")) == 4 and not fields.get("desc_act")
+        return "" if is_read else f"{method} weights of other than 4 bits, or in act-order"
+    if method == "compressed-tensors" and fields.get("format") == "pack-quantized":
+        bits = [_bits(group) for group in (fields.get("config_groups") or {}).values()]
+        return "" if set(bits) == {4} else "packed weights of other than 4 bits"
+    return f"{method} weights, which vLLM's kernels read in a form of their own"
+
+
+def _bits(group: Any) -> Any:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    return weights.get("num_bits") if isinstance(weights, Mapping) else None

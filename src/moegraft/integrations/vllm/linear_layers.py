@@ -10,6 +10,7 @@ import torch
 import vllm.lora.utils as lora_utils
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
+    LogitsProcessorWithLoRA,
     MergedColumnParallelLinearVariableSliceWithLoRA,
     MergedColumnParallelLinearWithLoRA,
     MergedQKVParallelLinearWithLoRA,
@@ -208,7 +209,43 @@ CLASSES = tuple(
 )
 
 
+class IdleLogitsProcessorWithLoRA(LogitsProcessorWithLoRA):
+    """vLLM's buffers and kernels of the head, in steps in which an active adapter has one: they run outside graphs."""
+
+    def create_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; no slot has a head yet."""
+        super().create_lora_weights(*args, **kwargs)
+        self._held: set[int] = set()
+        self._filled: set[int] = set()  # with an adapter's numbers, which may have left
+        order, size = self.sharded_to_full_mapping, self.base_layer.vocab_size
+        self._is_in_order = order is None or order[:size] == list(range(size))
+
+    def release(self, index: int) -> None:
+        """The slot's adapter has left; its numbers stay until the next one comes."""
+        self._held.discard(index)
+
+    def reset_lora(self, index: int) -> None:
+        """Buffers that no adapter has filled are zero already."""
+        self.release(index)
+        if index in self._filled:
+            self._filled.remove(index)
+            super().reset_lora(index)
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """vLLM's."""
+        super().set_lora(index, lora_a, lora_b)
+        self._held.add(index)
+        self._filled.add(index)
+
+    def _get_logits(self, hidden_states: torch.Tensor, lm_head: Any, embedding_bias: Any = None, **rest: Any) -> Any:
+        if self._held or not self._is_in_order:
+            return super()._get_logits(hidden_states, lm_head, embedding_bias, **rest)
+        head = getattr(lm_head, "base_layer", lm_head)
+        return self.base_layer._get_logits(hidden_states, head, embedding_bias, **rest)
+
+
 def install() -> None:
     """vLLM takes the first class of its list that says yes; where these say no, its own follow in its order."""
     if CLASSES[0] not in lora_utils._all_lora_classes:
         lora_utils._all_lora_classes = (*CLASSES, *lora_utils._all_lora_classes)
+        lora_utils.LogitsProcessorWithLoRA = IdleLogitsProcessorWithLoRA

@@ -1,4 +1,4 @@
-"""vLLM's manager of adapters over pages: what a file means, when pages are filled, and when they are given back."""
+"""vLLM's manager of adapters over pages: when pages are filled, and when they are given back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import vllm.lora.worker_manager as worker_manager
 from vllm.logger import init_logger
-from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_adapter_absolute_path
 
 from moegraft.core.errors import AdapterError, AdapterMemoryError
 from moegraft.core.memory import format_bytes, parse_bytes
-from moegraft.integrations.vllm.linear_layers import PagedLinear, Serving
+from moegraft.integrations.vllm.adapters import complete_experts, fold_scales, split_fused_experts
+from moegraft.integrations.vllm.linear_layers import IdleLogitsProcessorWithLoRA, PagedLinear, Serving
 from moegraft.integrations.vllm.moe_layers import PagedExperts, PagedFusedMoEWithLoRA
 from moegraft.integrations.vllm.pages import SlotPages
 from moegraft.integrations.vllm.versions import (
@@ -25,7 +24,7 @@ from moegraft.integrations.vllm.versions import (
     wanted_mode,
     why_not_lora,
 )
-from moegraft.lora.peft.config import CONFIG_FILE, PeftConfig, read_config
+from moegraft.lora.peft.config import CONFIG_FILE, read_config
 from moegraft.lora.targets import ModelTargets
 
 if TYPE_CHECKING:
@@ -142,17 +141,21 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
     def _deactivate_adapter(self, lora_id: int) -> None:
         slot = self.lora_index_to_id.index(lora_id) if lora_id in self.lora_index_to_id else None
         super()._deactivate_adapter(lora_id)
-        if self.pages is not None and slot is not None:
+        if slot is not None:
+            self._empty(slot)
+
+    def _empty(self, slot: int) -> None:
+        for head in self._paged(IdleLogitsProcessorWithLoRA).values():
+            head.release(slot)
+        if self.pages is not None:
             self.pages.drop(slot)
             self._set_touched(slot, ())
 
     def remove_all_adapters(self) -> None:
         """vLLM's, and all pages are free."""
         super().remove_all_adapters()
-        if self.pages is not None:
-            for slot in range(self.lora_slots):
-                self.pages.drop(slot)
-                self._set_touched(slot, ())
+        for slot in range(self.lora_slots):
+            self._empty(slot)
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         super()._set_adapter_mapping(mapping)
@@ -163,47 +166,15 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
                 finish_mapping(wrapper, num_rows)
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        config = getattr(lora_model, "peft_config", None)
+        if config is not None:
+            for name, layer in self._paged(PagedExperts).items():
+                split_fused_experts(lora_model.loras, name, self.packed_modules.get(name, []), layer, config)
         for name, layer in self._paged(PagedFusedMoEWithLoRA).items():
             if name in self.packed_modules and not layer.enable_moe_shared_loras:
                 names = self._restrict_to_local_experts(name, self.packed_modules[name])
                 complete_experts(lora_model.loras, names, layer)
         super()._create_merged_loras_inplace(lora_model)
-
-
-def complete_experts(loras: dict[str, LoRALayerWeights], names: list[str], layer: Any) -> None:
-    """Gives every expert all its matrices, as vLLM needs them: of rank 0 where the adapter has none of a projection,
-    of zeros where it has those of other experts, padded with zeros where another expert's rank is larger."""
-    if not any(name in loras for name in names):
-        return
-    per_expert = 3 if layer.moe_config.is_act_and_mul else 2
-    inner, outer = layer.intermediate_size_per_partition * layer.tp_size, layer.hidden_size
-    sizes = ((outer, inner), (inner, outer), (outer, inner))[:per_expert]  # gate, down, up
-    for projection, (size_in, size_out) in enumerate(sizes):
-        of_projection = names[projection::per_expert]
-        rank = max((loras[name].lora_a.shape[0] for name in of_projection if name in loras), default=0)
-        for name in of_projection:
-            held = loras.get(name)
-            if held is not None and held.lora_a.shape[0] == rank:
-                continue
-            a = torch.zeros(rank, size_in, dtype=layer.lora_dtype)
-            b = torch.zeros(size_out, rank, dtype=layer.lora_dtype)
-            if held is not None:
-                a[: held.lora_a.shape[0]] = held.lora_a
-                b[:, : held.lora_b.shape[1]] = held.lora_b
-            loras[name] = LoRALayerWeights(name, 1, 1, a, b)
-
-
-def fold_scales(lora_model: LoRAModel, config: PeftConfig, max_rank: int) -> None:
-    """Each module's scale as PEFT has it (rank_pattern, alpha_pattern, rsLoRA), folded into B; vLLM's become 1.
-
-    Raises ValueError where the rank of a module is above ``max_rank``.
-    """
-    for name, lora in lora_model.loras.items():
-        rank, _ = config.rank(name)
-        if rank > max_rank:
-            raise ValueError(f"the rank of {name} is {rank}, max_lora_rank is {max_rank}")
-        lora.lora_b *= config.scale(name, rank)
-        lora.rank, lora.lora_alpha, lora.scaling = rank, rank, 1
 
 
 def install() -> None:
@@ -225,6 +196,7 @@ def install() -> None:
                 except AdapterError as error:
                     raise ValueError(f"adapter {lora_request.lora_name}: {error}") from error
                 fold_scales(lora, config, self.lora_config.max_lora_rank)
+                lora.peft_config = config
         return lora
 
     workers[0]._load_adapter = _load_adapter

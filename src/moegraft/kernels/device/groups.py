@@ -139,6 +139,18 @@ class Tile(NamedTuple):
     PRECISION: str
 
 
+class TokenTile(NamedTuple):
+    """``tuning.tiles.TokenTile``, the choices of the token whose products a program adds up, and the lanes that it
+    looks up at once, of at most RANK."""
+
+    CHOICES: int
+    BLOCK_N: int
+    BLOCK_K: int
+    NUM_WARPS: int
+    LANES: int
+    RANK: int
+
+
 class LowRank(NamedTuple):
     """Columns of the low-rank rows, and elements that divide the address of every row of B."""
 

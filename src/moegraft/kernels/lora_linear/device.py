@@ -37,11 +37,30 @@ def led_slots(slots, first_leader, TILE_M: tl.constexpr, LEADERS: tl.constexpr):
 
 
 @triton.jit
+def lanes_of(slot, rank_block, tables, factors_ptr, LENGTH: tl.constexpr, PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr,
+             BLOCK_R: tl.constexpr):  # fmt: skip
+    """(rank, elements of BLOCK_R rank rows) of A of a slot; NO_SLOT has none."""
+    has_slot = slot != NO_SLOT
+    mine = tl.where(has_slot, slot, 0)
+    factor_ptr = factors_ptr + mine * tables.stride_factors + A * NUM_FIELDS
+    rank = tl.load(factor_ptr + FIELD_RANK, mask=has_slot, other=0)
+    j = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    pages_ptr = tables.pages + mine * tables.stride_pages
+    return rank, factor_row_elements(pages_ptr, factor_ptr, j, j < rank, LENGTH, PAGE_ELEMS, ALIGN)
+
+
+@triton.jit
 def shrink_tile(v_ptr, x, slots_ptr, tables, factors_ptr, num_rows, pid, LENGTH: tl.constexpr,
                 PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr,
                 RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
-    """v[split, m, j] = sum over the split's part of LENGTH of A[a][j] * x[m], for the lanes j that adapter a has."""
+                PRECISION: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """v[split, m, j] = sum over the split's part of LENGTH of A[a][j] * x[m], for the lanes j that adapter a has.
+
+    ``EARLY``: the kernel before this one wrote neither slots nor tables.
+    """
+    if not EARLY:
+        await_prior_kernel(PDL)
+        release_next_kernel(PDL)
     TILE_M: tl.constexpr = ROWS.TILE_M
     GROUPS: tl.constexpr = ROWS.GROUPS
     LEADERS: tl.constexpr = ROWS.LEADERS
@@ -56,28 +75,29 @@ def shrink_tile(v_ptr, x, slots_ptr, tables, factors_ptr, num_rows, pid, LENGTH:
 
     led = led_slots(slots, group * LEADERS, TILE_M, LEADERS)
     slot = tl.min(led)
+    rank, a_elements = lanes_of(slot, rank_block, tables, factors_ptr, LENGTH, PAGE_ELEMS, ALIGN, BLOCK_R)
+    if EARLY:
+        await_prior_kernel(PDL)
+        release_next_kernel(PDL)
     while slot != NO_SLOT:
-        factor_ptr = factors_ptr + slot * tables.stride_factors + A * NUM_FIELDS
-        rank = tl.load(factor_ptr + FIELD_RANK)
         if rank_block * BLOCK_R < rank:
             mine = slots == slot
             lane_live = j < rank
-            a_elements = factor_row_elements(
-                tables.pages + slot * tables.stride_pages, factor_ptr, j, lane_live, LENGTH, PAGE_ELEMS, ALIGN
-            )
             acc = tl.zeros([TILE_M, BLOCK_R], tl.float32)
             for step in range(steps):
                 k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
                 k_live = k < LENGTH
                 x_block = tl.load(x_ptrs + k[None, :], mask=mine[:, None] & k_live[None, :], other=0.0)
                 a_mask = lane_live[:, None] & k_live[None, :]
-                a = tl.load(tables.pool + a_elements[:, None] + k[None, :], mask=a_mask, other=0.0)
+                a_rows = tl.multiple_of(a_elements, ALIGN)  # forgotten where the loop carries it
+                a = tl.load(tables.pool + a_rows[:, None] + k[None, :], mask=a_mask, other=0.0)
                 acc = tl.dot(x_block, a.T, acc, input_precision=PRECISION)
             v_rows = (split * num_rows + rows).to(tl.int64)
             v_ptrs = v_ptr + v_rows[:, None] * V_WIDTH + j[None, :]
             tl.store(v_ptrs, acc.to(v_ptr.dtype.element_ty), mask=mine[:, None] & lane_live[None, :])
         led = tl.where(led == slot, NO_SLOT, led)
         slot = tl.min(led)
+        rank, a_elements = lanes_of(slot, rank_block, tables, factors_ptr, LENGTH, PAGE_ELEMS, ALIGN, BLOCK_R)
 
 
 @triton.jit
@@ -86,11 +106,9 @@ def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, P
                   BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
     """``shrink_tile`` of one map."""
-    await_prior_kernel(PDL)
-    release_next_kernel(PDL)
     shrink_tile(
         v_ptr, x, slots_ptr, tables, tables.factors, num_rows, tl.program_id(0), LENGTH, PAGE_ELEMS, ALIGN, ROWS,
-        V_WIDTH, RANK_BLOCKS, BLOCK_R, BLOCK_K, SPLITS, PRECISION,
+        V_WIDTH, RANK_BLOCKS, BLOCK_R, BLOCK_K, SPLITS, PRECISION, False, PDL,
     )  # fmt: skip
 
 
@@ -98,18 +116,16 @@ def shrink_kernel(v_ptr, x, slots_ptr, tables, num_rows, LENGTH: tl.constexpr, P
 def shrink_group_kernel(v_ptr, x, slots_ptr, tables, shift1, shift2, shift3, num_rows, LENGTH: tl.constexpr,
                         PAGE_ELEMS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, V_WIDTH: tl.constexpr,
                         RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                        PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                        PRECISION: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Up to four maps that read the same x, one along the second axis of the grid; v [map, split, m, j]. shift: from
     the descriptors of the first map to theirs."""
-    await_prior_kernel(PDL)
-    release_next_kernel(PDL)
     number = tl.program_id(1)
     shift = tl.where(number == 1, shift1, tl.where(number == 2, shift2, shift3))
     factors_ptr = tables.factors + tl.where(number == 0, 0, shift)
     mine_ptr = v_ptr + (number * SPLITS * num_rows).to(tl.int64) * V_WIDTH
     shrink_tile(
         mine_ptr, x, slots_ptr, tables, factors_ptr, num_rows, tl.program_id(0), LENGTH, PAGE_ELEMS, ALIGN, ROWS,
-        V_WIDTH, RANK_BLOCKS, BLOCK_R, BLOCK_K, SPLITS, PRECISION,
+        V_WIDTH, RANK_BLOCKS, BLOCK_R, BLOCK_K, SPLITS, PRECISION, EARLY, PDL,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -109,7 +110,38 @@ def run_lora_linear(
     width = cdiv(rank_bound * (len(starts) + 1), block_r) * block_r
     v_dtype = x_MI.dtype if tile.splits == 1 else torch.float32
     v_SMW = torch.empty(tile.splits, M, width, dtype=v_dtype, device=x_MI.device)
-    _launch(y_MO, x_MI, v_SMW, token_slots_M, tables, bias_O, tile, _slices(starts))
+    _launch_shrink(x_MI, v_SMW, token_slots_M, tables, tile)
+    _launch_expand(y_MO, v_SMW, token_slots_M, tables, bias_O, tile, _slices(starts))
+
+
+def shrink_linear(
+    x_MI: torch.Tensor, token_slots_M: torch.Tensor, tables: LinearTables, *, rank_bound: int, run_length: int = 1
+) -> torch.Tensor:
+    """v [M, W] = A[a] x[m] in float32, the first half of ``add_lora_linear``; what no adapter's lane is holds zeros.
+
+    For ranks that exchange v before ``expand_linear`` reads it.
+    """
+    M, in_features = x_MI.shape
+    tile = choose_tile(M, in_features, in_features, rank_bound, run_length)
+    width = cdiv(rank_bound, tile.shrink_r) * tile.shrink_r
+    v_SMW = torch.zeros(tile.splits, M, width, dtype=torch.float32, device=x_MI.device)
+    _launch_shrink(x_MI, v_SMW, token_slots_M, tables, tile)
+    return v_SMW.sum(0)
+
+
+def expand_linear(
+    y_MO: torch.Tensor,
+    v_MW: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    tables: LinearTables,
+    *,
+    run_length: int = 1,
+    bias_O: torch.Tensor | None = None,
+) -> None:
+    """The second half of ``add_lora_linear``, from low-rank rows v [M, W] in the dtype of the adapters."""
+    M, out_features = y_MO.shape
+    tile = choose_tile(M, out_features, out_features, v_MW.shape[1], run_length)
+    _launch_expand(y_MO, v_MW[None].contiguous(), token_slots_M, tables, bias_O, tile, _slices(()))
 
 
 def add_lora_linears(
@@ -156,11 +188,29 @@ def run_lora_linears(
     if M == 0 or rank_bound == 0:
         return
     tile = choose_tile(M, in_features, max(y.shape[1] for y in ys), rank_bound, run_length)
+    v_GSMW = _group_scratch(x_MI, len(ys), tile, rank_bound)
+    _launch_group_shrink(x_MI, v_GSMW, token_slots_M, tables, tile)
+    _launch_group_expand(ys, x_MI, v_GSMW, token_slots_M, tables, biases, tile)
+
+
+def shrink_linears(
+    x_MI: torch.Tensor, token_slots_M: torch.Tensor, tables: Sequence[LinearTables], rank_bound: int
+) -> torch.Tensor:
+    """v [map, split, M, width] of the rows of a decode step, whose splits are still to be added up; see
+    ``add_lora_linears``. Only the lanes that an adapter has are written. The kernel that was launched last must not be
+    one that writes slots or tables: they are read before it has ended."""
+    M, in_features = x_MI.shape
+    tile = choose_tile(M, in_features, in_features, rank_bound, 1)
+    v_GSMW = _group_scratch(x_MI, len(tables), tile, rank_bound)
+    _launch_group_shrink(x_MI, v_GSMW, token_slots_M, tables, tile, is_early=True)
+    return v_GSMW
+
+
+def _group_scratch(x_MI: torch.Tensor, num_maps: int, tile: LinearTile, rank_bound: int) -> torch.Tensor:
     block_r = max(tile.shrink_r, tile.expand_r)
     width = cdiv(rank_bound, block_r) * block_r
     v_dtype = x_MI.dtype if tile.splits == 1 else torch.float32
-    v_GSMW = torch.empty(len(ys), tile.splits, M, width, dtype=v_dtype, device=x_MI.device)
-    _launch_group(ys, x_MI, v_GSMW, token_slots_M, tables, biases, tile)
+    return torch.empty(num_maps, tile.splits, x_MI.shape[0], width, dtype=v_dtype, device=x_MI.device)
 
 
 # define and impl instead of custom_op, whose wrapper costs ten times as much a call: a decode step makes hundreds.
@@ -272,9 +322,21 @@ def _prefill_tile(num_rows: int, rank_bound: int, run_length: int) -> LinearTile
     )
 
 
-def _launch(
+def _launch_shrink(
+    x_MI: torch.Tensor, v_SMW: torch.Tensor, token_slots_M: torch.Tensor, tables: LinearTables, tile: LinearTile
+) -> None:
+    (M, in_features), width = x_MI.shape, v_SMW.shape[2]
+    rank_blocks = width // tile.shrink_r
+    programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
+    shrink_kernel[(programs * rank_blocks * v_SMW.shape[0],)](
+        v_SMW, groups.Rows(x_MI, None, x_MI.stride(0)), token_slots_M, _tables_group(tables), M, LENGTH=in_features,
+        ALIGN=alignment(tables, in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
+        num_stages=3, ROWS=rows, **_options(v_SMW, tables, tile),
+    )  # fmt: skip
+
+
+def _launch_expand(
     y_MO: torch.Tensor,
-    x_MI: torch.Tensor,
     v_SMW: torch.Tensor,
     token_slots_M: torch.Tensor,
     tables: LinearTables,
@@ -282,31 +344,68 @@ def _launch(
     tile: LinearTile,
     slices: groups.Slices,
 ) -> None:
-    (M, in_features), out_features = x_MI.shape, y_MO.shape[1]
-    splits, _, width = v_SMW.shape
-    operands = groups.Tables(
-        tables.pool, tables.page_table, tables.factors, None, tables.page_table.stride(0), tables.factors.stride(0), 0
-    )
-    options = {
-        "PAGE_ELEMS": tables.page_elems, "V_WIDTH": width, "SPLITS": splits, "PRECISION": dot_precision(x_MI.dtype),
-        "num_warps": tile.num_warps, **pdl_options(x_MI.device),
-    }  # fmt: skip
-    rank_blocks = width // tile.shrink_r
-    programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
-    shrink_kernel[(programs * rank_blocks * splits,)](
-        v_SMW, groups.Rows(x_MI, None, x_MI.stride(0)), token_slots_M, operands, M, LENGTH=in_features,
-        ALIGN=_alignment(tables, in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
-        num_stages=3, ROWS=rows, **options,
-    )  # fmt: skip
+    M, out_features = y_MO.shape
     programs, rows = _row_tiles(M, tile.expand_m, tile.leaders)
     expand_kernel[(programs * cdiv(out_features, tile.expand_n * tile.expand_steps),)](
-        groups.Rows(y_MO, None, y_MO.stride(0)), v_SMW, bias_O, token_slots_M, operands, M, COLUMNS=out_features,
-        ALIGN=_alignment(tables, out_features), BLOCK_R=tile.expand_r,
-        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, SLICES=slices, **options,
+        groups.Rows(y_MO, None, y_MO.stride(0)), v_SMW, bias_O, token_slots_M, _tables_group(tables), M,
+        COLUMNS=out_features, ALIGN=alignment(tables, out_features), BLOCK_R=tile.expand_r,
+        BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, SLICES=slices,
+        **_options(v_SMW, tables, tile),
     )  # fmt: skip
 
 
-def _launch_group(
+def _tables_group(tables: LinearTables) -> groups.Tables:
+    return groups.Tables(
+        tables.pool, tables.page_table, tables.factors, None, tables.page_table.stride(0), tables.factors.stride(0), 0
+    )
+
+
+def _options(v_SMW: torch.Tensor, tables: LinearTables, tile: LinearTile) -> dict[str, Any]:
+    return {
+        "PAGE_ELEMS": tables.page_elems, "V_WIDTH": v_SMW.shape[2], "SPLITS": v_SMW.shape[0],
+        "PRECISION": dot_precision(tables.pool.dtype), "num_warps": tile.num_warps, **pdl_options(v_SMW.device),
+    }  # fmt: skip
+
+
+def group_tables(tables: Sequence[LinearTables]) -> tuple[groups.Tables, list[int]]:
+    """(tables, elements from the descriptors of the first map to those of the second, third and fourth)."""
+    first = tables[0]
+    operands = groups.Tables(
+        first.pool, first.page_table, first.factors, None, first.page_table.stride(0), first.factors.stride(0), 0
+    )
+    starts = [int(each.factors.storage_offset()) for each in tables] + [0] * (MAX_GROUP - len(tables))
+    return operands, [start - starts[0] for start in starts[1:]]
+
+
+def _group_options(x_MI: torch.Tensor, v_GSMW: torch.Tensor, page_elems: int, tile: LinearTile) -> dict[str, Any]:
+    return {
+        "PAGE_ELEMS": page_elems, "V_WIDTH": v_GSMW.shape[3], "SPLITS": v_GSMW.shape[1],
+        "PRECISION": dot_precision(x_MI.dtype), "num_warps": tile.num_warps, **pdl_options(x_MI.device),
+    }  # fmt: skip
+
+
+def _launch_group_shrink(
+    x_MI: torch.Tensor,
+    v_GSMW: torch.Tensor,
+    token_slots_M: torch.Tensor,
+    tables: Sequence[LinearTables],
+    tile: LinearTile,
+    *,
+    is_early: bool = False,
+) -> None:
+    (M, in_features), (G, splits, _, width) = x_MI.shape, v_GSMW.shape
+    operands, shifts = group_tables(tables)
+    options = _group_options(x_MI, v_GSMW, tables[0].page_elems, tile)
+    rank_blocks = width // tile.shrink_r
+    programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
+    shrink_group_kernel[(programs * rank_blocks * splits, G)](
+        v_GSMW, groups.Rows(x_MI, None, x_MI.stride(0)), token_slots_M, operands, *shifts, M, LENGTH=in_features,
+        ALIGN=alignment(tables[0], in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
+        num_stages=3, ROWS=rows, EARLY=is_early, **options,
+    )  # fmt: skip
+
+
+def _launch_group_expand(
     ys: Sequence[torch.Tensor],
     x_MI: torch.Tensor,
     v_GSMW: torch.Tensor,
@@ -315,34 +414,18 @@ def _launch_group(
     biases: Sequence[torch.Tensor | None],
     tile: LinearTile,
 ) -> None:
-    first, (M, in_features) = tables[0], x_MI.shape
-    G, splits, _, width = v_GSMW.shape
-    operands = groups.Tables(
-        first.pool, first.page_table, first.factors, None, first.page_table.stride(0), first.factors.stride(0), 0
-    )
-    options = {
-        "PAGE_ELEMS": first.page_elems, "V_WIDTH": width, "SPLITS": splits, "PRECISION": dot_precision(x_MI.dtype),
-        "num_warps": tile.num_warps, **pdl_options(x_MI.device),
-    }  # fmt: skip
-    absent = MAX_GROUP - G
-    starts = [each.factors.storage_offset() for each in tables] + [0] * absent
-    shifts = [start - starts[0] for start in starts[1:]]
-    rank_blocks = width // tile.shrink_r
-    programs, rows = _row_tiles(M, tile.shrink_m, tile.leaders)
-    shrink_group_kernel[(programs * rank_blocks * splits, G)](
-        v_GSMW, groups.Rows(x_MI, None, x_MI.stride(0)), token_slots_M, operands, *shifts, M, LENGTH=in_features,
-        ALIGN=_alignment(first, in_features), RANK_BLOCKS=rank_blocks, BLOCK_R=tile.shrink_r, BLOCK_K=tile.shrink_k,
-        num_stages=3, ROWS=rows, **options,
-    )  # fmt: skip
+    M, absent = x_MI.shape[0], MAX_GROUP - len(ys)
+    operands, shifts = group_tables(tables)
+    options = _group_options(x_MI, v_GSMW, tables[0].page_elems, tile)
     programs, rows = _row_tiles(M, tile.expand_m, tile.leaders)
     columns = [y.shape[1] for y in ys] + [0] * absent
-    alignments = [_alignment(first, count) if count else 1 for count in columns]
+    alignments = [alignment(tables[0], count) if count else 1 for count in columns]
     outs = [groups.Rows(y, None, y.stride(0)) for y in ys] + [groups.Rows(ys[0], None, 0)] * absent
     blocks = sum(cdiv(count, tile.expand_n * tile.expand_steps) for count in columns)
     expand_group_kernel[(programs * blocks,)](
         *outs, v_GSMW, *biases, *[None] * absent, token_slots_M, operands, *shifts, M,
         **{f"COLUMNS{i}": count for i, count in enumerate(columns)},
-        **{f"ALIGN{i}": alignment for i, alignment in enumerate(alignments)}, BLOCK_R=tile.expand_r,
+        **{f"ALIGN{i}": each for i, each in enumerate(alignments)}, BLOCK_R=tile.expand_r,
         BLOCK_N=tile.expand_n, STEPS_N=tile.expand_steps, num_stages=1, ROWS=rows, SLICES=_slices(()), **options,
     )  # fmt: skip
 
@@ -355,6 +438,6 @@ def _row_tiles(num_rows: int, tile_m: int, leaders: int) -> tuple[int, groups.Ro
     return cdiv(num_rows, tile_m) * num_groups, groups.RowTile(TILE_M=tile_m, GROUPS=num_groups, LEADERS=leaders)
 
 
-def _alignment(tables: LinearTables, row_len: int) -> int:
+def alignment(tables: LinearTables, row_len: int) -> int:
     """Elements, 16 bytes of them at most, that divide the address of every rank row of this length."""
     return math.gcd(row_len, tables.page_elems, 16 // tables.pool.element_size())

@@ -7,6 +7,8 @@ import triton.language as tl
 
 from moegraft.kernels.device.common import await_prior_kernel, release_next_kernel
 from moegraft.kernels.device.pages import (
+    B_GATE,
+    B_UP,
     FIELD_EXPERT_STRIDE,
     FIELD_LANE,
     FIELD_RANK,
@@ -104,3 +106,41 @@ def shrink_kernel(u_ptr, partial_ptr, rows, routing, tile_ptr, tables, num_rows,
                     total += tl.load(part_ptrs, mask=u_live, other=0.0, cache_modifier=".cg")
                 tl.store(u_ptr + u_offsets, total.to(u_ptr.dtype.element_ty), mask=u_live)
             tl.store(tile_ptr + tile * 8 + TICKET, 0)  # for the next shrink over this routing
+
+
+@triton.jit
+def place_kernel(u_ptr, gathered_ptr, tile_ptr, count_ptr, tables, num_rows, NUM_RANKS: tl.constexpr,
+                 SHARE_WIDTH: tl.constexpr, U_WIDTH: tl.constexpr, TILE_M: tl.constexpr, BLOCK_C: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """Program (tile, block of columns): u as ``shrink_kernel`` writes it, of rows that ranks have a share of each.
+
+    The adapter's A is this rank's share, of as many lanes as every other rank's; its B reads all lanes.
+    """
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
+    blocks: tl.constexpr = (U_WIDTH + BLOCK_C - 1) // BLOCK_C
+    tile = tl.program_id(0) // blocks
+    if tile >= tl.load(count_ptr + 1):
+        return
+    first = tl.load(tile_ptr + tile * 8 + 2)
+    end = tl.load(tile_ptr + tile * 8 + 3)
+    if first >= end:
+        return
+    factors_ptr = tables.factors + tl.load(tile_ptr + tile * 8 + 1) * tables.stride_factors
+    share = tl.load(factors_ptr + FIELD_RANK)
+    up_lane = tl.load(factors_ptr + B_UP * NUM_FIELDS + FIELD_LANE)
+    up_rank = tl.load(factors_ptr + B_UP * NUM_FIELDS + FIELD_RANK)
+    rank = tl.maximum(up_lane + up_rank, tl.load(factors_ptr + B_GATE * NUM_FIELDS + FIELD_RANK))
+    up_column = pad_to_granule(up_lane)
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    j = tl.where(column < up_column, column, column - up_column + up_lane)
+    j_live = tl.where(column < up_column, column < up_lane, j < rank) & (j < share * NUM_RANKS)
+    share = tl.maximum(share, 1)
+    positions = first + tl.arange(0, TILE_M)
+    live = positions < end
+    rows = (j // share)[None, :] * num_rows + positions[:, None]
+    lanes_ptr = gathered_ptr + rows.to(tl.int64) * SHARE_WIDTH + (j % share)[None, :]
+    lanes = tl.load(lanes_ptr, mask=live[:, None] & j_live[None, :], other=0.0)
+    u_ptrs = u_ptr + positions.to(tl.int64)[:, None] * U_WIDTH + column[None, :]
+    u_live = column < up_column + pad_to_granule(rank - up_lane)
+    tl.store(u_ptrs, lanes.to(u_ptr.dtype.element_ty), mask=live[:, None] & (u_live & (column < U_WIDTH))[None, :])

@@ -7,13 +7,27 @@ import torch
 from moegraft.core.routing import MoERouting, Tile
 from moegraft.core.tables import ExpertsFactor
 from moegraft.kernels.device import groups
-from moegraft.kernels.lora_shrink.device import shrink_kernel
-from moegraft.kernels.records import LoRABatch, LowRank, cdiv, dot_precision, pdl_options, tables_group
+from moegraft.kernels.lora_shrink.device import place_kernel, shrink_kernel
+from moegraft.kernels.records import (
+    LoRABatch,
+    LowRank,
+    cdiv,
+    dot_precision,
+    next_power_of_2,
+    pdl_options,
+    tables_group,
+)
 from moegraft.tuning.tiles import ShrinkTile
 
 
 def lora_shrink13(
-    low_rank: LowRank, x_TD: torch.Tensor, routing: MoERouting, lora: LoRABatch, *, tile: ShrinkTile
+    low_rank: LowRank,
+    x_TD: torch.Tensor,
+    routing: MoERouting,
+    lora: LoRABatch,
+    *,
+    tile: ShrinkTile,
+    is_share: bool = False,
 ) -> None:
     """Semantics: for every position p with row n, token t = n // K and (expert, adapter) = (e, a),
 
@@ -21,8 +35,10 @@ def lora_shrink13(
 
     summed in float32, rounded once to the compute dtype. column(j) = j for the lanes that the gate reads; lanes of an
     up factor with an A of its own follow from the next multiple of 16. Columns that pad to one become zero.
+    ``is_share``: A13 holds a rank's share of the lanes of each adapter, and column(j) = j; see ``place_lanes``.
     """
-    which = groups.Factor(int(ExpertsFactor.A13), int(ExpertsFactor.B_UP), routing.top_k, int(Tile.TICKET13))
+    b_last = ExpertsFactor.B2 if is_share else ExpertsFactor.B_UP  # B2 begins at lane 0
+    which = groups.Factor(int(ExpertsFactor.A13), int(b_last), routing.top_k, int(Tile.TICKET13))
     _launch(low_rank, x_TD, routing, lora, tile, which)
 
 
@@ -42,6 +58,21 @@ def lora_shrink2(
     K = routing.top_k if in_row_order else 0
     which = groups.Factor(int(ExpertsFactor.A2), int(ExpertsFactor.B2), K, int(Tile.TICKET2))
     _launch(low_rank, h_NF, routing, lora, tile, which)
+
+
+def place_lanes(u_NW: torch.Tensor, gathered_RNV: torch.Tensor, routing: MoERouting, lora: LoRABatch) -> None:
+    """Low-rank rows as ``lora_shrink13`` writes them, from those of R ranks with a share of the lanes each.
+
+    Semantics, for every position p of an adapter whose A13 has r rank rows here: lane j of u[p] is
+    gathered[j // r, p, j % r].
+    """
+    num_ranks, num_rows, share_width = gathered_RNV.shape
+    width = u_NW.shape[1]
+    block_c = min(64, next_power_of_2(width))
+    place_kernel[(routing.tiles.shape[0] * cdiv(width, block_c),)](
+        u_NW, gathered_RNV, routing.tiles, routing.counts, tables_group(lora), num_rows, NUM_RANKS=num_ranks,
+        SHARE_WIDTH=share_width, U_WIDTH=width, TILE_M=routing.tile_m, BLOCK_C=block_c, **pdl_options(u_NW.device),
+    )  # fmt: skip
 
 
 def _launch(

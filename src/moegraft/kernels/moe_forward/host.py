@@ -18,6 +18,7 @@ from moegraft.kernels.moe_quantise.host import moe_quantise
 from moegraft.kernels.moe_route_token.host import route_token
 from moegraft.kernels.moe_routing.host import route_rows
 from moegraft.kernels.moe_sum.host import moe_sum
+from moegraft.kernels.moe_token.host import serves_token, token_layer
 from moegraft.kernels.records import (
     Expand,
     LoRABatch,
@@ -78,6 +79,12 @@ def fused_moe_lora(
     workspace = workspace or Workspace.for_layer(shape, tiles, x_TD.dtype, x_TD.device, num_halves=num_halves)
     buffers = workspace.carve(shape, tiles, x_TD.dtype, num_halves=num_halves)
     out_TD = torch.empty_like(x_TD) if out_TD is None else out_TD
+    if tiles.token is not None and serves_token(x_TD, weights, topk_ids_TK.shape[1]):
+        token_layer(
+            out_TD, x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input=apply_router_weight_on_input,
+            tiles=tiles.token, buffers=buffers,
+        )  # fmt: skip
+        return out_TD
     _launch(
         out_TD, x_TD, weights, topk_ids_TK, topk_weights_TK, lora, apply_router_weight_on_input, tiles, buffers
     )  # fmt: skip

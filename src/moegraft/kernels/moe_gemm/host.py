@@ -59,7 +59,7 @@ def moe_gemm13(
         return
     stored, scale = (None, None) if quantised_h is None else (quantised_h.stored_MI, quantised_h.scale_MQ)
     activation, F = weights.activation, weights.sizes.intermediate_size
-    w, (lora, LOW_RANK) = _operand13(weights, tile), lora_operands(expand, F)
+    w, (lora, LOW_RANK) = operand13(weights, tile), lora_operands(expand, F)
     gemm13_kernel[(routing.blocks.shape[0] * cdiv(F, tile.block_n),)](
         (h_NF, stored, scale), groups.Rows(x_TD, x_scales, x_TD.stride(0)), w.numbers, w.weights, w.bias,
         input_weights_TK, groups.Routing(routing.order, routing.segment, routing.blocks, routing.counts), lora,
@@ -92,7 +92,7 @@ def moe_gemm2(
     if routing.num_rows == 0:
         return
     D = weights.sizes.hidden_size
-    w, (lora, LOW_RANK) = _operand2(weights, tile), lora_operands(expand, D)
+    w, (lora, LOW_RANK) = operand2(weights, tile), lora_operands(expand, D)
     gemm2_kernel[(routing.blocks.shape[0] * cdiv(D, tile.block_n),)](
         y_ND, groups.Rows(h_NF, h_scales, h_NF.stride(0)), w.numbers, w.weights, w.bias, output_weights_TK,
         groups.Routing(routing.order, routing.segment, routing.blocks, routing.counts), lora, SHAPE=w.SHAPE,
@@ -102,7 +102,7 @@ def moe_gemm2(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Operand:
+class Operand:
     """w13 or w2 as a GEMM takes it. ``numbers``: the weights, or a descriptor of them."""
 
     numbers: torch.Tensor | TensorDescriptor
@@ -111,7 +111,8 @@ class _Operand:
     SHAPE: groups.Shape
 
 
-def _operand13(weights: MoEWeights, tile: GemmTile) -> _Operand:
+def operand13(weights: MoEWeights, tile: GemmTile) -> Operand:
+    """w13 for a GEMM of this tile, whose ``tma`` decides between a descriptor and the tensor."""
     sizes, quantisation, b13 = weights.sizes, weights.quantisation, weights.b13
     scales, zeros = (None, None) if quantisation is None else (quantisation.scales13, quantisation.zeros13)
     bias = groups.Bias(None, 0, 0, 0)
@@ -124,7 +125,7 @@ def _operand13(weights: MoEWeights, tile: GemmTile) -> _Operand:
         stride, up_offset = weights.half_strides(w.stride(1))
         numbers = _numbers(w, tile, is_plain=not weights.is_interleaved)
         strides = (w.stride(0), stride, w.stride(2), up_offset)
-    return _Operand(
+    return Operand(
         numbers=numbers,
         weights=groups.Weights(scales, zeros, *strides),
         bias=bias,
@@ -139,7 +140,8 @@ def _operand13(weights: MoEWeights, tile: GemmTile) -> _Operand:
     )
 
 
-def _operand2(weights: MoEWeights, tile: GemmTile) -> _Operand:
+def operand2(weights: MoEWeights, tile: GemmTile) -> Operand:
+    """w2, as ``operand13`` gives w13."""
     sizes, quantisation, b2 = weights.sizes, weights.quantisation, weights.b2
     scales, zeros = (None, None) if quantisation is None else (quantisation.scales2, quantisation.zeros2)
     if RULES[weights.format].is_granular:
@@ -147,7 +149,7 @@ def _operand2(weights: MoEWeights, tile: GemmTile) -> _Operand:
     else:
         w = weights.w2_EDF
         numbers, strides = _numbers(w, tile), (w.stride(0), w.stride(1), w.stride(2), 0)
-    return _Operand(
+    return Operand(
         numbers=numbers,
         weights=groups.Weights(scales, zeros, *strides),
         bias=groups.Bias(None, 0, 0, 0) if b2 is None else groups.Bias(b2, b2.stride(0), b2.stride(1), 0),
@@ -190,7 +192,7 @@ def _four_bit_numbers(packed_EPRW: torch.Tensor, tile: GemmTile) -> torch.Tensor
     return TensorDescriptor(packed_EPRW, [packed_EPRW.numel() // words, words], [words, 1], [tile.block_n, words])
 
 
-def _tile(tile: GemmTile, w: _Operand, dtype: torch.dtype) -> groups.Tile:
+def _tile(tile: GemmTile, w: Operand, dtype: torch.dtype) -> groups.Tile:
     """``dtype``: the compute dtype, whatever the rows were quantised to."""
     return groups.Tile(
         BLOCK_N=tile.block_n,

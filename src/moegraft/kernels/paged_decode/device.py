@@ -14,7 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from moegraft.kernels.device.common import Constant
+from moegraft.kernels.device.common import Constant, await_prior_kernel, release_next_kernel
 
 NOTHING = Constant(-1e30)
 """The largest score of no scores: finite, so that differences of two of them are numbers."""
@@ -56,8 +56,10 @@ class Heads(NamedTuple):
 @triton.jit
 def decode_kernel(q_ptr, pool, partial, scale, softcap, stride_q, HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr,
                   WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+                  PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One part of one row's tokens, for the query heads of one head of keys."""
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
     Q: tl.constexpr = HEADS.Q
     K: tl.constexpr = HEADS.K
     GROUP: tl.constexpr = HEADS.GROUP
@@ -117,8 +119,11 @@ def decode_kernel(q_ptr, pool, partial, scale, softcap, stride_q, HEADS: tl.cons
 
 
 @triton.jit
-def sum_kernel(out_ptr, partial, sinks_ptr, HEADS: tl.constexpr, SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr):
+def sum_kernel(out_ptr, partial, sinks_ptr, HEADS: tl.constexpr, SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr,
+               PDL: tl.constexpr):  # fmt: skip
     """The parts of one row and query head, in their order; a sink adds to the sum of weights alone."""
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
     Q: tl.constexpr = HEADS.Q
     V: tl.constexpr = HEADS.V
     BLOCK_V: tl.constexpr = HEADS.BLOCK_V
@@ -147,8 +152,10 @@ def sum_kernel(out_ptr, partial, sinks_ptr, HEADS: tl.constexpr, SPLITS: tl.cons
 
 @triton.jit
 def write_kernel(keys_ptr, values_ptr, k_ptr, v_ptr, slots_ptr, stride_k, stride_v, K_SIZE: tl.constexpr,
-                 V_SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                 V_SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One row's keys and values, all heads, into its slot of the pages."""
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     for start in tl.static_range(0, K_SIZE, BLOCK):

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from moegraft.kernels.paged_decode.device import Heads, Partial, Pool, decode_kernel, sum_kernel, write_kernel
-from moegraft.kernels.records import cdiv, dot_precision, next_power_of_2
+from moegraft.kernels.records import cdiv, dot_precision, next_power_of_2, pdl_options
 
 _WAVE = 264
 """Programs that keep a device busy: twice the multiprocessors of an H200, which serves as the measure for all."""
@@ -91,14 +91,17 @@ def run_paged_decode(  # the op's signature
     )
     pool = Pool(keys_PSHC, values_PSHC, page_table_BN, lengths_B, page_table_BN.stride(0))
     heads = _heads(q_BHC, values_PSHC, tile.block_g)
+    options = pdl_options(q_BHC.device)
     decode_kernel[(B, Hk * cdiv(heads.GROUP, tile.block_g), tile.splits)](
         q_BHC, pool, partial, scale, softcap, q_BHC.stride(0), HEADS=heads, PAGE_SIZE=keys_PSHC.shape[1],
         WINDOW=window, HAS_SOFTCAP=softcap > 0, BLOCK_L=tile.block_l, SPLITS=tile.splits,
         PRECISION=dot_precision(q_BHC.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **options,
     )  # fmt: skip
     sum_kernel[(B, Hq)](
-        out_BHV, partial, sinks_H, HEADS=heads, SPLITS=tile.splits, HAS_SINKS=sinks_H is not None, num_warps=1
-    )
+        out_BHV, partial, sinks_H, HEADS=heads, SPLITS=tile.splits, HAS_SINKS=sinks_H is not None, num_warps=1,
+        **options,
+    )  # fmt: skip
     return out_BHV
 
 
@@ -126,7 +129,7 @@ def write_pages(
     k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (k_THC, v_THC))
     write_kernel[(T,)](
         keys_PSHC, values_PSHC, k, v, slots_T, k.stride(0), v.stride(0), K_SIZE=k_size, V_SIZE=v_size,
-        BLOCK=min(1024, next_power_of_2(max(k_size, v_size))), num_warps=2,
+        BLOCK=min(1024, next_power_of_2(max(k_size, v_size))), num_warps=2, **pdl_options(k.device),
     )  # fmt: skip
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moegraft.kernels.device.common import await_prior_kernel, release_next_kernel
+
 
 @triton.jit
 def rms_norm_kernel(out_ptr, x_ptr, weight_ptr, num_rows, eps, SIZE: tl.constexpr, ADDS_ONE: tl.constexpr,
                     ROUNDS_FIRST: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_D: tl.constexpr):  # fmt: skip
+                    BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
     live = (row < num_rows)[:, None] & (column < SIZE)[None, :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.kernels.records import cdiv, next_power_of_2
+from moegraft.kernels.records import cdiv, next_power_of_2, pdl_options
 from moegraft.kernels.rms_norm.device import rms_norm_kernel
 
 _ELEMENTS = 2048
@@ -33,5 +33,6 @@ def rms_norm(
     rms_norm_kernel[(cdiv(num_rows, block_m),)](
         out_MD, x_MD, weight_D, num_rows, eps, SIZE=size, ADDS_ONE=adds_one, ROUNDS_FIRST=rounds_first,
         HAS_WEIGHT=weight_D is not None, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=8 if block_d > 4096 else 4,
+        **pdl_options(x.device),
     )  # fmt: skip
     return out_MD.view(x.shape)

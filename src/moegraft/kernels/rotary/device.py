@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moegraft.kernels.device.common import await_prior_kernel, release_next_kernel
+
 
 @triton.jit
 def _product(x, angle, dtype: tl.constexpr):
@@ -41,7 +43,9 @@ def _turn(out_ptr, x_ptr, stride_token, stride_head, cos, sin, cos_behind, sin_b
 def rotary_kernel(q_out_ptr, k_out_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, stride_q, stride_q_head, stride_k,
                   stride_k_head, Q: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, TURNED: tl.constexpr,
                   ANGLES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_P: tl.constexpr):  # fmt: skip
+                  BLOCK_P: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (Q + BLOCK_H - 1) // BLOCK_H

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.kernels.records import cdiv, next_power_of_2
+from moegraft.kernels.records import cdiv, next_power_of_2, pdl_options
 from moegraft.kernels.rotary.device import rotary_kernel
 
 
@@ -30,7 +30,7 @@ def rotary(
     rotary_kernel[(B, cdiv(Q, block_h) + cdiv(K, block_h))](
         q_out, k_out, q, k, cos, sin, q.stride(0), q.stride(1), k.stride(0), k.stride(1), Q=Q, K=K, SIZE=C,
         TURNED=turned, ANGLES=angles, BLOCK_H=block_h, BLOCK_R=next_power_of_2(turned // 2),
-        BLOCK_P=next_power_of_2(max(1, C - turned)), num_warps=2,
+        BLOCK_P=next_power_of_2(max(1, C - turned)), num_warps=2, **pdl_options(q.device),
     )  # fmt: skip
     return q_out, k_out
 

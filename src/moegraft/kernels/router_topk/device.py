@@ -5,11 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moegraft.kernels.device.common import await_prior_kernel, release_next_kernel
+
 
 @triton.jit
 def router_topk_kernel(weights_ptr, ids_ptr, logits_ptr, stride_logits, E: tl.constexpr, K: tl.constexpr,
                        OF_ALL: tl.constexpr, IS_SUMMED: tl.constexpr, BLOCK_E: tl.constexpr,
-                       BLOCK_K: tl.constexpr):  # fmt: skip
+                       BLOCK_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    await_prior_kernel(PDL)
+    release_next_kernel(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     place = tl.arange(0, BLOCK_K)

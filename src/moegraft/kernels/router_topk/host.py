@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moegraft.kernels.records import next_power_of_2
+from moegraft.kernels.records import next_power_of_2, pdl_options
 from moegraft.kernels.router_topk.device import router_topk_kernel
 
 
@@ -29,5 +29,6 @@ def router_topk(
         router_topk_kernel[(T,)](
             weights_TK, ids_TK, logits_TE, logits_TE.stride(0), E=E, K=top_k, OF_ALL=of_all, IS_SUMMED=is_summed,
             BLOCK_E=next_power_of_2(E), BLOCK_K=next_power_of_2(top_k), num_warps=1 if E <= 256 else 4,
+            **pdl_options(logits_TE.device),
         )  # fmt: skip
     return weights_TK, ids_TK

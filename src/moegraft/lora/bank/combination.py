@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from moegraft.lora.bank.bank import AdapterBank
 
 
+Combination = tuple[tuple[str, float], ...]
+"""Adapters that add up: (name, weight)."""
+
+
 class Part(NamedTuple):
     """An adapter of a combination, its weight, and its pages on the host."""
 
@@ -46,9 +50,9 @@ def combine(bank: AdapterBank, adapters: Sequence[tuple[str, float]]) -> Adapter
     The rank of a module is the sum of theirs. Raises UnknownAdapterError; BatchError where one of them does more than
     add a delta, or a weighted B is out of range.
     """
+    for name, _ in adapters:
+        check_combines(bank, name)
     parts = [Part(bank.get(name), weight, bank.image(name)) for name, weight in adapters]
-    for handle, _, _ in parts:
-        _check(bank, handle)
     modules = dict.fromkeys(module for part in parts for module in part.handle.ranks)
     layout = bank.layout
     return AdapterWeights(
@@ -63,8 +67,9 @@ def combine(bank: AdapterBank, adapters: Sequence[tuple[str, float]]) -> Adapter
     )
 
 
-def _check(bank: AdapterBank, handle: AdapterHandle) -> None:
-    """Raises BatchError, by the adapter's name and what it has."""
+def check_combines(bank: AdapterBank, name: str) -> None:
+    """Raises UnknownAdapterError; BatchError, by the adapter's name and what it has, for more than deltas."""
+    handle = bank.get(name)
     layout, refusal = bank.layout, f"adapters=: {handle.name!r} cannot be combined with others: it"
     if handle.saved:
         module, param = min(handle.saved)
@@ -168,7 +173,7 @@ def _weighted(b: torch.Tensor, part: Part, module: str) -> torch.Tensor:
     return result
 
 
-def parse_combination(entry: Iterable[object], loaded: str) -> tuple[tuple[str, float], ...]:
+def parse_combination(entry: Iterable[object], loaded: str) -> Combination:
     """One row's adapters: names, or (name, weight); each name once. Raises BatchError."""
     parts = []
     for item in itertools.islice(entry, limits.MAX_COMBINED + 1):

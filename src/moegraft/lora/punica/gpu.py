@@ -43,14 +43,14 @@ class PunicaWrapperGPU(PunicaWrapperBase):
         from moegraft.kernels.lora_expand.host import add_lora_w13
 
         assert not isinstance(segments, LoRASegments), "segments come from this wrapper"
-        x_ND = _for_kernel(x_ND, tables)
+        x_ND = for_kernel(x_ND, tables)
         add_lora_w13(u_NGF, x_ND, segments, num_halves=num_halves, is_interleaved=is_interleaved)
 
     def add_lora_w2(self, y_ND: torch.Tensor, h_NF: torch.Tensor, segments: Segments, tables: ExpertsTables) -> None:
         from moegraft.kernels.lora_expand.host import add_lora_w2
 
         assert not isinstance(segments, LoRASegments), "segments come from this wrapper"
-        add_lora_w2(y_ND, _for_kernel(h_NF, tables), segments)
+        add_lora_w2(y_ND, for_kernel(h_NF, tables), segments)
 
     def add_lora_linear(
         self,
@@ -87,7 +87,7 @@ class PunicaWrapperGPU(PunicaWrapperBase):
         )
 
 
-def _for_kernel(x_NI: torch.Tensor, tables: ExpertsTables) -> torch.Tensor:
+def for_kernel(x_NI: torch.Tensor, tables: ExpertsTables) -> torch.Tensor:
     """The adapters' dtype, contiguous rows."""
     x_NI = x_NI.to(tables.pool.dtype)
     return x_NI if x_NI.stride(-1) == 1 else x_NI.contiguous()

@@ -1,8 +1,9 @@
-"""LoRA whose factors are shared out over a tensor-parallel group, in plain torch: right on every device.
+"""LoRA whose factors are shared out over a tensor-parallel group: in plain torch, and as kernels around an exchange.
 
 Where every rank can add its part of a delta without asking the others (B of w13 and A of w2 cut along F, maps that are
 column parallel), the wrappers for one process serve as they are, over local sizes. These are for what needs the group:
-fully sharded experts (S-LoRA, arXiv 2311.03285) and maps whose low-rank rows are partial sums.
+fully sharded experts (S-LoRA, arXiv 2311.03285) and maps whose low-rank rows are partial sums. The classes over kernels
+ask the host for nothing: a CUDA graph may hold them, NCCL's collectives included.
 
 All ranks of the group bring the same rows and the same adapters, and call together.
 
@@ -12,11 +13,15 @@ I, O local input and output features · W ranks of the group
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moegraft.core.cuts import cut_tensor, pad_axis
 from moegraft.core.errors import BatchError
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
+from moegraft.kernels.records import LayerSizes, LoRABatch
+from moegraft.lora.context import MoELoRAContext
 from moegraft.lora.punica.base import Segments
 from moegraft.lora.punica.cpu import (
     FactorIndex,
@@ -29,6 +34,7 @@ from moegraft.lora.punica.cpu import (
     shrink_linear,
     shrink_rows,
 )
+from moegraft.lora.punica.gpu import PunicaWrapperGPU, for_kernel
 from moegraft.lora.rows import AdapterRows
 from moegraft.parallel.collectives import Communicator
 from moegraft.parallel.slices import LinearSlice, Shard, shard
@@ -128,6 +134,123 @@ class ShardedLinearPunica(PunicaWrapperCPU):
             raise BatchError(
                 "DoRA on a fully sharded row-parallel map needs the reduced output: apply it behind the all-reduce"
             )
+
+
+class ShardedExpertsPunicaGPU(PunicaWrapperGPU):
+    """``ShardedExpertsPunica`` as kernels: each add is a shrink, the exchange of its low-rank rows, and an expand.
+
+    Low-rank rows of all N routed rows travel, in the order that all ranks have sorted them in.
+    """
+
+    def __init__(self, tp: Communicator, hidden_size: int) -> None:
+        self._tp = tp
+        self._hidden: Shard = shard(hidden_size, tp.size, tp.rank)
+
+    def moe_lora_align_block_size(
+        self, expert_N: torch.Tensor, slot_N: torch.Tensor, context: MoELoRAContext, sizes: LayerSizes
+    ) -> Segments:
+        from moegraft.kernels.lora_expand.host import route_lora_rows
+
+        lora = LoRABatch(
+            tables=context.tables,
+            token_slots_T=slot_N.to(torch.int32).contiguous(),
+            rank13=context.bounds.a13 * self._tp.size,
+            rank2=context.bounds.a2,
+        )
+        return route_lora_rows(expert_N.contiguous(), lora, sizes, w2_columns=self._hidden.padded)
+
+    def add_lora_w13(
+        self,
+        u_NGF: torch.Tensor,
+        x_ND: torch.Tensor,
+        segments: Segments,
+        tables: ExpertsTables,
+        *,
+        num_halves: int = 2,
+        is_interleaved: bool = False,
+    ) -> None:
+        from moegraft.kernels.lora_expand.host import expand_gathered13, shrink_share13
+
+        assert not isinstance(segments, LoRASegments), "segments come from this wrapper"
+        v_NV = shrink_share13(for_kernel(x_ND, tables), segments, self._tp.size)
+        if v_NV is None:
+            return
+        v_RNV = self._tp.all_gather(v_NV).view(self._tp.size, *v_NV.shape)
+        expand_gathered13(u_NGF, v_RNV, segments, num_halves=num_halves, is_interleaved=is_interleaved)
+
+    def add_lora_w2(self, y_ND: torch.Tensor, h_NF: torch.Tensor, segments: Segments, tables: ExpertsTables) -> None:
+        from moegraft.kernels.lora_expand.host import expand_summed2, shrink_partial2
+
+        assert not isinstance(segments, LoRASegments), "segments come from this wrapper"
+        v_NW = shrink_partial2(for_kernel(h_NF, tables), segments)
+        if v_NW is None:
+            return
+        v_NW = self._tp.all_reduce(v_NW)
+        if self._hidden.size:
+            expand_summed2(y_ND.narrow(1, self._hidden.start, self._hidden.size), v_NW, segments)
+
+
+class ShardedLinearPunicaGPU(PunicaWrapperGPU):
+    """``ShardedLinearPunica`` of a y that is final on every rank, as kernels.
+
+    Where ranks have columns of B each, all rows of y are gathered: those without an adapter are the same everywhere.
+    """
+
+    def __init__(self, tp: Communicator, mine: LinearSlice) -> None:
+        self._tp = tp
+        self._mine = mine
+
+    def add_lora_linear(
+        self,
+        y_MO: torch.Tensor,
+        x_MI: torch.Tensor,
+        rows: AdapterRows,
+        tables: LinearTables,
+        *,
+        rank_bound: int,
+        bias_O: torch.Tensor | None = None,
+    ) -> None:
+        from moegraft.kernels.lora_linear.host import expand_linear, shrink_linear
+
+        mine, tp = self._mine, self._tp
+        if x_MI.shape[0] == 0 or rank_bound == 0:
+            return
+        x_MI = x_MI if x_MI.stride(-1) == 1 else x_MI.contiguous()
+        v_MW = shrink_linear(x_MI, rows.slots_M, tables, rank_bound=rank_bound, run_length=rows.run_length)
+        if mine.inputs is not None:
+            v_MW = tp.all_reduce(v_MW)
+        v_MW = v_MW.to(x_MI.dtype)
+        if mine.lanes is not None:
+            v_MW = _lanes_in_order(v_MW, rows.slots_M, tables, tp)
+        own_MO = y_MO if mine.outputs is None else cut_tensor(y_MO, {1: mine.outputs}).contiguous()
+        own_bias_O = bias_O if bias_O is None or mine.outputs is None else cut_tensor(bias_O, {0: mine.outputs})
+        if own_MO.shape[1]:
+            expand_linear(own_MO, v_MW, rows.slots_M, tables, run_length=rows.run_length, bias_O=own_bias_O)
+        if mine.outputs is not None:
+            y_MO.copy_(gather_columns(own_MO, y_MO.shape[1], tp))
+
+    def add_lora_linears(
+        self,
+        ys: Sequence[torch.Tensor],
+        x_MI: torch.Tensor,
+        rows: AdapterRows,
+        tables: Sequence[LinearTables],
+        *,
+        rank_bound: int,
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        for y_MO, each, bias_O in zip(ys, tables, biases, strict=True):
+            self.add_lora_linear(y_MO, x_MI, rows, each, rank_bound=rank_bound, bias_O=bias_O)
+
+
+def _lanes_in_order(v_MW: torch.Tensor, slots_M: torch.Tensor, tables: LinearTables, tp: Communicator) -> torch.Tensor:
+    """``gather_lanes`` for rows whose adapters the device knows: [M, ranks * W]."""
+    M, width = v_MW.shape
+    lanes_MV = tp.all_gather(v_MW).view(tp.size, M, width).transpose(0, 1).reshape(M, tp.size * width)
+    own_M1 = tables.factors[slots_M.clamp(min=0).long(), LinearFactor.A, Field.RANK].clamp(min=1)[:, None]
+    lane_V = torch.arange(lanes_MV.shape[1], device=v_MW.device)
+    place_MV = lane_V // own_M1 * width + lane_V % own_M1
+    return lanes_MV.gather(1, place_MV.clamp(max=lanes_MV.shape[1] - 1).long())
 
 
 def gather_lanes(v_LR: torch.Tensor, index: FactorIndex, segments: LoRASegments, tp: Communicator) -> torch.Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -40,16 +41,19 @@ from moegraft.serving.http.protocol import (
     shortened,
 )
 from moegraft.serving.requests import (
+    AdapterChoice,
     EngineBusyError,
     EngineClosedError,
     Grammar,
     RequestError,
     SamplingParams,
     TokenEvent,
+    adapters_of,
 )
 from moegraft.serving.requests import Request as EngineRequest
 from moegraft.serving.stream import TokenStream
 
+_WEIGHT = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,17})?")
 STATIC = Path(__file__).parent / "static"
 _STATUS_OF: tuple[tuple[type[MoegraftError], int], ...] = (
     (RequestError, 400),
@@ -215,18 +219,27 @@ class Frontend:
                 cards.append({"id": name, **common, "root": None, "parent": base, "adapter": None})
         return {"object": "list", "data": cards}
 
-    def adapter_of(self, model: str) -> str | None:
-        """The adapter that a model's name means, None for the base. Raises ApiError."""
+    def adapter_of(self, model: str) -> AdapterChoice:
+        """The adapter that a model's name means, several for ``style+0.5*domain``, None for the base. A name that has
+        such a sign itself comes first. Raises ApiError."""
         if model in self.base_names:
             return None
         for name in self.base_names:
             if model.startswith(f"{name}:"):
                 model = model.removeprefix(f"{name}:")
                 break
-        status = self.engine.adapters.get(model)
-        if (status is not None and status.state != "failed") or model in self.engine.available_adapters:
+        known = {name for name, status in self.engine.adapters.items() if status.state != "failed"}
+        known |= set(self.engine.available_adapters)
+        if model in known:
             return model
-        message = f"model: found {shortened(model)}, expected the base model, an adapter or base:adapter"
+        parts = [_weighted(part, known) for part in model.split("+")]
+        if all(parts):
+            try:
+                return adapters_of([part for part in parts if part])
+            except RequestError as error:
+                raise ApiError(400, f"model: {error}", param="model", code="invalid_value") from None
+        message = f"model: found {shortened(model)}, expected the base model, an adapter, base:adapter, or several "
+        message += "adapters as style+0.5*domain"
         raise ApiError(404, f"{message}; see /v1/models", param="model", code="model_not_found")
 
     async def complete(self, request: Request, asked: CompletionRequest) -> Response:
@@ -315,7 +328,7 @@ class Frontend:
         request: Request,
         answer: Answer,
         prompts: Sequence[tuple[int, ...]],
-        adapter: str | None,
+        adapter: AdapterChoice,
         sampling: SamplingParams,
         *,
         streams: bool,
@@ -365,6 +378,14 @@ class Frontend:
     def _cancel(self, queued: Sequence[TokenStream]) -> None:
         for one in queued:
             self.engine.cancel(one.request_id)
+
+
+def _weighted(text: str, known: Collection[str]) -> tuple[str, float] | None:
+    """``0.5*name`` or ``name``, where the name is known."""
+    weight, star, name = text.partition("*")
+    if text in known:
+        return text, 1.0
+    return (name, float(weight)) if star and name in known and _WEIGHT.fullmatch(weight) else None
 
 
 def _template_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -425,7 +446,7 @@ def _add_openai_routes(app: FastAPI, frontend: Frontend) -> None:
 
     @app.post("/v1/completions", tags=["completions"], openapi_extra=body(CompletionRequest))
     async def completions(request: Request) -> Response:
-        """OpenAI's completions; ``model`` names the base model, an adapter, or base:adapter."""
+        """OpenAI's completions; ``model`` names the base model, an adapter, base:adapter, or several adapters."""
         return await frontend.complete(request, parse(CompletionRequest, read_json(await request.body())))
 
     @app.post("/v1/chat/completions", tags=["completions"], openapi_extra=body(ChatRequest))

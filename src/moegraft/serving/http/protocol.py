@@ -143,6 +143,14 @@ class TextPart(_Strict):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"a part of the type {shortened(kind)} is not served: text alone is")
+        return data
+
 
 class Message(_Strict):
     """One message; what else a template reads (``reasoning_content``, ``name``) goes to it as it is."""

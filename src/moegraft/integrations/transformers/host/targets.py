@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -39,7 +40,8 @@ class TextScope:
     """The modules whose rows are tokens of the batch, without what lies inside experts modules.
 
     ``stack``: the name of the PreTrainedModel that holds the token embedding. ``decoder``: of the one whose rows the
-    heads see. ``owners``: every PreTrainedModel by name. ``experts``: those of the stack.
+    heads see. ``owners``: every PreTrainedModel by name. ``experts``: those of the stack. ``tower_maps``: linear maps
+    of vision towers that tell which rows are whose, and the tower.
     """
 
     stack: str
@@ -47,6 +49,7 @@ class TextScope:
     owners: Mapping[str, PreTrainedModel]
     experts: Mapping[str, HostExperts]
     modules: Mapping[str, nn.Module]
+    tower_maps: Mapping[str, str]
 
     @classmethod
     def of(cls, model: PreTrainedModel, hooked: Mapping[str, HostExperts]) -> TextScope:
@@ -61,13 +64,21 @@ class TextScope:
             owners=owners,
             experts={name: module for name, module in hooked.items() if innermost(owners, name) == stack},
             modules={},
+            tower_maps={},
         )
         modules = {
             name: module
             for name, module in model.named_modules()
             if scope.why_not(name) is None and innermost(hooked, name) is None
         }
-        return replace(scope, modules=modules)
+        towers = [name for name, part in owners.items() if name not in ("", stack) and _is_image_tower(model, part)]
+        tower_maps = {
+            name: tower
+            for tower in towers
+            for name, module in model.named_modules()
+            if innermost(owners, name) == tower and _is_linear_map(module) and innermost(hooked, name) is None
+        }
+        return replace(scope, modules=modules, tower_maps=tower_maps)
 
     def why_not(self, name: str) -> str | None:
         """Why the rows of a module are not known to be the tokens'; None where they are."""
@@ -94,6 +105,20 @@ class TextScope:
             f"shares its layer with '{others[0]}': each of them sees a part of the tokens (those of one modality, "
             "say), and which adapter a row of such a part uses cannot be told"
         )
+
+
+def _is_image_tower(model: PreTrainedModel, tower: PreTrainedModel) -> bool:
+    """Whether the rows of a tower are patches of images, image after image, and the model's own inputs tell which
+    image is whose: each stands for so many image tokens of a sequence (Qwen-VL's convention)."""
+    takes, given = (inspect.signature(inspect.unwrap(type(part).forward)).parameters for part in (model, tower))
+    has_tokens = isinstance(getattr(model.config, "image_token_id", None), int)
+    return has_tokens and "image_grid_thw" in takes and "grid_thw" in given and merge_area(tower) is not None
+
+
+def merge_area(tower: nn.Module) -> int | None:
+    """Patches that become one image token; None where the tower's config does not say."""
+    side = getattr(tower.config, "spatial_merge_size", None)
+    return side * side if isinstance(side, int) else None
 
 
 def _token_embedding(model: PreTrainedModel) -> nn.Module | None:
@@ -127,6 +152,19 @@ def innermost(prefixes: Container[str], name: str) -> str | None:
 _READ_DIRECTLY = ("dt_proj",)
 # A class that is a mixture of experts by its name, after the name of the model.
 _MIXTURE = re.compile(r"(MoE|Moe|MOE|Experts?)(?![a-z])")
+
+
+# Experts that transformers calls without its interface and that attach cannot stand in for either.
+_ODD_EXPERTS: Mapping[str, str] = {
+    "DbrxExperts": (
+        "keeps the weights of all experts in three two-dimensional parameters [E * F, D] of a module inside it "
+        "(mlp.w1, v1, w2), of which PEFT takes each for one matrix: an adapter on them has no part for a single expert"
+    ),
+    "LongcatFlashExperts": (
+        "routes tokens to identities too (zero_expert_num), which no experts layer of moegraft has: gate_up_proj, and "
+        "PEFT's adapters on it, count them among the experts, down_proj does not"
+    ),
+}
 
 
 def discover_targets(model: PreTrainedModel, hosts: Mapping[str, HostExperts] | None = None) -> ModelTargets:
@@ -219,9 +257,14 @@ def _why_no_experts(model: PreTrainedModel) -> str:
                     f"{found} holds quantised weights in an order of its own kernels; load the checkpoint with "
                     f"moegraft.load_quantised({model.name_or_path or 'PATH'!r}), which keeps them packed as well"
                 )
+            reason = _ODD_EXPERTS.get(type(module).__name__)
             return (
-                f"{found} does not dispatch through transformers' experts interface (use_experts_implementation), "
-                "so moegraft cannot reach its experts"
+                f"{found} {reason}"
+                if reason is not None
+                else (
+                    f"{found} does not dispatch through transformers' experts interface (use_experts_implementation), "
+                    "so moegraft cannot reach its experts"
+                )
             )
     for name, module in model.named_modules():
         family = os.path.commonprefix((type(module).__name__, type(model.config).__name__))  # noqa: RUF071  # no path
@@ -281,7 +324,18 @@ def _is_linear_map(module: nn.Module) -> bool:
 
 
 def _linear_targets(scope: TextScope, routers: Mapping[str, nn.Module]) -> dict[str, LinearTarget]:
-    targets = {}
+    targets = {
+        name: LinearTarget(
+            name=name,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            weight=_linear_weight(module),
+            has_bias=module._parameters.get("bias") is not None,
+            tower=tower,
+        )
+        for name, tower in scope.tower_maps.items()
+        for module in [cast("nn.Linear", scope.owners[""].get_submodule(name))]
+    }
     for name, module in scope.modules.items():
         weight = module._parameters.get("weight")
         by_weight = weight is not None and (name in routers or (_is_linear_map(module) and _is_read_directly(name)))
@@ -385,7 +439,11 @@ def _left_out(
     reasons = {}
     for name, module in model.named_modules():
         is_inside = innermost(hooked, name) not in (None, name)
-        if is_inside or not (name in hooked or module._parameters.get("weight") is not None):
+        if (
+            is_inside
+            or name in scope.tower_maps
+            or not (name in hooked or module._parameters.get("weight") is not None)
+        ):
             continue
         reason = scope.why_not(name)
         if reason is None and isinstance(module, nn.Linear) and not (_is_linear_map(module) or name in routers):

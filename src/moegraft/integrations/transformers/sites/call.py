@@ -357,7 +357,8 @@ def batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[st
 def token_modules(model: PreTrainedModel, targets: ModelTargets) -> list[str]:
     """The model itself (the empty name) and those inside it that are given tokens and hold what adapters may touch."""
     owners = {name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    served = {_innermost(owners, name) for name in (*targets.experts, *targets.linears, *targets.embeddings)}
+    linears = [name for name, target in targets.linears.items() if target.tower is None]
+    served = {_innermost(owners, name) for name in (*targets.experts, *linears, *targets.embeddings)}
     return sorted({"", *served})
 
 
@@ -366,7 +367,8 @@ def head_modules(model: PreTrainedModel, targets: ModelTargets) -> frozenset[str
     output = model.get_output_embeddings()
     return frozenset(
         name
-        for name in targets.linears
+        for name, target in targets.linears.items()
+        if target.tower is None
         if "." not in name or name.rpartition(".")[2] in HEADS or model.get_submodule(name) is output
     )
 

@@ -29,6 +29,7 @@ from moegraft.integrations.transformers.sites.experts import (
 from moegraft.integrations.transformers.sites.saved import SavedSeam
 from moegraft.integrations.transformers.sites.seams import EmbeddingSeam, LinearSeam, RouterSeam, Seam
 from moegraft.integrations.transformers.sites.shared import SharedInput, shared_inputs
+from moegraft.integrations.transformers.sites.towers import TowerSeam
 from moegraft.lora.bank import AdapterBank
 from moegraft.lora.targets import ModelTargets
 
@@ -208,6 +209,9 @@ class Fittings:
         touched = [module for handle in handles for module in handle.ranks]
         if self._compiled:
             touched += [*self.targets.linears, *self.targets.embeddings]
+        towers = [self.targets.linears[module].tower for module in touched if module in self.targets.linears]
+        for tower in dict.fromkeys(tower for tower in towers if tower is not None):
+            yield tower, TowerSeam
         for module in dict.fromkeys(touched):
             if module in self.targets.linears:
                 yield module, RouterSeam if self.targets.linears[module].router else LinearSeam
@@ -233,6 +237,9 @@ class Fittings:
             return EmbeddingSeam(name, module, self.bank, self.state, mine, ranks)
         if kind is RouterSeam:
             return RouterSeam(self.local_targets.linears[name], module, self.bank, self.state)
+        if kind is TowerSeam:
+            maps = [linear for linear, target in self.targets.linears.items() if target.tower == name]
+            return TowerSeam(name, module, self.bank, self.state, self.model, maps)
         if kind is SavedSeam:
             return SavedSeam(name, module, self.bank, self.state, is_planned=self.layout.plan is not None)
         return kind(name, module, self.bank, self.state)
@@ -273,7 +280,7 @@ def _parameters(name: str, module: nn.Module) -> Iterator[_Spot]:
 
 
 def _names(targets: ModelTargets) -> set[str]:
-    return {*targets.experts, *targets.linears, *targets.embeddings, *targets.saveable}
+    return {*targets.experts, *targets.linears, *targets.embeddings, *targets.saveable, *targets.towers}
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moegraft.core.errors import BatchError, UnsupportedModelError
-from moegraft.integrations.transformers.host.dtensors import whole
+from moegraft.integrations.transformers.host.dtensors import is_sharded, whole
 from moegraft.integrations.transformers.sites.call import CallState, register
 from moegraft.integrations.transformers.sites.seams import HookSeam
 from moegraft.lora.bank import AdapterBank
@@ -45,11 +45,12 @@ class SavedSeam(HookSeam):
         super().__init__(name, module, bank, state)
         self.is_planned = is_planned
         self._variants: WeakKeyDictionary[AdapterHandle, _Variant] = WeakKeyDictionary()
+        self._wholes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._number = register(self)
 
     def install(self) -> None:
         """Raises UnsupportedModelError where a copy of the module could not run what the module runs."""
-        self._copy({})
+        self._bare_copy()
         # Before LoRA of the module, which is added to what the copy gives.
         self.module.register_forward_hook(self._hook, with_kwargs=True, prepend=True)
 
@@ -107,15 +108,28 @@ class SavedSeam(HookSeam):
 
     def _copy(self, tensors: dict[str, torch.Tensor | None]) -> nn.Module:
         """The module with some tensors replaced and without hooks; shares everything else."""
+        variant = self._bare_copy()
+        for kept, own in (("_parameters", self.module._parameters), ("_buffers", self.module._buffers)):
+            vars(variant)[kept] = {k: tensors[k] if k in tensors else self._whole(k, v) for k, v in own.items()}
+        return variant
+
+    def _bare_copy(self) -> nn.Module:
         variant = copy.copy(self.module)
         variant._forward_hooks = OrderedDict()
         if self.is_planned:
             variant.__dict__.pop("forward", None)  # the plan's, bound to the module and its sharded parameters
         _rebind(self.name, self.module, variant)
-        params = {k: tensors.get(k, None if v is None else whole(v)) for k, v in self.module._parameters.items()}
-        variant._parameters = params  # type: ignore[assignment]
-        variant._buffers = {k: tensors.get(k, v) for k, v in self.module._buffers.items()}
         return variant
+
+    def _whole(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Put together once, when all ranks first run an adapter that does not replace it: later a rank may make its
+        copy anew, after an eviction of its own, while no other takes part."""
+        if tensor is None or not is_sharded(tensor):
+            return tensor
+        found = self._wholes.get(name)
+        if found is None or found[0] is not tensor:
+            found = self._wholes[name] = (tensor, whole(tensor))
+        return found[1]
 
 
 def _rebind(name: str, module: nn.Module, variant: nn.Module) -> None:

@@ -7,7 +7,7 @@ left: an untouched module runs exactly as before.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,11 +138,16 @@ class LinearDelta:
         target, rank_bound = self.target, call.linear_bound(self.target.name)
         if rank_bound == 0:
             return
-        rows = call.rows(target.name, x.shape[:-1])
+        rows = self.rows(call, x.shape[:-1])
         if rows.host is None or rows.has_adapters:
             x_MI = x.reshape(-1, target.in_features).to(self.tables.pool.dtype)
             y_MO = y.view(-1, target.out_features)
             self.punica.add_lora_linear(y_MO, x_MI, rows, self.tables, rank_bound=rank_bound, bias_O=bias_O)
+
+    def rows(self, call: AdapterCall, shape: Sequence[int]) -> AdapterRows:
+        """Whose the rows of an input are. Raises BatchError where that is not known."""
+        tower = self.target.tower
+        return call.rows(self.name, shape) if tower is None else call.tower_rows(tower, self.name, shape)
 
 
 class LinearSeam(HookSeam):

@@ -112,7 +112,7 @@ class SharedInput:
 
     def _add(self, call: AdapterCall, found: Mapping[int, torch.Tensor], x: torch.Tensor) -> None:
         deltas = [self.seams[place].delta for place in found]
-        rows = call.rows(deltas[0].name, x.shape[:-1])
+        rows = deltas[0].rows(call, x.shape[:-1])
         if rows.host is not None and not rows.has_adapters:
             return
         target, tables = deltas[0].target, [delta.tables for delta in deltas]
