@@ -13,6 +13,7 @@ from support.four_bit import quantised_case
 from support.kernels import DEVICE, make_lora_batch, make_weights, reference, run_poisoned
 
 from moegraft.core.config import Activation, ActivationKind, MoEConfig
+from moegraft.kernels.moe_token import host
 from moegraft.testing.cases import LoRASpec, MoECase, Routing, make_inputs
 from moegraft.testing.errors import assert_close, assert_close_delta
 from moegraft.tuning.tiles import MoETiles, TokenTile, TokenTiles
@@ -48,6 +49,14 @@ def test_dense(name: str, slot: int) -> None:
     assert_close(found, reference(case, inputs, lora.token_slots_T), 1e-5)
     if slot < 0:
         assert torch.equal(found, base)
+
+
+def test_more_lanes_than_a_program_has_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "MAX_LANES", 16)
+    case = MoECase(name="token", config=CONFIG, adapters=ADAPTERS[:1], num_tokens=1, base_share=0.0)
+    inputs = make_inputs(case, device=DEVICE)
+    found = run_poisoned(inputs, make_weights(case, inputs), make_lora_batch(case, inputs), TILES)
+    assert_close(found, reference(case, inputs, inputs.token_slots_T), 1e-5)
 
 
 @pytest.mark.parametrize("format", ["int4 g128", "int4 g32 zeros", "int4 channel zeros", "mxfp4"])

@@ -49,7 +49,7 @@ def token_tiles(shape: TuningShape) -> TokenTiles:
         choices *= 2
     if RULES[shape.weight_format].is_granular:
         return TokenTiles(
-            w13=TokenTile(block_n=16, block_k=1024), w2=TokenTile(block_n=8, block_k=max(128, 2048 // choices))
+            w13=TokenTile(block_n=8, block_k=1024), w2=TokenTile(block_n=8, block_k=max(128, 2048 // choices))
         )
     return TokenTiles(w13=TokenTile(block_n=8, block_k=512), w2=TokenTile(block_n=4, block_k=max(128, 2048 // choices)))
 

@@ -140,12 +140,15 @@ class Tile(NamedTuple):
 
 
 class TokenTile(NamedTuple):
-    """``tuning.tiles.TokenTile``, and the choices of the token whose products a program adds up."""
+    """``tuning.tiles.TokenTile``, the choices of the token whose products a program adds up, and the lanes that it
+    looks up at once, of at most RANK."""
 
     CHOICES: int
     BLOCK_N: int
     BLOCK_K: int
     NUM_WARPS: int
+    LANES: int
+    RANK: int
 
 
 class LowRank(NamedTuple):

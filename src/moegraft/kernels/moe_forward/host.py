@@ -79,7 +79,7 @@ def fused_moe_lora(
     workspace = workspace or Workspace.for_layer(shape, tiles, x_TD.dtype, x_TD.device, num_halves=num_halves)
     buffers = workspace.carve(shape, tiles, x_TD.dtype, num_halves=num_halves)
     out_TD = torch.empty_like(x_TD) if out_TD is None else out_TD
-    if tiles.token is not None and serves_token(x_TD, weights, lora, topk_ids_TK.shape[1]):
+    if tiles.token is not None and serves_token(x_TD, weights, topk_ids_TK.shape[1]):
         token_layer(
             out_TD, x_TD, weights, topk_ids_TK, topk_weights_TK, lora, weight_on_input=apply_router_weight_on_input,
             tiles=tiles.token, buffers=buffers,

@@ -112,12 +112,13 @@ def _warm_next_weights(next_ptr, expert, part, PARTS: tl.constexpr, BYTES: tl.co
 @triton.jit
 def token13_kernel(h_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr, slot_ptr, u_ptr, tables, next_ptr,
                    alpha, limit, SHAPE: tl.constexpr, LAYER: tl.constexpr, KIND: tl.constexpr, LOW_RANK: tl.constexpr,
-                   LANES: tl.constexpr, TILE: tl.constexpr, NEXT_BYTES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   TILE: tl.constexpr, NEXT_BYTES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """h[choice] = act(W13[e] x + b13[e] + B13 u), BLOCK_N columns of one choice a program.
 
     ``u_ptr`` None: without adapters, where the router is the kernel before this one. With them, that is the shrink,
-    whose result is read last. ``NEXT_BYTES``: of an expert's w2, which the programs bring into the L2 when they have
-    read their own weights; 0: they do not.
+    whose result is read last; LANES of its lanes are looked up before the base product, more of them behind it.
+    ``NEXT_BYTES``: of an expert's w2, which the programs bring into the L2 when they have read their own weights; 0:
+    they do not.
     """
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     COLUMNS: tl.constexpr = SHAPE.COLUMNS
@@ -126,6 +127,8 @@ def token13_kernel(h_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr
     K: tl.constexpr = LAYER.K
     PAGE_ELEMS: tl.constexpr = LAYER.PAGE_ELEMS
     NUM_WARPS: tl.constexpr = TILE.NUM_WARPS
+    LANES: tl.constexpr = TILE.LANES
+    RANK: tl.constexpr = TILE.RANK
     num_n: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     if u_ptr is None:
         await_prior_kernel(PDL)
@@ -158,6 +161,12 @@ def token13_kernel(h_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr
             up += _expand(up_lanes, 1.0)
             if GATED:
                 gate += _expand(gate_lanes, 1.0)
+            for first in tl.static_range(LANES, RANK, LANES):
+                up += _expand(_find_lanes(u_ptr, tables, slot, choice, lanes + first, experts, here, f, f_live, B_UP,
+                                          COLUMNS, PAGE_ELEMS, LOW_RANK), 1.0)  # fmt: skip
+                if GATED:
+                    gate += _expand(_find_lanes(u_ptr, tables, slot, choice, lanes + first, experts, here, f, f_live,
+                                                B_GATE, COLUMNS, PAGE_ELEMS, LOW_RANK), 1.0)  # fmt: skip
         if router_weight_ptr is not None:
             router_weight = tl.load(router_weight_ptr + choice).to(tl.float32)
             gate *= router_weight
@@ -176,8 +185,8 @@ def token13_kernel(h_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr
 
 @triton.jit
 def token2_kernel(out_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr, slot_ptr, u_ptr, tables,
-                  SHAPE: tl.constexpr, LAYER: tl.constexpr, LOW_RANK: tl.constexpr, LANES: tl.constexpr,
-                  TILE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  SHAPE: tl.constexpr, LAYER: tl.constexpr, LOW_RANK: tl.constexpr, TILE: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """out = sum over the choices of router weight * (W2[e] h + b2[e] + B2 u), BLOCK_N columns a program.
 
     The sum is float32 throughout. ``u_ptr`` None: h is what the kernel before this one writes, and the first weights
@@ -189,6 +198,8 @@ def token2_kernel(out_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_pt
     E: tl.constexpr = LAYER.E
     K: tl.constexpr = LAYER.K
     PAGE_ELEMS: tl.constexpr = LAYER.PAGE_ELEMS
+    LANES: tl.constexpr = TILE.LANES
+    RANK: tl.constexpr = TILE.RANK
     n = tl.program_id(0)
     d = n * BLOCK_N + tl.arange(0, BLOCK_N)
     d_live = d < COLUMNS
@@ -197,10 +208,10 @@ def token2_kernel(out_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_pt
         choices = lane // LANES
         expert, is_local = load_choices(ids_ptr, choices, E, K)
         factor = load_factors(router_weight_ptr, choices, is_local)
+        slot = tl.load(slot_ptr)
         found = _find_lanes(
-            u_ptr, tables, tl.load(slot_ptr), choices, lane % LANES, expert, is_local, d, d_live, B2, COLUMNS,
-            PAGE_ELEMS, LOW_RANK,
-        )  # fmt: skip
+            u_ptr, tables, slot, choices, lane % LANES, expert, is_local, d, d_live, B2, COLUMNS, PAGE_ELEMS, LOW_RANK
+        )
     _, out = row_sums(
         rows, w_ptr, weights, ids_ptr, router_weight_ptr, 0, n, SHAPE, E, K, TILE, u_ptr is None, PDL
     )  # fmt: skip
@@ -209,6 +220,9 @@ def token2_kernel(out_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_pt
     release_next_kernel(PDL)
     if u_ptr is not None:
         out += _expand(found, factor[:, None])
+        for first in tl.static_range(LANES, RANK, LANES):
+            out += _expand(_find_lanes(u_ptr, tables, slot, choices, lane % LANES + first, expert, is_local, d, d_live,
+                                       B2, COLUMNS, PAGE_ELEMS, LOW_RANK), factor[:, None])  # fmt: skip
     if bias.ptr is not None:
         choices = tl.arange(0, CHOICES)
         expert, is_local = load_choices(ids_ptr, choices, E, K)

@@ -23,19 +23,18 @@ from moegraft.kernels.workspace import LayerBuffers
 from moegraft.tuning.tiles import GemmTile, TokenTile, TokenTiles
 from moegraft.tuning.weight_formats import RULES, WeightFormat
 
-MAX_RANK = 256
-"""Rank rows of a factor that a program of a product holds at once."""
+MAX_LANES = 128
+"""Rank rows of a B that a program of a product has at once."""
 MAX_CHOICES = 16
 SHRINK_ELEMENTS = 8192
 """Elements of A that a program of a shrink has in flight."""
 _BY_STRIDE = GemmTile()
 
 
-def serves_token(x_TD: torch.Tensor, weights: MoEWeights, lora: LoRABatch | None, top_k: int) -> bool:
-    """Whether ``token_layer`` computes this call: one token, inputs of weights that are neighbours, ranks that fit."""
+def serves_token(x_TD: torch.Tensor, weights: MoEWeights, top_k: int) -> bool:
+    """Whether ``token_layer`` computes this call: one token, and inputs of weights that are neighbours. Adapters do not
+    decide it: a token without one has the same bits in any batch."""
     if x_TD.shape[0] != 1 or top_k > MAX_CHOICES:
-        return False
-    if lora is not None and max(lora.rank13, lora.rank2) > MAX_RANK:
         return False
     if RULES[weights.format].is_granular:
         return True
@@ -113,7 +112,8 @@ def _product13(
 ) -> None:
     activation, F, K = weights.activation, weights.sizes.intermediate_size, topk_ids_1K.shape[1]
     w, tile = operand13(weights, _BY_STRIDE), tiles.w13
-    u, tables, LANES, LOW_RANK = _lanes(lora, low_rank, 0 if lora is None else lora.rank13, F)
+    u, tables, LOW_RANK = _lanes(lora, low_rank, F)
+    TILE = _tile(tile, weights, choices=1, rank=0 if lora is None else lora.rank13)
     pdl = pdl_options(h_KF.device)
     w2, next_bytes = weights.w2, weights.w2[0].numel() * weights.w2.element_size()
     if not (pdl["PDL"] and 0 < K * next_bytes <= tiles.warm_bytes and w2[0].is_contiguous()):
@@ -122,7 +122,7 @@ def _product13(
         h_KF, groups.Rows(x_1D, None, x_1D.stride(0)), w.numbers, w.weights, w.bias, input_weights_1K, topk_ids_1K,
         None if lora is None else lora.token_slots_T, u, tables, w2 if next_bytes else None, activation.alpha,
         activation.limit, SHAPE=w.SHAPE, LAYER=layer_group(weights.sizes, lora, K), KIND=KIND_CODES[activation.kind],
-        LOW_RANK=LOW_RANK, LANES=LANES, TILE=_tile(tile, weights, choices=1), NEXT_BYTES=next_bytes,
+        LOW_RANK=LOW_RANK, TILE=TILE, NEXT_BYTES=next_bytes,
         num_warps=tile.num_warps, num_stages=1, **pdl,
     )  # fmt: skip
 
@@ -139,27 +139,34 @@ def _product2(
 ) -> None:
     D, K = weights.sizes.hidden_size, topk_ids_1K.shape[1]
     w = operand2(weights, _BY_STRIDE)
-    u, tables, LANES, LOW_RANK = _lanes(lora, low_rank, 0 if lora is None else lora.rank2, D)
+    u, tables, LOW_RANK = _lanes(lora, low_rank, D)
+    TILE = _tile(tile, weights, choices=next_power_of_2(K), rank=0 if lora is None else lora.rank2)
     token2_kernel[(cdiv(D, tile.block_n),)](
         out_1D, groups.Rows(h_KF, None, h_KF.stride(0)), w.numbers, w.weights, w.bias, output_weights_1K, topk_ids_1K,
         None if lora is None else lora.token_slots_T, u, tables, SHAPE=w.SHAPE,
-        LAYER=layer_group(weights.sizes, lora, K), LOW_RANK=LOW_RANK, LANES=LANES,
-        TILE=_tile(tile, weights, choices=next_power_of_2(K)), num_warps=tile.num_warps, num_stages=1,
+        LAYER=layer_group(weights.sizes, lora, K), LOW_RANK=LOW_RANK, TILE=TILE, num_warps=tile.num_warps, num_stages=1,
         **pdl_options(out_1D.device),
     )  # fmt: skip
 
 
 def _lanes(
-    lora: LoRABatch | None, low_rank: LowRank | None, rank: int, columns: int
-) -> tuple[torch.Tensor | None, groups.Tables, int, groups.LowRank]:
-    """(u, tables, lanes that a program reads at once, widths); without low-rank rows nothing to read."""
+    lora: LoRABatch | None, low_rank: LowRank | None, columns: int
+) -> tuple[torch.Tensor | None, groups.Tables, groups.LowRank]:
+    """(u, tables, widths); without low-rank rows nothing to read."""
     if lora is None or low_rank is None:
-        return None, tables_group(None), LANE_GRANULE, groups.LowRank(0, 1)
-    width = low_rank.u_NW.shape[1]
-    return low_rank.u_NW, tables_group(lora), next_power_of_2(rank), groups.LowRank(width, lora.row_alignment(columns))
+        return None, tables_group(None), groups.LowRank(0, 1)
+    u_KW = low_rank.u_NW
+    return u_KW, tables_group(lora), groups.LowRank(u_KW.shape[1], lora.row_alignment(columns))
 
 
-def _tile(tile: TokenTile, weights: MoEWeights, *, choices: int) -> groups.TokenTile:
+def _tile(tile: TokenTile, weights: MoEWeights, *, choices: int, rank: int) -> groups.TokenTile:
     """4-bit weights have steps of whole granules."""
     block_k = max(tile.block_k, 128) if RULES[weights.format].is_granular else tile.block_k
-    return groups.TokenTile(CHOICES=choices, BLOCK_N=tile.block_n, BLOCK_K=block_k, NUM_WARPS=tile.num_warps)
+    return groups.TokenTile(
+        CHOICES=choices,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=block_k,
+        NUM_WARPS=tile.num_warps,
+        LANES=max(LANE_GRANULE, min(MAX_LANES, next_power_of_2(rank))),
+        RANK=rank,
+    )
