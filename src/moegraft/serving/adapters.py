@@ -297,7 +297,9 @@ class AdapterStore:
         if self.folder is None or not name or name.startswith(".") or Path(name).name != name or "\0" in name:
             return None
         path = self.folder / name
-        return path if (path / CONFIG_FILE).is_file() else None
+        with suppress(OSError):  # a name too long for a file
+            return path if (path / CONFIG_FILE).is_file() else None
+        return None
 
     def _start(self, name: str, source: Source, *, skip_unserved: bool = False) -> AdapterVersion:
         number = self._versions[name] = self._versions.get(name, 0) + 1
@@ -356,11 +358,12 @@ class AdapterStore:
     def _read(self, version: AdapterVersion, source: Source) -> str | None:
         """Its chat template, where it has one."""
         with _as_folder(source) as folder:
+            template = adapter_template(folder)  # first: where it fails, nothing was loaded
             report = self._graft.load_adapter(
                 folder, name=version.key, resident=False, skip_unserved=version.skip_unserved
             )
             version.left_out = tuple(report.left_out)
-            return adapter_template(folder)
+            return template
 
     def _combine(self, version: AdapterVersion) -> None:
         for part, _ in version.parts:
