@@ -181,6 +181,20 @@ def test_all_ranks_capture_and_replay_the_same_steps(world2: WorldPool, kinds: d
     assert captures >= 3  # the base, adapters, adapters on the head
 
 
+def test_what_no_graph_serves_runs_without(world2: WorldPool, tmp_path: Path) -> None:
+    """LoRA on the map behind latents, which a step of decode rows does not run."""
+    model = build("deepseek_v3")
+    adapter = save_everything("deepseek_v3", tmp_path / "a").path
+    requests = list(zip(draw_prompts((5, 3)), ("a", "a"), strict=True))
+    options = {"page_size": 4, "max_model_len": 40, "max_rows": 2, "batch_sizes": (2,)}
+    parallel = ParallelConfig(ep=2, timeout_seconds=60.0)
+    rounds: list[Any] = [({}, [(prompt, None) for prompt, _ in requests]), ({"a": adapter}, requests)]
+    case = RankCase(family="deepseek_v3", parallel=parallel, rounds=rounds, graphs=True, options=options)
+    found, captures, _ = world2.run(serve_case, case)[0]
+    assert found[1] == greedy_alone(model, adapter, requests, case.new)
+    assert captures == 1
+
+
 FOUR = {
     "tp 2 x ep 2": ParallelConfig(tp=2, ep=2, timeout_seconds=60.0),
     "tp 2 x ep 2, data parallel": ParallelConfig(tp=2, ep=2, data_parallel=True, timeout_seconds=60.0),

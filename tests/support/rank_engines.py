@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -59,8 +61,11 @@ class RankCase:
 
 def serve_case(case: RankCase) -> tuple[list[list[tuple[int, ...]]], int, set[str]] | None:
     """On rank 0: the tokens of every request, how many graphs were captured, the backends."""
-    if case.graphs and case.device == "cpu":
-        _interpret_graphs()
+    with _interpreted_graphs() if case.graphs and case.device == "cpu" else nullcontext():
+        return _serve_case(case)
+
+
+def _serve_case(case: RankCase) -> tuple[list[list[tuple[int, ...]]], int, set[str]] | None:
     opened = case.open()
     if opened is None:
         return None
@@ -132,8 +137,9 @@ def lose_rank(case: RankCase, killed: int, meeting: Path) -> str | None:
     return last.error
 
 
-def _interpret_graphs() -> None:
-    """In a process of its own, which ends with the pool."""
+@contextmanager
+def _interpreted_graphs() -> Iterator[None]:
+    """What follows in this process runs without them."""
 
     def record(self: DecodeGraphs, step: StepBatch, bind: Any) -> tuple[Callable[[], None], torch.Tensor]:
         def run() -> torch.Tensor:
@@ -148,6 +154,5 @@ def _interpret_graphs() -> None:
         self.open_graphs(40, 64)
 
     opened = Runner.open_pool
-    if opened.__name__ == "open_pool" and opened.__module__ == Runner.__module__:
-        Runner.open_pool = open_pool  # type: ignore[method-assign]
-        DecodeGraphs.record = record  # type: ignore[method-assign]
+    with patch.object(Runner, "open_pool", open_pool), patch.object(DecodeGraphs, "record", record):
+        yield

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moegraft.core.errors import BatchError
 from moegraft.serving.graphs import DecodeGraphs
 from moegraft.serving.scheduler import BASE, StepPlan
 
@@ -53,16 +54,20 @@ class RankGraphs(DecodeGraphs):
             return None
         return size, self.bound, True
 
-    def follow(self, decision: Decision, plan: StepPlan, ids: torch.Tensor | None) -> torch.Tensor:
-        """Logits of a plan that all ranks run in the same way."""
+    def follow(self, decision: Decision, plan: StepPlan, ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Logits of a plan that all ranks run in the same way; None where only eager code can serve its adapters, which
+        all ranks find out at the same place of a capture."""
         size, bound, captures = decision
         lanes = [chunk.sequence.lane for chunk in plan.chunks] + [BASE] * (size - len(plan.chunks))
         if bound is None:
             step = self._capture(plan, lanes, None, ids) if captures else self._captured[size, False]
             return self._replay(step, plan, ids, ())
         if captures:
-            with self.batch_of(lanes, rank_bound=bound) as call:
-                return self._replay(self._capture(plan, lanes, call, ids), plan, ids, call.batch.row_slots)
+            try:
+                with self.batch_of(lanes, rank_bound=bound) as call:
+                    return self._replay(self._capture(plan, lanes, call, ids), plan, ids, call.batch.row_slots)
+            except BatchError:
+                return None
         # What was captured serves these adapters, as rank 0 has seen. A bound would be refused by a rank that has
         # meanwhile loaded an adapter of another kind, which takes no part.
         with self.batch_of(lanes, rank_bound=None) as call:

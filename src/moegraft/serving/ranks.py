@@ -178,7 +178,9 @@ class RankRunner(Runner):
             ids = groups.world.broadcast(ids.long())
         if decision is not None:
             assert self.graphs is not None
-            return self.graphs.follow(decision, plan, ids)
+            found = self.graphs.follow(decision, plan, ids)
+            if found is not None:
+                return found
         if not groups.config.data_parallel:
             return super().run(plan, ids)
         own = [i for i, place in enumerate(places) if place == groups.ep.rank]
