@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
                 ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
             )
         ),
-        ("DbrxForCausalLM", "DbrxExperts", "does not dispatch"),
+        ("DbrxForCausalLM", "DbrxExperts", "three two-dimensional parameters", "no part for a single expert"),
     ),
     "jetmoe": (
         lambda: _causal(JetMoeConfig(**TINY, kv_channels=8, num_local_experts=4)),
@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     ),
     "longcat_flash": (
         lambda: tiny_model("longcat_flash"),
-        ("LongcatFlashForCausalLM", "LongcatFlashExperts", "does not dispatch"),
+        ("LongcatFlashForCausalLM", "LongcatFlashExperts", "routes tokens to identities too (zero_expert_num)"),
     ),
     "experts in embeddings": (
         lambda: tiny_model("doge"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.gpu
 QWEN = MoEConfig(num_experts=16, top_k=4, hidden_size=256, intermediate_size=192, dtype=torch.bfloat16)
 GPT_OSS = replace(QWEN, activation=Activation(kind=ActivationKind.SWIGLU_OAI), has_bias=True, dtype=torch.float16)
 NEMOTRON = replace(QWEN, activation=Activation(kind=ActivationKind.RELU2, gated=False), hidden_size=264)
+STEP = replace(QWEN, activation=Activation(kind=ActivationKind.CLAMPED_SILU, limit=0.5))
 RANKS = tuple(LoRASpec(r_gate=r, r_up=r, r2=r) for r in (1, 4, 8, 16, 24, 64, 256))
 TOL = 1e-2  # two outputs rounded to half precision, their difference as large as each of them
 BANK = {"pages": 800, "page_bytes": 65536}
@@ -38,10 +40,15 @@ def case(config: MoEConfig, num_tokens: int, **options: object) -> MoECase:
     return MoECase(name="gpu", config=config, adapters=RANKS, num_tokens=num_tokens, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7, 70, 150, 470, 700, 1500])
-@pytest.mark.parametrize("layout", ["qwen", "gpt_oss", "nemotron"])
+@pytest.mark.parametrize(
+    ("layout", "num_tokens"),
+    [
+        *itertools.product(("qwen", "gpt_oss", "nemotron"), (1, 7, 70, 150, 470, 700, 1500)),
+        *itertools.product(("step",), (1, 70, 700)),
+    ],
+)
 def test_layer_matches_merged_weights(layout: str, num_tokens: int) -> None:
-    config = {"qwen": QWEN, "gpt_oss": GPT_OSS, "nemotron": NEMOTRON}[layout]
+    config = {"qwen": QWEN, "gpt_oss": GPT_OSS, "nemotron": NEMOTRON, "step": STEP}[layout]
     transposed = layout == "gpt_oss"
     problem = case(config, num_tokens, is_transposed=transposed, is_interleaved=transposed, routing=Routing.SENTINELS)
     inputs = make_inputs(problem, device="cuda")

@@ -154,6 +154,19 @@ _READ_DIRECTLY = ("dt_proj",)
 _MIXTURE = re.compile(r"(MoE|Moe|MOE|Experts?)(?![a-z])")
 
 
+# Experts that transformers calls without its interface and that attach cannot stand in for either.
+_ODD_EXPERTS: Mapping[str, str] = {
+    "DbrxExperts": (
+        "keeps the weights of all experts in three two-dimensional parameters [E * F, D] of a module inside it "
+        "(mlp.w1, v1, w2), of which PEFT takes each for one matrix: an adapter on them has no part for a single expert"
+    ),
+    "LongcatFlashExperts": (
+        "routes tokens to identities too (zero_expert_num), which no experts layer of moegraft has: gate_up_proj, and "
+        "PEFT's adapters on it, count them among the experts, down_proj does not"
+    ),
+}
+
+
 def discover_targets(model: PreTrainedModel, hosts: Mapping[str, HostExperts] | None = None) -> ModelTargets:
     """Describe every module of ``model`` that an adapter may touch.
 
@@ -244,9 +257,14 @@ def _why_no_experts(model: PreTrainedModel) -> str:
                     f"{found} holds quantised weights in an order of its own kernels; load the checkpoint with "
                     f"moegraft.load_quantised({model.name_or_path or 'PATH'!r}), which keeps them packed as well"
                 )
+            reason = _ODD_EXPERTS.get(type(module).__name__)
             return (
-                f"{found} does not dispatch through transformers' experts interface (use_experts_implementation), "
-                "so moegraft cannot reach its experts"
+                f"{found} {reason}"
+                if reason is not None
+                else (
+                    f"{found} does not dispatch through transformers' experts interface (use_experts_implementation), "
+                    "so moegraft cannot reach its experts"
+                )
             )
     for name, module in model.named_modules():
         family = os.path.commonprefix((type(module).__name__, type(model.config).__name__))  # noqa: RUF071  # no path
