@@ -34,6 +34,7 @@ from moegraft.integrations.transformers import GraftedModel
 from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.bank.combination import Combination, check_combines
 from moegraft.lora.peft.config import CONFIG_FILE
+from moegraft.lora.peft.loader import as_adapter_error
 from moegraft.serving.ranks import Leader, RankedAdapters
 from moegraft.serving.requests import EngineBusyError, label_of
 from moegraft.serving.status import FIRST_TOKEN_BUCKETS, AdapterStatus, Observations
@@ -358,7 +359,8 @@ class AdapterStore:
     def _read(self, version: AdapterVersion, source: Source) -> str | None:
         """Its chat template, where it has one."""
         with _as_folder(source) as folder:
-            template = adapter_template(folder)  # first: where it fails, nothing was loaded
+            with as_adapter_error():
+                template = adapter_template(folder)  # first: where it fails, nothing was loaded
             report = self._graft.load_adapter(
                 folder, name=version.key, resident=False, skip_unserved=version.skip_unserved
             )

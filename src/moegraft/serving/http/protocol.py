@@ -17,7 +17,6 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 16
 MAX_CHOICES = 128
@@ -49,14 +48,18 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+class UnknownField(ValueError):
+    """A field that no record has; its name."""
+
+
 def first_problem(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What pydantic found as an answer: 400 with the field, what was found and what was expected."""
     error = errors[0]
     # pydantic names the member of a union too, behind the field; a field's own name never has brackets.
     path = [str(part) for part in error["loc"] if "[" not in str(part) and part not in _UNION_MEMBERS]
-    path += error.get("ctx", {}).get("unknown", ())
-    field = ".".join(path)
-    if error["type"] == "extra_forbidden":
+    reason = error.get("ctx", {}).get("error")
+    field = ".".join([*path, *(reason.args if isinstance(reason, UnknownField) else ())])
+    if isinstance(reason, UnknownField) or error["type"] == "extra_forbidden":
         return ApiError(400, f"{field}: this field is not known", param=field, code="unknown_parameter")
     if error["type"] == "missing":
         return ApiError(400, f"{field or 'body'}: missing", param=field or None, code="missing_required_parameter")
@@ -86,7 +89,7 @@ class _Strict(BaseModel):
         if isinstance(data, dict):
             known = {field.alias or name for name, field in cls.model_fields.items()}
             if unknown := next((str(name) for name in data if name not in known), None):
-                raise PydanticCustomError("extra_forbidden", "unknown", {"unknown": [unknown[:MAX_NAME]]})
+                raise UnknownField(unknown[:MAX_NAME])
         return data
 
 
