@@ -3,6 +3,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Tests start some hundred processes, which import the same files: their bytecode is kept.
+unset PYTHONDONTWRITEBYTECODE
+
 # What .venv was installed from: while it is unchanged, the install is skipped.
 recipe() { pwd && cat pyproject.toml constraints.txt; }
 
@@ -12,20 +15,26 @@ if ! recipe | cmp --silent - .venv/recipe; then
     recipe > .venv/recipe
 fi
 
-# Real vLLM, for the tests of its plug-in: beside .venv, since what it requires would replace torch.
-if ! cmp --silent tests/vllm_requirements.txt .vllm/recipe; then
-    rm -rf .vllm
-    .venv/bin/python -m pip install --quiet --no-deps --target .vllm --requirement tests/vllm_requirements.txt
-    cp tests/vllm_requirements.txt .vllm/recipe
-fi
-
-# The status page is looked at in a real browser.
-if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
-    apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null
-fi
+# What tests need beside .venv: real vLLM for those of its plug-in, since what it requires would replace torch; a browser
+# that looks at the status page.
+install_others() {
+    if ! cmp --silent tests/vllm_requirements.txt .vllm/recipe; then
+        rm -rf .vllm
+        .venv/bin/python -m pip install --quiet --no-deps --target .vllm --requirement tests/vllm_requirements.txt
+        cp tests/vllm_requirements.txt .vllm/recipe
+    fi
+    if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+        apt-get update -qq
+        apt-get install -qq -y --no-install-recommends chromium > /dev/null
+    fi
+}
+(install_others) &
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# Two workers of one torch thread each: the tests are many small ops, which do not gain from threads.
-exec .venv/bin/python -m pytest --numprocesses 2 --dist worksteal "$@"
+wait $!
+
+# One torch thread a worker: the tests are many small ops, which do not gain from threads. One worker more than two
+# cores have: tests wait for servers, ranks and deadlines.
+exec .venv/bin/python -m pytest --numprocesses 3 --dist worksteal "$@"

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from support.interpreter import hasten_interpreter
+
+hasten_interpreter()
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, database=None)

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from moegraft.parallel import backend_of
+from support.interpreter import hasten_interpreter
 
 PRELOADED = ["torch.distributed", "moegraft.testing", "support.parallel_acts", "support.rank_engines"]
 START_SECONDS = 120.0
@@ -187,6 +188,7 @@ def _this_path() -> Iterator[None]:
 
 
 def _serve(connection: Connection, rank: int, size: int, meeting: str, group_seconds: float, device: str) -> None:
+    hasten_interpreter()
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     has_own_gpu = device == "cuda" and torch.cuda.device_count() >= size

@@ -173,7 +173,9 @@ def replace_operators() -> None:
     import vllm.v1.attention.backends.cpu_attn as cpu_attn
 
     from support.fp8_interpreter import round_fp8_exactly
+    from support.interpreter import hasten_interpreter
 
+    hasten_interpreter()
     round_fp8_exactly(pytest.MonkeyPatch())
     ops.cpu_attn_reshape_and_cache = _write_cache
     ops.cpu_attention_with_kv_cache = _attend
