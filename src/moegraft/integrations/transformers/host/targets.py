@@ -103,7 +103,7 @@ class TextScope:
             return None
         return (
             f"shares its layer with '{others[0]}': each of them sees a part of the tokens (those of one modality, "
-            "say), and which adapter a row of such a part uses cannot be told"
+            "say), and moegraft does not follow which tokens those are"
         )
 
 
