@@ -35,6 +35,7 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
         block_m=block_m,
         tile_m=tile_m,
         route_token=shape.num_tokens == 1 and shape.num_slots > 0,
+        token=token_tiles(shape) if shape.num_tokens == 1 else None,
         gemm13=gemm13,
         gemm2=gemm2,
         shrink13=_shrink_tile(shape, tile_m, shape.hidden_size, shape.rank13),
