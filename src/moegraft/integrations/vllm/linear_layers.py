@@ -237,11 +237,10 @@ class IdleLogitsProcessorWithLoRA(LogitsProcessorWithLoRA):
         self._held.add(index)
         self._filled.add(index)
 
-    def _get_logits(self, hidden_states: torch.Tensor, lm_head: Any, embedding_bias: Any = None, **rest: Any) -> Any:
+    def _get_logits(self, hidden_states: torch.Tensor, lm_head: Any, *rest: Any, **more: Any) -> Any:
         if self._held or not self._is_in_order:
-            return super()._get_logits(hidden_states, lm_head, embedding_bias, **rest)
-        head = getattr(lm_head, "base_layer", lm_head)
-        return self.base_layer._get_logits(hidden_states, head, embedding_bias, **rest)
+            return super()._get_logits(hidden_states, lm_head, *rest, **more)
+        return self.base_layer._get_logits(hidden_states, getattr(lm_head, "base_layer", lm_head), *rest, **more)
 
 
 def install() -> None:
