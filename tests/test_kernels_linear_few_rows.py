@@ -103,7 +103,6 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("num_rows", [1, 8, 32])
 @pytest.mark.parametrize("widths", [[4096, 512, 512], [2048]])
 def test_sizes_of_real_models(num_rows: int, widths: list[int]) -> None:
@@ -118,7 +117,6 @@ def test_sizes_of_real_models(num_rows: int, widths: list[int]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(("ranks", "num_rows"), [([16] * 8, 8), ([4, 64, 16], 1), ([8] * 20, 32), ([64] * 5, 32)])
 def test_adapters_of_real_sizes(ranks: list[int], num_rows: int) -> None:
     """More adapters than one product takes, and more lanes."""
