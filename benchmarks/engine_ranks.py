@@ -33,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,7 +53,7 @@ from moegraft.serving.requests import Completion, Request
 CHECKED, CHECKED_TOKENS = 24, 12
 SIZES = {"one": (1, 1, False), "tp": (2, 1, False), "ep": (1, 2, False), "dp": (1, 2, True)}
 GRACE_SECONDS = 15.0
-PARENT = "ENGINE_RANKS_LAYOUT"
+PARENT, STARTED = "ENGINE_RANKS_LAYOUT", "ENGINE_RANKS_STARTED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +141,11 @@ def run_ranks(layout: str, args: argparse.Namespace, folder: Path) -> Found | No
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TMPDIR": str(folder)}
+    world |= {PARENT: layout, STARTED: str(time.time())}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-u", *sys.argv],
-            env={**os.environ, **world, PARENT: layout, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(size)
     ]
@@ -169,17 +171,19 @@ def run_ranks(layout: str, args: argparse.Namespace, folder: Path) -> Found | No
 
 def run_layout(layout: str, args: argparse.Namespace) -> None:
     """On every rank: the same weights, then the engine, or its steps."""
-    start = time.perf_counter()
+    imported = time.time() - float(os.environ[STARTED])
+    start = time.perf_counter() - imported
     rank = int(os.environ["RANK"])
     where = f"{layout}, rank {rank}"
-    faulthandler.dump_traceback_later(args.seconds + GRACE_SECONDS)
+    log(f"{where}: imported after {imported:.1f} s")
+    faulthandler.dump_traceback_later(max(1.0, args.seconds + GRACE_SECONDS - imported))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {where}: %(message)s", datefmt="%H:%M:%S")
     tp, ep, spread = SIZES[layout]
     parallel = ParallelConfig(
         tp=args.ranks if tp > 1 else 1,
         ep=args.ranks if ep > 1 else 1,
         data_parallel=spread,
-        timeout_seconds=min(120.0, args.seconds),
+        timeout_seconds=120.0,  # one may compile while the other waits
     )
     device = str(moegraft.init_parallel(args.device)) if parallel.world_size > 1 else args.device
     if args.device == "cpu":
@@ -207,6 +211,7 @@ def run_layout(layout: str, args: argparse.Namespace) -> None:
     files = [write_adapter(model, folder / f"file{i}", rank=args.rank, seed=i) for i in range(min(count, 2))]
     with moegraft.Engine(model, parallel=parallel, **options) as engine:
         log(f"{where}: open after {time.perf_counter() - start:.1f} s")
+        threading.Thread(target=show_steps, args=(engine, where), daemon=True).start()
         began = time.perf_counter()
         for i in range(count):
             engine.load_adapter(f"a{i}", files[i % 2])
@@ -239,6 +244,14 @@ def run_layout(layout: str, args: argparse.Namespace) -> None:
     log(f"{where}: closed after {time.perf_counter() - start:.1f} s")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def show_steps(engine: moegraft.Engine, where: str) -> None:
+    """On a cold machine kernels are compiled for minutes: whether it still moves."""
+    while engine.is_ready:
+        time.sleep(5)
+        stats = engine.stats()
+        log(f"{where}: {stats.steps} steps, {stats.graph_captures} captures")
 
 
 def cells(args: argparse.Namespace) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,8 @@ import torch
 from support.families import build
 from support.hostile import FAMILY, HostileCase, good_adapter, hostile_cases
 
-from moegraft.core.errors import AdapterError
+from moegraft.core.errors import AdapterError, AdapterFileError
+from moegraft.files import limits
 from moegraft.integrations.transformers.host.targets import discover_targets
 from moegraft.lora.peft import inspect_peft_adapter, load_peft_adapter
 from moegraft.lora.targets import ModelTargets
@@ -53,6 +54,19 @@ def test_inspection_never_raises(cases: list[HostileCase], targets: ModelTargets
         inspection = inspect_peft_adapter(case.path, targets if with_targets else None)
         assert not with_targets or not inspection.ok, case.name
         assert all(len(problem) <= MAX_MESSAGE for problem in inspection.problems), case.name
+
+
+def test_more_tensors_than_an_adapter_may_have(
+    targets: ModelTargets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no base says how many there could be."""
+    path = good_adapter(tmp_path)  # 18 tensors
+    for most, is_right in ((18, True), (17, False)):
+        monkeypatch.setattr(limits, "MAX_ADAPTER_TENSORS", most)
+        problems = inspect_peft_adapter(path).problems
+        assert any("18 tensors, expected at most 17" in problem for problem in problems) is not is_right
+    with pytest.raises(AdapterFileError, match="18 tensors, expected at most 17"):
+        load_peft_adapter(path, targets, dtype=torch.float32)
 
 
 def test_random_damage_is_an_adapter_error_or_harmless(targets: ModelTargets, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Interrupter:
         self.at = at
         self.count = 0
         self.where = "nowhere"
+        self.in_generator = False
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
         file = frame.f_code.co_filename
@@ -47,6 +48,7 @@ class Interrupter:
         self.count += 1
         if self.count == self.at:
             self.where = f"{event} at {file.removeprefix(SOURCE)}:{frame.f_lineno} ({frame.f_code.co_name})"
+            self.in_generator = _is_generator(frame)
             sys.settrace(None)
             raise KeyboardInterrupt
         return self
@@ -62,8 +64,8 @@ class Interrupter:
         finally:
             sys.settrace(before)
             _entered.clear()  # frames hold what they were doing
-        # Python itself swallows what is raised while a generator expression that nobody reads on is closed.
-        assert self.count < self.at or "<genexpr>" in self.where, f"the interrupt {self.where} was swallowed"
+        # Python itself swallows what is raised while a generator that nobody reads on is closed.
+        assert self.count < self.at or self.in_generator, f"the interrupt {self.where} was swallowed"
         return False
 
 

@@ -31,9 +31,9 @@ pytestmark = [
 ]
 
 LAYOUTS = [
-    pytest.param(ParallelConfig(tp=2, timeout_seconds=60.0), id="tensor parallel"),
-    pytest.param(ParallelConfig(ep=2, timeout_seconds=60.0), id="expert parallel"),
-    pytest.param(ParallelConfig(ep=2, data_parallel=True, timeout_seconds=60.0), id="data parallel"),
+    pytest.param(ParallelConfig(tp=2, timeout_seconds=120.0), id="tensor parallel"),
+    pytest.param(ParallelConfig(ep=2, timeout_seconds=120.0), id="expert parallel"),
+    pytest.param(ParallelConfig(ep=2, data_parallel=True, timeout_seconds=120.0), id="data parallel"),
 ]
 OPTIONS: dict[str, Any] = {"page_size": 16, "max_model_len": 64, "max_rows": 8, "chunk_tokens": 64}
 NEW = 12
@@ -42,7 +42,7 @@ _TRUTHS: dict[torch.dtype, list[list[tuple[int, ...]]]] = {}
 
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[WorldPool]:
-    with WorldPool(2, device="cuda", timeout_seconds=75.0) as pool:
+    with WorldPool(2, device="cuda", timeout_seconds=180.0) as pool:
         yield pool
 
 
@@ -59,7 +59,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         time.sleep(2)
         os._exit(1)
 
-    timer = threading.Timer(75.0, end)
+    timer = threading.Timer(180.0, end)
     timer.daemon = True
     timer.start()
     yield
@@ -126,7 +126,7 @@ def test_kernels_in_bfloat16(adapters: dict[str, Path], parallel: ParallelConfig
 def test_a_plan_of_transformers(adapters: dict[str, Path], tmp_path: Path) -> None:
     """Attention, pages and vocabulary are cut too; the engine starts its other rank."""
     build("qwen3_moe").save_pretrained(tmp_path / "model")
-    mine = case(adapters, ParallelConfig(tp=2, timeout_seconds=60.0), torch.float32)
+    mine = case(adapters, ParallelConfig(tp=2, timeout_seconds=120.0), torch.float32)
     greedy = SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW)
     found = []
     with Engine(tmp_path / "model", plan=True, parallel=mine.parallel, adapter_memory="16MiB", **OPTIONS) as engine:
@@ -149,7 +149,7 @@ def test_float32(adapters: dict[str, Path], parallel: ParallelConfig, gpus: Worl
 def test_a_lost_rank(adapters: dict[str, Path], tmp_path: Path) -> None:
     """NCCL's kernel waits for it for ever: the request is told all the same."""
     build("qwen3_moe", max_position_embeddings=8192).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    parallel = ParallelConfig(tp=2, timeout_seconds=60.0)
+    parallel = ParallelConfig(tp=2, timeout_seconds=120.0)
     engine = Engine(tmp_path / "model", parallel=parallel, adapter_memory="16MiB", max_rows=4)
     long = SamplingParams(temperature=0, max_tokens=4000, min_tokens=4000)
     stream = engine.submit(Request(request_id="1", prompt_ids=draw_prompts([5])[0], sampling=long))

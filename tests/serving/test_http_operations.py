@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ import schemathesis
 from prometheus_client.parser import text_string_to_metric_families
 from support.http_server import Running, Served, eventually, make_served, running
 
+from moegraft.core.errors import UnknownAdapterError
 from moegraft.serving.engine import Engine
 from moegraft.serving.http.app import create_app
 from moegraft.serving.http.guard import ServerOptions
+from moegraft.serving.text import MAX_TEMPLATE_BYTES
 
 ASK = {"model": "model", "prompt": "x", "max_tokens": 2, "temperature": 0}
 LONG = {"model": "experts", "prompt": "x", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
@@ -93,11 +96,14 @@ def test_an_adapter_comes_from_tensors(server: Running, served: Served) -> None:
 def test_what_may_not_be_loaded(server: Running, served: Served, tmp_path: Path) -> None:
     outside = shutil.copytree(served.adapters["head"], tmp_path / "outside")
     inside = served.adapters["head"]
+    circle = served.model.parent / "circle"
+    circle.symlink_to(circle)
     for body, status, word in (
         ({"lora_name": "x", "lora_path": str(outside)}, 403, "outside"),
         ({"lora_name": "x", "lora_path": f"{inside}/../../{outside.name}"}, 403, "outside"),
         ({"lora_name": "x", "lora_path": "a\0b"}, 400, "NUL"),
         ({"lora_name": "x", "lora_path": f"{inside}/nothing"}, 400, "nothing"),
+        ({"lora_name": "x", "lora_path": str(circle)}, 400, "circle"),
         ({"lora_name": "model", "lora_path": str(inside)}, 400, "lora_name"),
         ({"lora_name": "model:x", "lora_path": str(inside)}, 400, "lora_name"),
         ({"lora_name": "a\nb", "lora_path": str(inside)}, 400, "lora_name"),
@@ -110,6 +116,28 @@ def test_what_may_not_be_loaded(server: Running, served: Served, tmp_path: Path)
     form = httpx.post(f"{server.url}/v1/load_lora_adapter", data={"lora_name": "x"}, timeout=10)
     assert form.status_code == 415
     assert listed(server) == {"model", "experts"}
+
+
+def test_a_template_that_cannot_be_read_leaves_nothing_behind(
+    server: Running, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an adapter in the bank that no name leads to, nor what a link of a stranger points at."""
+    before = set(server.engine._graft.adapters)
+    spoil: dict[str, Any] = {
+        "not text": lambda path: path.write_bytes(b"\xff\xfe"),
+        "a link": lambda path: path.symlink_to("/etc/passwd"),
+        "a pipe": os.mkfifo,
+        "too long": lambda path: path.write_bytes(b" " * (MAX_TEMPLATE_BYTES + 1)),
+    }
+    for name, act in spoil.items():
+        folder = shutil.copytree(served.adapters["head"], served.model.parent / name)
+        act(folder / "chat_template.jinja")
+        answer = post(server, "load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        assert answer.status_code == 400 and "chat_template.jinja" in answer.json()["error"]["message"], answer.text
+    assert set(server.engine._graft.adapters) == before
+    monkeypatch.setattr(server.engine._store, "folder", served.model.parent)
+    with pytest.raises(UnknownAdapterError):
+        server.engine._store.check("x" * 400)
 
 
 def test_unloading_waits_for_requests_or_ends_them(server: Running) -> None:

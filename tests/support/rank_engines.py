@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -61,6 +62,8 @@ class RankCase:
 
 def serve_case(case: RankCase) -> tuple[list[list[tuple[int, ...]]], int, set[str]] | None:
     """On rank 0: the tokens of every request, how many graphs were captured, the backends."""
+    if case.device == "cuda":  # kernels are compiled for a minute: with -s one sees that it moves
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     with _interpreted_graphs() if case.graphs and case.device == "cpu" else nullcontext():
         return _serve_case(case)
 
@@ -79,6 +82,7 @@ def _serve_case(case: RankCase) -> tuple[list[list[tuple[int, ...]]], int, set[s
             errors = [each.outputs[0].error for each in answers]
             assert errors == [None] * len(answers), errors
             found.append([each.token_ids for each in answers])
+            logging.info("a round of %d requests, %d captures", len(answers), engine.stats().graph_captures)
         if case.churn is not None:
             for name in list(engine.adapters):
                 engine.unload_adapter(name)

@@ -34,6 +34,7 @@ from moegraft.integrations.transformers import GraftedModel
 from moegraft.lora.bank import AdapterBatch
 from moegraft.lora.bank.combination import Combination, check_combines
 from moegraft.lora.peft.config import CONFIG_FILE
+from moegraft.lora.peft.loader import as_adapter_error
 from moegraft.serving.ranks import Leader, RankedAdapters
 from moegraft.serving.requests import EngineBusyError, label_of
 from moegraft.serving.status import FIRST_TOKEN_BUCKETS, AdapterStatus, Observations
@@ -297,7 +298,9 @@ class AdapterStore:
         if self.folder is None or not name or name.startswith(".") or Path(name).name != name or "\0" in name:
             return None
         path = self.folder / name
-        return path if (path / CONFIG_FILE).is_file() else None
+        with suppress(OSError):  # a name too long for a file
+            return path if (path / CONFIG_FILE).is_file() else None
+        return None
 
     def _start(self, name: str, source: Source, *, skip_unserved: bool = False) -> AdapterVersion:
         number = self._versions[name] = self._versions.get(name, 0) + 1
@@ -356,11 +359,13 @@ class AdapterStore:
     def _read(self, version: AdapterVersion, source: Source) -> str | None:
         """Its chat template, where it has one."""
         with _as_folder(source) as folder:
+            with as_adapter_error():
+                template = adapter_template(folder)  # first: where it fails, nothing was loaded
             report = self._graft.load_adapter(
                 folder, name=version.key, resident=False, skip_unserved=version.skip_unserved
             )
             version.left_out = tuple(report.left_out)
-            return adapter_template(folder)
+            return template
 
     def _combine(self, version: AdapterVersion) -> None:
         for part, _ in version.parts:

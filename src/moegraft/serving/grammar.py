@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import threading
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +16,7 @@ from moegraft.serving.requests import Grammar, RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_MULTIPLE = 1 << 17  # about a second of one core
 _ANY_OBJECT = '{"type": "object"}'
 
 
@@ -66,6 +70,8 @@ class GrammarCompiler:
                 self._table = llguidance.hf.from_tokenizer(
                     self._tokenizer, n_vocab=self._vocab_size, eos_token=list(self._eos_ids) or None
                 )
+        if grammar.kind == "json_schema":
+            _check_multiples(grammar.text)
         make = llguidance.LLMatcher
         try:
             if grammar.kind in ("json_object", "json_schema"):
@@ -79,7 +85,32 @@ class GrammarCompiler:
             raise RequestError(f"grammar.{grammar.kind}", grammar.text, f"a grammar: {error}") from error
         if matcher.is_error():
             raise RequestError(f"grammar.{grammar.kind}", grammar.text, f"a grammar: {matcher.get_error()}")
+        try:  # what nothing matches shows at the first token
+            Matcher(matcher).copy().fill(torch.zeros(-(-self._table.vocab_size // 32), dtype=torch.int32))
+        except MoegraftError as error:
+            why = str(error).splitlines()[0]
+            raise RequestError(f"grammar.{grammar.kind}", grammar.text, f"a grammar: {why}") from None
         return Matcher(matcher)
+
+
+def _check_multiples(schema: str) -> None:
+    """``multipleOf`` becomes as many states as its digits say, of several together as their least common multiple."""
+    try:
+        left = [json.loads(schema)]
+    except (ValueError, RecursionError):
+        return  # llguidance says what is wrong
+    states = 1
+    while left:
+        found = left.pop()
+        if isinstance(found, dict):
+            step = found.get("multipleOf")
+            if isinstance(step, int | float) and step > 0 and math.isfinite(step):
+                states = math.lcm(states, int("".join(map(str, Decimal(str(step)).normalize().as_tuple().digits))))
+            left += found.values()
+        elif isinstance(found, list):
+            left += found
+        if states > MAX_MULTIPLE:
+            raise RequestError("grammar.json_schema", f"multipleOf up to {states}", f"at most {MAX_MULTIPLE} together")
 
 
 def forbid(logits_RV: torch.Tensor, mask_RW: torch.Tensor) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moegraft.core.errors import MoegraftError
+from moegraft.core.errors import FileError, MoegraftError
+from moegraft.files import Folder
 from moegraft.serving.requests import AdapterChoice, RequestError
 
 if TYPE_CHECKING:
@@ -82,17 +83,20 @@ class TextCodec:
 
 
 def adapter_template(folder: Path) -> str | None:
-    """The chat template that lies beside an adapter: ``chat_template.jinja``, or a field of its tokenizer's config."""
-    template = folder / "chat_template.jinja"
-    if template.is_file() and template.stat().st_size <= MAX_TEMPLATE_BYTES:
-        return template.read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    if config.is_file() and config.stat().st_size <= MAX_TEMPLATE_BYTES:
-        try:
-            found = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        except (ValueError, AttributeError):
-            return None
-        return found if isinstance(found, str) else None
+    """The chat template that lies beside an adapter: ``chat_template.jinja``, or a field of its tokenizer's config.
+
+    Raises FileError, also for a link that leaves the folder.
+    """
+    with Folder(folder) as files:
+        if files.has("chat_template.jinja"):
+            try:
+                return files.read("chat_template.jinja", max_bytes=MAX_TEMPLATE_BYTES).decode()
+            except UnicodeDecodeError as error:
+                raise FileError(f"{folder}: chat_template.jinja is not UTF-8 ({error})") from None
+        if files.has("tokenizer_config.json"):
+            with suppress(FileError):  # not needed but for this field
+                found = files.read_object("tokenizer_config.json", max_bytes=MAX_TEMPLATE_BYTES).get("chat_template")
+                return found if isinstance(found, str) else None
     return None
 
 

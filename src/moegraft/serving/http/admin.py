@@ -127,7 +127,10 @@ def _allowed(path: str, options: ServerOptions) -> str:
         raise ApiError(400, "lora_path: found a NUL character", param="lora_path")
     if not options.adapter_roots:
         return path
-    resolved = Path(path).resolve()
+    try:
+        resolved = Path(path).resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        raise ApiError(400, f"lora_path: {shortened(path)} leads nowhere", param="lora_path") from None
     if not any(resolved.is_relative_to(root.resolve()) for root in options.adapter_roots):
         raise ApiError(403, f"lora_path: {shortened(path)} is outside the folders that adapters may come from")
     return str(resolved)

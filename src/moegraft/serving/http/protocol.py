@@ -28,6 +28,7 @@ _UNION_MEMBERS = ("str", "int", "bool", "dict", "list", "ToolChoice", "literal")
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+AtMostOneError = Field(fail_fast=True)
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -47,13 +48,18 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+class UnknownField(ValueError):
+    """A field that no record has; its name."""
+
+
 def first_problem(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What pydantic found as an answer: 400 with the field, what was found and what was expected."""
     error = errors[0]
     # pydantic names the member of a union too, behind the field; a field's own name never has brackets.
     path = [str(part) for part in error["loc"] if "[" not in str(part) and part not in _UNION_MEMBERS]
-    field = ".".join(path)
-    if error["type"] == "extra_forbidden":
+    reason = error.get("ctx", {}).get("error")
+    field = ".".join([*path, *(reason.args if isinstance(reason, UnknownField) else ())])
+    if isinstance(reason, UnknownField) or error["type"] == "extra_forbidden":
         return ApiError(400, f"{field}: this field is not known", param=field, code="unknown_parameter")
     if error["type"] == "missing":
         return ApiError(400, f"{field or 'body'}: missing", param=field or None, code="missing_required_parameter")
@@ -73,7 +79,18 @@ def shortened(value: object, limit: int = 80) -> str:
 
 
 class _Strict(BaseModel):
+    """One problem ends the search: a body of some megabytes may have a million, and an error takes a kilobyte."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            if unknown := next((str(name) for name in data if name not in known), None):
+                raise UnknownField(unknown[:MAX_NAME])
+        return data
 
 
 class StreamOptions(_Strict):
@@ -156,11 +173,11 @@ class Message(_Strict):
     """One message; what else a template reads (``reasoning_content``, ``name``) goes to it as it is."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], AtMostOneError] | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], AtMostOneError] | None = None
     tool_call_id: str | None = None
 
     def as_template(self) -> dict[str, Any]:
@@ -202,8 +219,8 @@ class _Sampling(_Strict):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
@@ -227,6 +244,9 @@ class _Sampling(_Strict):
         for field in refused.keys() & data.keys():
             if data[field] not in refused[field]:
                 raise ValueError(f"{field} is not served; leave it out")
+        bias = data.get("logit_bias")
+        if isinstance(bias, dict) and len(bias) > MAX_BIASES:
+            raise ValueError(f"logit_bias has {len(bias)} entries, at most {MAX_BIASES} are served")
         return {field: value for field, value in data.items() if field not in refused}
 
     @classmethod
@@ -240,8 +260,6 @@ class _Sampling(_Strict):
         for token in self.logit_bias or ():
             if not (token.isascii() and token.isdigit() and len(token) < 10):
                 raise ValueError(f"logit_bias: keys are token ids, found {shortened(token)}")
-        if len(self.logit_bias or ()) > MAX_BIASES:
-            raise ValueError(f"logit_bias has {len(self.logit_bias or ())} entries, at most {MAX_BIASES} are served")
         return self
 
     @property
@@ -256,7 +274,12 @@ class _Sampling(_Strict):
 class CompletionRequest(_Sampling):
     """``POST /v1/completions``. ``prompt``: a text, token ids, or a list of either."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str
+        | Annotated[list[str], AtMostOneError]
+        | Annotated[list[TokenId], AtMostOneError]
+        | Annotated[list[Annotated[list[TokenId], AtMostOneError]], AtMostOneError]
+    )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -275,12 +298,12 @@ class CompletionRequest(_Sampling):
 class ChatRequest(_Sampling):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
