@@ -56,6 +56,7 @@ def cases(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
         for rank in (16, 64):
             yield f"linear {rows} r{rank}", functools.partial(call_linear, rows, rank)
         yield f"q, k, v {rows} r16", functools.partial(call_linears, rows, 16)
+    yield "q, k, v 32 r64", functools.partial(call_linears, 32, 64)
     if capability < 90:
         return
     yield "llama4 1 r16", functools.partial(call_layer, LLAMA4, 1, 16)

@@ -103,7 +103,6 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("num_rows", [1, 8, 32])
 @pytest.mark.parametrize("widths", [[4096, 512, 512], [2048]])
 def test_sizes_of_real_models(num_rows: int, widths: list[int]) -> None:
@@ -115,3 +114,20 @@ def test_sizes_of_real_models(num_rows: int, widths: list[int]) -> None:
     ):
         # One rounding of a sum of 2048 products.
         assert_close(y_MO.float(), x_MI.float() @ weight.float().T, 4e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("ranks", "num_rows"), [([16] * 8, 8), ([4, 64, 16], 1), ([8] * 20, 32), ([64] * 5, 32)])
+def test_adapters_of_real_sizes(ranks: list[int], num_rows: int) -> None:
+    """More adapters than one product takes, and more lanes."""
+    picks = [row % (len(ranks) + 1) - 1 for row in range(num_rows, 0, -1)]
+    sizes = {"in_features": 2048, "out_features": 1024, "dtype": torch.bfloat16, "page_bytes": 1 << 16}
+    case = make_linear_case(ranks, picks, **sizes)
+    (weight,) = weights_of([1024], 2048, torch.bfloat16)
+    options = {"token_slots_M": case.slots_M, "tables": [case.tables], "rank_bound": max(ranks)}
+    (y_MO,) = linear_few_rows(case.x_MI, [weight], [None], **options)
+    (base_MO,) = linear_few_rows(case.x_MI, [weight], [None])
+    expected_MO = replace(case, y_MO=case.x_MI.double() @ weight.double().T).expected()
+    assert_close(y_MO.double(), expected_MO, 1e-2)  # v and y are rounded to bfloat16
+    is_base = torch.tensor([slot not in case.loras for slot in case.slots_M.tolist()], dtype=torch.bool)
+    assert torch.equal(y_MO[is_base], base_MO[is_base])
