@@ -119,6 +119,8 @@ def main() -> None:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if not self.__name__.startswith(tuple(case["only"])):
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         print(json.dumps(describe(self.__name__, kernel, args, options)), flush=True)
         return kernel
