@@ -165,6 +165,12 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             for wrapper in self.punica_wrapper_mapping.values():
                 finish_mapping(wrapper, num_rows)
 
+    def _validate_moe_lora_format(self, lora_model: LoRAModel) -> None:
+        """vLLM 0.33's: it refuses factors of all experts in one tensor, which ``split_fused_experts`` reads."""
+        ours = self._paged(PagedFusedMoEWithLoRA).values()
+        if not ours or any(layer.enable_moe_shared_loras for layer in ours):
+            super()._validate_moe_lora_format(lora_model)
+
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         config = getattr(lora_model, "peft_config", None)
         if config is not None:
