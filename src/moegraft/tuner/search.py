@@ -266,8 +266,6 @@ def _token_variants(shape: TuningShape) -> dict[str, MoETiles]:
         found[f"w13 {name}"] = replace(default, token=replace(tokens, w13=w13))
     for name, w2 in _token_neighbours(tokens.w2):
         found[f"w2 {name}"] = replace(default, token=replace(tokens, w2=w2))
-    for megabytes in (0, 16, 48):
-        found[f"warm {megabytes} MB"] = replace(default, token=replace(tokens, warm_bytes=megabytes << 20))
     return found
 
 

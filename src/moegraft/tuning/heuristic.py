@@ -8,10 +8,13 @@ import torch
 
 from moegraft.core.config import DeviceTarget
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TokenTile, TokenTiles, TuningShape
-from moegraft.tuning.weight_formats import NUM_SMS, RULES
+from moegraft.tuning.weight_formats import NUM_SMS, RULES, WeightFormat
 
 H200 = DeviceTarget(kind="cuda", capability=(9, 0), name="NVIDIA H200", num_sms=132, shared_memory=227 * 1024)
 """What tiles were measured on; a GPU with as much shared memory gets them as they are."""
+TOKEN_OUTPUTS = 8192
+"""Most rows times columns of the first product of a single token that takes its own kernels."""
+TOKEN_FORMATS = (WeightFormat.DENSE, WeightFormat.INT4)
 _NUMBER_BYTES = 2
 """In bfloat16 and float16."""
 
@@ -35,6 +38,7 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
         block_m=block_m,
         tile_m=tile_m,
         route_token=shape.num_tokens == 1 and shape.num_slots > 0,
+        token=token_tiles(shape) if _takes_token_kernels(shape) else None,
         gemm13=gemm13,
         gemm2=gemm2,
         shrink13=_shrink_tile(shape, tile_m, shape.hidden_size, shape.rank13),
@@ -42,16 +46,25 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
     )
 
 
+def _takes_token_kernels(shape: TuningShape) -> bool:
+    """Measured on an H200: they win where one token's products are short. Beyond, tiles keep more bytes on their way.
+
+    Adapters do not decide it: a token without one has the same bits in any batch.
+    """
+    is_short = shape.top_k * shape.intermediate_size <= TOKEN_OUTPUTS
+    return shape.num_tokens == 1 and is_short and shape.weight_format in TOKEN_FORMATS
+
+
 def token_tiles(shape: TuningShape) -> TokenTiles:
-    """A thread has 64 bytes of weights on their way at a time, 128 in the first product."""
+    """A program reads 8 KiB of unquantised weights a step and half."""
     choices = 1
     while choices < shape.top_k:
         choices *= 2
     if RULES[shape.weight_format].is_granular:
         return TokenTiles(
-            w13=TokenTile(block_n=8, block_k=1024), w2=TokenTile(block_n=8, block_k=max(128, 2048 // choices))
+            w13=TokenTile(block_n=16, block_k=512), w2=TokenTile(block_n=8, block_k=max(128, 2048 // choices))
         )
-    return TokenTiles(w13=TokenTile(block_n=8, block_k=512), w2=TokenTile(block_n=4, block_k=max(128, 2048 // choices)))
+    return TokenTiles(w13=TokenTile(block_n=8, block_k=512), w2=TokenTile(block_n=4, block_k=max(128, 1024 // choices)))
 
 
 def gemm_tiles(block_m: int, shape: TuningShape) -> tuple[GemmTile, GemmTile]:

@@ -45,16 +45,11 @@ class TokenTile:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTiles:
-    """The layer of a single token. ``block_r`` rank rows a program of a shrink.
-
-    ``warm_bytes``: up to so many bytes of w2, those of all experts that the token chose, the first product brings into
-    the L2 when it has read its own weights.
-    """
+    """The layer of a single token. ``block_r`` rank rows a program of a shrink."""
 
     w13: TokenTile = TokenTile()
     w2: TokenTile = TokenTile(block_n=4, block_k=256)
     block_r: int = 8
-    warm_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,6 @@ class TokenTile(NamedTuple):
     CHOICES: int
     BLOCK_N: int
     BLOCK_K: int
-    NUM_WARPS: int
     LANES: int
     RANK: int
 

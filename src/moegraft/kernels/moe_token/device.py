@@ -96,29 +96,13 @@ def _expand(found, factor):
 
 
 @triton.jit
-def _warm_next_weights(next_ptr, expert, part, PARTS: tl.constexpr, BYTES: tl.constexpr, NUM_WARPS: tl.constexpr):
-    """Brings this program's part of an expert's BYTES of the next product's weights into the L2."""
-    THREADS: tl.constexpr = NUM_WARPS * 32
-    PIECE: tl.constexpr = (BYTES + PARTS * THREADS * 16 - 1) // (PARTS * THREADS * 16) * 16
-    offset = (part * THREADS + tl.arange(0, THREADS)) * PIECE
-    offset = expert.to(tl.int64) * BYTES + tl.minimum(offset, BYTES - PIECE)
-    address = next_ptr.to(tl.int64, bitcast=True) + offset
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
-        [address, tl.full([THREADS], PIECE, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def token13_kernel(h_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr, slot_ptr, u_ptr, tables, next_ptr,
+def token13_kernel(h_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr, slot_ptr, u_ptr, tables,
                    alpha, limit, SHAPE: tl.constexpr, LAYER: tl.constexpr, KIND: tl.constexpr, LOW_RANK: tl.constexpr,
-                   TILE: tl.constexpr, NEXT_BYTES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   TILE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """h[choice] = act(W13[e] x + b13[e] + B13 u), BLOCK_N columns of one choice a program.
 
     ``u_ptr`` None: without adapters, where the router is the kernel before this one. With them, that is the shrink,
     whose result is read last; LANES of its lanes are looked up before the base product, more of them behind it.
-    ``NEXT_BYTES``: of an expert's w2, which the programs bring into the L2 when they have read their own weights; 0:
-    they do not.
     """
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     COLUMNS: tl.constexpr = SHAPE.COLUMNS
@@ -126,7 +110,6 @@ def token13_kernel(h_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr
     E: tl.constexpr = LAYER.E
     K: tl.constexpr = LAYER.K
     PAGE_ELEMS: tl.constexpr = LAYER.PAGE_ELEMS
-    NUM_WARPS: tl.constexpr = TILE.NUM_WARPS
     LANES: tl.constexpr = TILE.LANES
     RANK: tl.constexpr = TILE.RANK
     num_n: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
@@ -153,8 +136,6 @@ def token13_kernel(h_ptr, rows, w_ptr, weights, bias, router_weight_ptr, ids_ptr
                     u_ptr, tables, slot, choice, lanes, experts, here, f, f_live, B_GATE, COLUMNS, PAGE_ELEMS, LOW_RANK
                 )
         gate, up = row_sums(rows, w_ptr, weights, ids_ptr, None, choice, n, SHAPE, E, K, TILE, False, PDL)
-        if NEXT_BYTES > 0:
-            _warm_next_weights(next_ptr, expert, n, num_n, NEXT_BYTES, NUM_WARPS)
         if u_ptr is not None:
             await_prior_kernel(PDL)
             release_next_kernel(PDL)

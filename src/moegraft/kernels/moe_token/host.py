@@ -36,7 +36,7 @@ def serves_token(x_TD: torch.Tensor, weights: MoEWeights, top_k: int) -> bool:
     decide it: a token without one has the same bits in any batch."""
     if x_TD.shape[0] != 1 or top_k > MAX_CHOICES:
         return False
-    if RULES[weights.format].is_granular:
+    if weights.format in (WeightFormat.INT4, WeightFormat.MXFP4):
         return True
     if weights.format not in (WeightFormat.DENSE, WeightFormat.INT8):
         return False
@@ -114,16 +114,12 @@ def _product13(
     w, tile = operand13(weights, _BY_STRIDE), tiles.w13
     u, tables, LOW_RANK = _lanes(lora, low_rank, F)
     TILE = _tile(tile, weights, choices=1, rank=0 if lora is None else lora.rank13)
-    pdl = pdl_options(h_KF.device)
-    w2, next_bytes = weights.w2, weights.w2[0].numel() * weights.w2.element_size()
-    if not (pdl["PDL"] and 0 < K * next_bytes <= tiles.warm_bytes and w2[0].is_contiguous()):
-        next_bytes = 0
     token13_kernel[(K * cdiv(F, tile.block_n),)](
         h_KF, groups.Rows(x_1D, None, x_1D.stride(0)), w.numbers, w.weights, w.bias, input_weights_1K, topk_ids_1K,
-        None if lora is None else lora.token_slots_T, u, tables, w2 if next_bytes else None, activation.alpha,
+        None if lora is None else lora.token_slots_T, u, tables, activation.alpha,
         activation.limit, SHAPE=w.SHAPE, LAYER=layer_group(weights.sizes, lora, K), KIND=KIND_CODES[activation.kind],
-        LOW_RANK=LOW_RANK, TILE=TILE, NEXT_BYTES=next_bytes,
-        num_warps=tile.num_warps, num_stages=1, **pdl,
+        LOW_RANK=LOW_RANK, TILE=TILE,
+        num_warps=tile.num_warps, num_stages=1, **pdl_options(h_KF.device),
     )  # fmt: skip
 
 
@@ -166,7 +162,6 @@ def _tile(tile: TokenTile, weights: MoEWeights, *, choices: int, rank: int) -> g
         CHOICES=choices,
         BLOCK_N=tile.block_n,
         BLOCK_K=block_k,
-        NUM_WARPS=tile.num_warps,
         LANES=max(LANE_GRANULE, min(MAX_LANES, next_power_of_2(rank))),
         RANK=rank,
     )
