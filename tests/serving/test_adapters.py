@@ -114,7 +114,7 @@ def test_from_memory(mixed: MixedBatch, kinds: dict[str, Path], truth: Any) -> N
             engine.load_adapter("b", {**files, "adapter_model.bin": b""})
 
 
-def test_from_fsspec(mixed: MixedBatch, kinds: dict[str, Path], truth: Any) -> None:
+def test_from_fsspec(mixed: MixedBatch, kinds: dict[str, Path], truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -124,6 +124,17 @@ def test_from_fsspec(mixed: MixedBatch, kinds: dict[str, Path], truth: Any) -> N
         assert [tokens(engine, "a")] == truth([(PROMPT, "dora")], 6)
         with pytest.raises(AdapterError):
             engine.load_adapter("b", "memory://adapters/gone")
+        for url in ("reference://memory://adapters/dora", "simplecache::memory://adapters/dora", "http://localhost/a"):
+            with pytest.raises(AdapterFileError, match=r"expected one of file, local, memory, s3"):
+                engine.load_adapter("b", url)
+        size = sum(file.stat().st_size for file in kinds["dora"].iterdir() if file.suffix != ".md")
+        monkeypatch.setattr("moegraft.serving.adapters.MAX_REMOTE_BYTES", size - 1)
+        own = memory.ls
+        for tells in (True, False):  # what a store says of sizes may be wrong
+            listed = own if tells else lambda *args, **kwargs: [{**each, "size": 0} for each in own(*args, **kwargs)]
+            monkeypatch.setattr(type(memory), "ls", staticmethod(listed))
+            with pytest.raises(AdapterFileError, match=f"more than {size - 1} bytes"):
+                engine.load_adapter("b", "memory://adapters/dora")
 
 
 def test_unload_drains(mixed: MixedBatch, kinds: dict[str, Path], truth: Any) -> None:

@@ -45,6 +45,12 @@ Source = str | os.PathLike[str] | Mapping[str, bytes]
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_NAME_CHARACTERS = 256
 MAX_REMOTE_BYTES = 64 * 2**30
+REMOTE_PROTOCOLS = (
+    "file", "local", "memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "hdfs", "oci", "oss",
+)  # fmt: skip
+"""Stores of objects. Of fsspec's others some read what a remote file tells them to (``reference``, chains with ``::``),
+and ``http`` reaches whatever this machine does."""
+_BLOCK_BYTES = 1 << 24
 _REMOTE_FILES = (".safetensors", ".json", ".jinja")
 
 
@@ -487,17 +493,26 @@ def _as_folder(source: Source) -> Iterator[Path]:
 
 
 def _download(url: str, folder: Path) -> None:
+    """The files of a remote folder. Nothing but the stores of ``REMOTE_PROTOCOLS`` is asked, and what they say of sizes
+    is not trusted."""
     try:
         import fsspec
     except ImportError as error:
         raise AdapterFileError(f"{url}: fsspec is not installed; pass a folder") from error
+    protocol = url.partition("://")[0]
+    if protocol not in REMOTE_PROTOCOLS:
+        raise AdapterFileError(f"{url}: protocol {protocol!r}, expected one of {', '.join(REMOTE_PROTOCOLS)}")
     files, base = fsspec.core.url_to_fs(url)
-    total = 0
+    left = MAX_REMOTE_BYTES
     for entry in files.ls(base, detail=True):
         name = entry["name"].rstrip("/").rpartition("/")[2]
         if entry.get("type") != "file" or not name.endswith(_REMOTE_FILES) or Path(name).name != name:
             continue
-        total += int(entry.get("size") or 0)
-        if total > MAX_REMOTE_BYTES:
+        if int(entry.get("size") or 0) > left:  # before anything of it is read
             raise AdapterFileError(f"{url}: more than {MAX_REMOTE_BYTES} bytes")
-        files.get_file(entry["name"], os.fspath(folder / name))
+        with files.open(entry["name"], "rb") as source, (folder / name).open("wb") as target:
+            while block := source.read(min(left + 1, _BLOCK_BYTES)):
+                left -= len(block)
+                if left < 0:
+                    raise AdapterFileError(f"{url}: more than {MAX_REMOTE_BYTES} bytes")
+                target.write(block)
