@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import INT4, compressed, each_matrix, fp8_blocks, gptq, mxfp4
+from support.checkpoints import INT4, compressed, each_matrix, fp8_blocks, mxfp4
 from support.fp8_truth import Rows, fp8_logits
 from support.vllm_cpu import ROOT, environment, missing
 from support.vllm_models import Case, Logits, by_merging, by_merging_stacked, by_peft, new_case
@@ -118,11 +118,6 @@ FORMS = {
         },
         partial(each_matrix, matrix=partial(compressed, form="pack-quantized", args=INT4)),
     ),
-    "gptq": (
-        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "lm_head": False,
-         "dynamic": {"-:.*self_attn.*": {}}},
-        partial(each_matrix, matrix=partial(gptq, group=32, symmetric=True)),
-    ),
     "fp8": (
         {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic",
          "modules_to_not_convert": ["lm_head"] + [
@@ -134,14 +129,11 @@ FORMS = {
 }  # fmt: skip
 SIZES = {
     "int4": {"intermediate_size": 64},
-    "gptq": {"intermediate_size": 64},
     "fp8": {"hidden_size": 128, "intermediate_size": 128},
 }
 
 
-@pytest.mark.parametrize(
-    "form", [*(pytest.param(form, marks=pytest.mark.soak) for form in ("dense", "int4", "gptq")), "fp8"]
-)
+@pytest.mark.parametrize("form", [*(pytest.param(form, marks=pytest.mark.soak) for form in ("dense", "int4")), "fp8"])
 def test_mixtral(tmp_path: Path, form: str) -> None:
     sizes = SIZES.get(form, {})
     case = new_case("mixtral", tmp_path, quantised=FORMS[form], **sizes)

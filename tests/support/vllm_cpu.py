@@ -198,12 +198,10 @@ def replace_operators() -> None:
 def _allow_float32() -> None:
     """Of quantised models, whose kernels in vLLM read half precision only: float32 shows smaller errors."""
     import torch
-    from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
-    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
     from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4Config
 
-    for config in (AutoAWQConfig, AutoGPTQConfig, Fp8Config, Mxfp4Config):
+    for config in (Fp8Config, Mxfp4Config):
         config.get_supported_act_dtypes = classmethod(lambda cls: [torch.float32, torch.bfloat16])
 
 
