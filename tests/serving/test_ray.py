@@ -85,6 +85,9 @@ def cluster(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_raylet_start_wait_time_s", "120")
+        # Within 5 and 60 seconds a busy machine starts no proxy, which the controller then kills and starts again.
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
+        patch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", 240)
         ray.init(num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
         port = 20000 + os.getpid() % 10000
         serve.start(http_options={"port": port})
