@@ -16,11 +16,14 @@ from moegraft.kernels.moe_forward.reference import fused_moe_lora_reference
 from moegraft.kernels.records import LoRABatch, MoEWeights
 from moegraft.testing.cases import MOE_CASES, LoRASpec, MoECase, MoEInputs, make_inputs
 from moegraft.testing.errors import assert_close, assert_close_delta
+from moegraft.tuning.tiles import MoETiles, TokenTile, TokenTiles
 
 
-def run(case: MoECase, inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch | None) -> torch.Tensor:
+def run(
+    case: MoECase, inputs: MoEInputs, weights: MoEWeights, lora: LoRABatch | None, tiles: MoETiles | None = None
+) -> torch.Tensor:
     on_input = case.config.apply_router_weight_on_input
-    return run_poisoned(inputs, weights, lora, weight_on_input=on_input)
+    return run_poisoned(inputs, weights, lora, tiles, weight_on_input=on_input)
 
 
 @pytest.mark.parametrize("case", MOE_CASES, ids=str)
@@ -99,7 +102,9 @@ GEMMS = {
     "w2": ["route", "gemm13, waits first", "shrink", "gemm2 with lanes", "sum"],
     "both": ["route", "shrink", "gemm13 with lanes", "shrink", "gemm2 with lanes", "sum"],
 }
-ONE_TOKEN = {
+ONE_TOKEN = {**GEMMS, "w13": ["route_token", "gemm13 with lanes, waits first", *GEMMS["w13"][3:]]}
+ONE_TOKEN["both"] = [*ONE_TOKEN["w13"][:2], *GEMMS["both"][3:]]
+OWN_KERNELS = {
     "none": ["token13", "token2"],
     "w13": ["token_shrink", "token13", "token2"],
     "w2": ["token13", "token_shrink", "token2"],
@@ -108,9 +113,13 @@ ONE_TOKEN = {
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("num_tokens", [1, 6])
+@pytest.mark.parametrize(("num_tokens", "expected"), [(1, ONE_TOKEN), (1, OWN_KERNELS), (6, GEMMS)])
 @pytest.mark.parametrize("touched", GEMMS)
-def test_which_kernels_run(touched: str, num_tokens: int, gated: bool, launched: list[str]) -> None:
+def test_which_kernels_run(
+    touched: str, num_tokens: int, expected: dict[str, list[str]], gated: bool, launched: list[str]
+) -> None:
+    token = TokenTile(block_n=16, block_k=16)
+    tiles = MoETiles(token=TokenTiles(w13=token, w2=token)) if expected is OWN_KERNELS else None
     rank13, rank2 = 3 * (touched in ("w13", "both")), 3 * (touched in ("w2", "both"))
     kind = ActivationKind.SILU if gated else ActivationKind.RELU2
     case = MoECase(
@@ -126,10 +135,10 @@ def test_which_kernels_run(touched: str, num_tokens: int, gated: bool, launched:
         inputs = replace(inputs, token_slots_T=torch.zeros_like(inputs.token_slots_T))
     lora = None if touched == "none" else make_lora_batch(case, inputs)
     weights = make_weights(case, inputs)
-    base = run(case, inputs, weights, None)
+    base = run(case, inputs, weights, None, tiles)
     del launched[:]
-    out = run(case, inputs, weights, lora)
-    assert launched == (ONE_TOKEN if num_tokens == 1 else GEMMS)[touched]
+    out = run(case, inputs, weights, lora, tiles)
+    assert launched == expected[touched]
     if touched != "none":
         base_ref = reference(case, inputs, None)
         assert_close_delta(out, base, reference(case, inputs, inputs.token_slots_T), base_ref, 2e-5)

@@ -13,12 +13,15 @@ import torch
 from support.families import build
 from support.serving import draw_prompts
 
-from moegraft import Engine, SamplingParams
+from moegraft import Engine, SamplingParams, attach
 from moegraft.serving.batch import StepBatch
+from moegraft.serving.few_rows import take_linears
 from moegraft.serving.graphs import DecodeGraphs
 from moegraft.serving.runner import Runner
 
 pytest.importorskip("triton", reason="needs triton")
+
+import moegraft.kernels.linear_few_rows.host as linear_few_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEW = 4
@@ -145,6 +148,42 @@ def test_norms_routers_and_rotary_embeddings_in_few_launches(
         monkeypatch.setattr("moegraft.serving.runner._has_kernels", lambda device: False)
         with Engine(build(family), **OPTIONS, cuda_graphs=False) as plain:
             assert found == run(plain, requests)
+
+
+def test_results_of_maps_of_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of q's input serve k and v once, and not where it was changed in place; where nobody comes for them, maps
+    go alone."""
+    monkeypatch.setattr("moegraft.serving.few_rows._FEWEST_COLUMNS", 1)
+    model = build("qwen3_moe").to(DEVICE)
+    graft = attach(model, adapter_memory="1MiB")
+    attention = model.model.layers[0].self_attn
+    q, k, v = maps = attention.q_proj, attention.k_proj, attention.v_proj
+    launches: list[int] = []
+    own = linear_few_rows.linear_few_rows
+
+    def counted(x: torch.Tensor, weights: list[torch.Tensor], *args: Any, **options: Any) -> list[torch.Tensor]:
+        launches.append(len(weights))
+        return own(x, weights, *args, **options)
+
+    monkeypatch.setattr(linear_few_rows, "linear_few_rows", counted)
+    taken = take_linears(graft, q.weight.device)
+    with torch.no_grad():
+        x = torch.randn(3, q.in_features, device=DEVICE)
+        for each in maps:
+            torch.testing.assert_close(each(x), torch.nn.functional.linear(x, each.weight), rtol=1e-5, atol=1e-5)
+        assert launches == [3]
+        q(x)
+        x.mul_(2)
+        torch.testing.assert_close(k(x), torch.nn.functional.linear(x, k.weight), rtol=1e-5, atol=1e-5)
+        del launches[:]
+        for _ in range(12):
+            q(torch.randn(3, q.in_features, device=DEVICE))
+        assert launches[0] == 3
+        assert launches[-1] == 1
+        v(x)
+    for each in taken:
+        each.remove()
+    assert not any("forward" in vars(each) for each in maps)
 
 
 @pytest.mark.gpu

@@ -1,12 +1,11 @@
 """Linear maps of decode steps: those that read one input are one product, with LoRA inside it.
 
-A product of many rows stays the module's own, and LoRA is added behind it. Either way the first map of a group that is
-called runs the others too, whose results wait until their modules are called with the very same input.
+A product of many rows stays the module's own, and LoRA is added behind it. As in ``sites/shared.py``, the first map of
+a group that is called runs the others too.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -18,12 +17,11 @@ from torch import nn
 from moegraft.build import punica_for
 from moegraft.core.tables import LinearTables
 from moegraft.integrations.transformers import GraftedModel
-from moegraft.integrations.transformers.sites.shared import ALIKE
+from moegraft.integrations.transformers.sites.shared import ALIKE, Results
 from moegraft.lora.call import AdapterCall
 
 _FEWEST_COLUMNS = 512
 """Narrower maps, such as routers, would be too few programs for a device."""
-_MAX_MISSES = 8
 
 
 @dataclass(frozen=True)
@@ -35,20 +33,15 @@ class _Map:
     tables: LinearTables
 
 
-class _PerThread(threading.local):
-    x: torch.Tensor | None = None
-    found: dict[int, torch.Tensor]
-
-
 class FewRows:
     """The maps of one input, in the order in which their parent calls them; stands in for their forwards."""
 
     def __init__(self, graft: GraftedModel, maps: Sequence[_Map]) -> None:
         self.maps = tuple(maps)
+        self._names = frozenset(each.name for each in self.maps)
         self._graft = graft
         self._punica = punica_for(graft.bank.pool.data.device)
-        self._kept = _PerThread()
-        self._misses = 0  # in a row: the parent does not call these maps on one input
+        self._results = Results()
         for place, each in enumerate(self.maps):
             each.module.__dict__["forward"] = self._forward_of(place)
 
@@ -74,28 +67,22 @@ class FewRows:
         return x.dtype == weight.dtype and not wants_grad and not torch.compiler.is_compiling()
 
     def _run(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        kept = self._kept
-        if kept.x is x and place in kept.found:
-            y = kept.found.pop(place)
-            if not kept.found:
-                kept.x, self._misses = None, 0
-            return y
-        if kept.x is not None:
-            kept.x, self._misses = None, self._misses + 1
+        kept = self._results.take(place, x)
+        if kept is not None:
+            return kept
         call = self._graft.current_call()
         if call is not None and self._replaces(call):
             return self._own(place, x)
-        places = range(len(self.maps)) if place == 0 and self._misses < _MAX_MISSES else range(place, place + 1)
+        places = range(len(self.maps)) if place == 0 and self._results.are_wanted else range(place, place + 1)
         found = self._product(places, x, call)
         y = found.pop(place)
         if found:
-            kept.x, kept.found = x, found
+            self._results.keep(x, found)
         return y
 
     def _replaces(self, call: AdapterCall) -> bool:
         """Whether an adapter has parameters of its own in place of a map's: its rows' LoRA comes behind those."""
-        names = {each.name for each in self.maps}
-        return any(name in names for handle in call.batch.handles for name, _ in handle.saved)
+        return any(name in self._names for handle in call.batch.handles for name, _ in handle.saved)
 
     def _product(self, places: range, x: torch.Tensor, call: AdapterCall | None) -> dict[int, torch.Tensor]:
         """The results of some maps, or of the first alone, with LoRA or without: a tensor that has it says so."""
@@ -139,7 +126,7 @@ class FewRows:
 
 
 def take_linears(graft: GraftedModel, device: torch.device) -> list[FewRows]:
-    """Of every nn.Linear that takes LoRA and that nobody else has a hand in."""
+    """Every nn.Linear that takes LoRA and that nobody else has a hand in, in groups that read the same input."""
     linears = graft.bank.layout.linears
     head = graft.model.get_output_embeddings()
     maps = {}

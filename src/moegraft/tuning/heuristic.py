@@ -8,13 +8,10 @@ import torch
 
 from moegraft.core.config import DeviceTarget
 from moegraft.tuning.tiles import GemmTile, MoETiles, ShrinkTile, TokenTile, TokenTiles, TuningShape
-from moegraft.tuning.weight_formats import NUM_SMS, RULES, WeightFormat
+from moegraft.tuning.weight_formats import NUM_SMS, RULES
 
 H200 = DeviceTarget(kind="cuda", capability=(9, 0), name="NVIDIA H200", num_sms=132, shared_memory=227 * 1024)
 """What tiles were measured on; a GPU with as much shared memory gets them as they are."""
-TOKEN_OUTPUTS = 8192
-"""Most rows times columns of the first product of a single token that takes its own kernels."""
-TOKEN_FORMATS = (WeightFormat.DENSE, WeightFormat.INT4)
 _NUMBER_BYTES = 2
 """In bfloat16 and float16."""
 
@@ -38,7 +35,6 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
         block_m=block_m,
         tile_m=tile_m,
         route_token=shape.num_tokens == 1 and shape.num_slots > 0,
-        token=token_tiles(shape) if _takes_token_kernels(shape) else None,
         gemm13=gemm13,
         gemm2=gemm2,
         shrink13=_shrink_tile(shape, tile_m, shape.hidden_size, shape.rank13),
@@ -46,17 +42,9 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
     )
 
 
-def _takes_token_kernels(shape: TuningShape) -> bool:
-    """Measured on an H200: they win where one token's products are short. Beyond, tiles keep more bytes on their way.
-
-    Adapters do not decide it: a token without one has the same bits in any batch.
-    """
-    is_short = shape.top_k * shape.intermediate_size <= TOKEN_OUTPUTS
-    return shape.num_tokens == 1 and is_short and shape.weight_format in TOKEN_FORMATS
-
-
 def token_tiles(shape: TuningShape) -> TokenTiles:
-    """A program reads 8 KiB of unquantised weights a step and half."""
+    """Of a single token's own kernels, which ``heuristic_tiles`` does not choose: what was measured of them is older
+    than they are (docs/measured.md). A program reads 8 KiB of unquantised weights a step and half."""
     choices = 1
     while choices < shape.top_k:
         choices *= 2

@@ -64,7 +64,7 @@ _W13 = (Projection.GATE_UP, Projection.UP)
 
 
 def _fused_keys(loras: dict[str, LoRALayerWeights], name: str) -> list[str]:
-    """Of the layer by its own name, or by transformers' beside the same numbers (``mlp`` for ``block_sparse_moe``)."""
+    """Keys of the layer, whatever its block is called (``mlp``, ``block_sparse_moe``): it has the same numbers."""
 
     def numbers(key: str) -> list[str]:
         return [part for part in key.split(".") if part.isdigit()]

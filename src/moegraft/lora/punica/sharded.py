@@ -13,8 +13,6 @@ I, O local input and output features · W ranks of the group
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from moegraft.core.cuts import cut_tensor, pad_axis
@@ -22,7 +20,7 @@ from moegraft.core.errors import BatchError
 from moegraft.core.tables import ExpertsFactor, ExpertsTables, Field, LinearFactor, LinearTables
 from moegraft.kernels.records import LayerSizes, LoRABatch
 from moegraft.lora.context import MoELoRAContext
-from moegraft.lora.punica.base import Segments
+from moegraft.lora.punica.base import PunicaWrapperBase, Segments
 from moegraft.lora.punica.cpu import (
     FactorIndex,
     LoRASegments,
@@ -229,28 +227,14 @@ class ShardedLinearPunicaGPU(PunicaWrapperGPU):
         if mine.outputs is not None:
             y_MO.copy_(gather_columns(own_MO, y_MO.shape[1], tp))
 
-    def add_lora_linears(
-        self,
-        ys: Sequence[torch.Tensor],
-        x_MI: torch.Tensor,
-        rows: AdapterRows,
-        tables: Sequence[LinearTables],
-        *,
-        rank_bound: int,
-        biases: Sequence[torch.Tensor | None],
-    ) -> None:
-        for y_MO, each, bias_O in zip(ys, tables, biases, strict=True):
-            self.add_lora_linear(y_MO, x_MI, rows, each, rank_bound=rank_bound, bias_O=bias_O)
+    # One after the other, with an exchange each: not in the one launch of a wrapper without ranks.
+    add_lora_linears = PunicaWrapperBase.add_lora_linears
 
 
 def _lanes_in_order(v_MW: torch.Tensor, slots_M: torch.Tensor, tables: LinearTables, tp: Communicator) -> torch.Tensor:
     """``gather_lanes`` for rows whose adapters the device knows: [M, ranks * W]."""
-    M, width = v_MW.shape
-    lanes_MV = tp.all_gather(v_MW).view(tp.size, M, width).transpose(0, 1).reshape(M, tp.size * width)
-    own_M1 = tables.factors[slots_M.clamp(min=0).long(), LinearFactor.A, Field.RANK].clamp(min=1)[:, None]
-    lane_V = torch.arange(lanes_MV.shape[1], device=v_MW.device)
-    place_MV = lane_V // own_M1 * width + lane_V % own_M1
-    return lanes_MV.gather(1, place_MV.clamp(max=lanes_MV.shape[1] - 1).long())
+    share_M = tables.factors[slots_M.clamp(min=0).long(), LinearFactor.A, Field.RANK]
+    return _in_order(_side_by_side(v_MW, tp), share_M, v_MW.shape[1])
 
 
 def gather_lanes(v_LR: torch.Tensor, index: FactorIndex, segments: LoRASegments, tp: Communicator) -> torch.Tensor:
@@ -260,20 +244,28 @@ def gather_lanes(v_LR: torch.Tensor, index: FactorIndex, segments: LoRASegments,
     adapter in the batch: lane j of an adapter with shares of r lanes is lane j % r of rank j // r. Worked example: rank
     3 beside rank 8 on 2 ranks, shares of 2 and 4: rows [a0 a1 . . | a2 0 . .], lanes at 0, 1, 4.
     """
-    rows, widest = v_LR.shape
-    gathered_WLR = tp.all_gather(v_LR.contiguous()).view(tp.size, rows, widest)
-    lanes_LV = gathered_WLR.transpose(0, 1).reshape(rows, tp.size * widest)
+    lanes_LV = _side_by_side(v_LR, tp)
     if index.is_uniform:
         return lanes_LV
-    own_L1 = segments.per_row(index.rank_S[segments.adapter_G]).clamp(min=1)[:, None]
-    lane_V = torch.arange(lanes_LV.shape[1], device=v_LR.device)
+    return _in_order(lanes_LV, segments.per_row(index.rank_S[segments.adapter_G]), v_LR.shape[1])
+
+
+def _side_by_side(part_LX: torch.Tensor, tp: Communicator) -> torch.Tensor:
+    """[L, ranks * X]: each row's parts, those of rank 0 first."""
+    rows, size = part_LX.shape
+    gathered_WLX = tp.all_gather(part_LX.contiguous()).view(tp.size, rows, size)
+    return gathered_WLX.transpose(0, 1).reshape(rows, tp.size * size)
+
+
+def _in_order(lanes_LV: torch.Tensor, share_L: torch.Tensor, widest: int) -> torch.Tensor:
+    """See ``gather_lanes``; share_L: the lanes that a rank has of each row's adapter."""
+    own_L1 = share_L.clamp(min=1)[:, None]
+    lane_V = torch.arange(lanes_LV.shape[1], device=lanes_LV.device)
     place_LV = lane_V // own_L1 * widest + lane_V % own_L1
-    return lanes_LV.gather(1, place_LV.clamp(max=lanes_LV.shape[1] - 1))
+    return lanes_LV.gather(1, place_LV.clamp(max=lanes_LV.shape[1] - 1).long())
 
 
 def gather_columns(own_LO: torch.Tensor, num_columns: int, tp: Communicator) -> torch.Tensor:
     """[L, num_columns] from every rank's share of the columns, cut by ``slices.shard``."""
     padded = shard(num_columns, tp.size, tp.rank).padded
-    own_LO = pad_axis(own_LO, 1, padded).contiguous()
-    gathered_WLO = tp.all_gather(own_LO).view(tp.size, own_LO.shape[0], padded)
-    return gathered_WLO.transpose(0, 1).reshape(own_LO.shape[0], tp.size * padded)[:, :num_columns]
+    return _side_by_side(pad_axis(own_LO, 1, padded), tp)[:, :num_columns]

@@ -28,12 +28,50 @@ ALIKE = (
 
 _MAX_MISSES = 8
 
-Kept = tuple[torch.Tensor, int, dict[int, torch.Tensor]]
+_Kept = tuple[torch.Tensor, int, dict[int, torch.Tensor]]
 """An input, its version when it was read, and what the maps that were not called yet made of it."""
 
 
 class _PerThread(threading.local):
-    kept: Kept | None = None
+    kept: _Kept | None = None
+
+
+class Results:
+    """What the first of some maps made of its input for those behind it, until they are called with the very same."""
+
+    def __init__(self) -> None:
+        self._misses = 0  # in a row: the parent does not call these maps on one input
+        self._eager = _PerThread()
+        self._traced: _Kept | None = None
+
+    @property
+    def are_wanted(self) -> bool:
+        """Whether the parent has come for them so far."""
+        return self._misses < _MAX_MISSES
+
+    def take(self, place: int, x: torch.Tensor) -> torch.Tensor | None:
+        """A map's result, once; None where there is none of this input, or where it was changed in place since."""
+        is_traced = torch.compiler.is_compiling()
+        kept = self._traced if is_traced else self._eager.kept
+        if kept is None or kept[0] is not x or not (is_traced or kept[1] == _version(x)) or place not in kept[2]:
+            return None
+        y = kept[2].pop(place)
+        if not kept[2]:
+            self._set(None)
+            self._misses = 0
+        return y
+
+    def keep(self, x: torch.Tensor, found: dict[int, torch.Tensor]) -> None:
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and self._eager.kept is not None:
+            self._misses += 1  # what was kept the last time was never asked for
+        self._set((x, 0 if is_traced else _version(x), found))
+
+    def _set(self, kept: _Kept | None) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = kept
+        else:
+            self._eager.kept = kept
 
 
 class SharedInput:
@@ -42,10 +80,8 @@ class SharedInput:
     def __init__(self, seams: Sequence[LinearSeam]) -> None:
         self.seams = tuple(seams)
         self.state = seams[0].state
-        self._misses = 0  # in a row: the parent does not call these maps on one input
+        self._results = Results()
         self._forwards = [seam.module.forward for seam in seams]
-        self._eager = _PerThread()
-        self._traced: Kept | None = None
 
     @staticmethod
     def fits(seam: LinearSeam) -> bool:
@@ -72,7 +108,7 @@ class SharedInput:
 
     def _members(self, call: AdapterCall) -> list[int]:
         """The maps that a call has LoRA on, where they are several."""
-        if self._misses >= _MAX_MISSES:
+        if not self._results.are_wanted:
             return []
         found = [place for place, seam in enumerate(self.seams) if call.linear_bound(seam.name) > 0]
         return found if len(found) > 1 else []
@@ -86,28 +122,22 @@ class SharedInput:
             return self._forward(place, x)
         if place == members[0]:
             return self._lead(call, members, x, is_traced=is_traced)
-        kept = self._traced if is_traced else self._eager.kept
-        if kept is not None and kept[0] is x and (is_traced or kept[1] == _version(x)) and place in kept[2]:
-            y = kept[2].pop(place)
-            if not kept[2]:
-                self._keep(None, is_traced=is_traced)
-                self._misses = 0
-            return y
+        kept = self._results.take(place, x)
+        if kept is not None:
+            return kept
         y = self._forward(place, x)
         if is_traced:
             self.seams[place].delta.add(call, y, x, self.seams[place].bias())
         return y
 
     def _lead(self, call: AdapterCall, members: Sequence[int], x: torch.Tensor, *, is_traced: bool) -> torch.Tensor:
-        if not is_traced and self._eager.kept is not None:
-            self._misses += 1  # what was kept the last time was never asked for
         found = {place: self._forward(place, x) for place in members}
         without_grad(self._add, call, found, x)
         if not is_traced:
             for y in found.values():
                 y.has_delta = True  # type: ignore[attr-defined]
         y = found.pop(members[0])
-        self._keep((x, 0 if is_traced else _version(x), found), is_traced=is_traced)
+        self._results.keep(x, found)
         return y
 
     def _add(self, call: AdapterCall, found: Mapping[int, torch.Tensor], x: torch.Tensor) -> None:
@@ -125,12 +155,6 @@ class SharedInput:
             rank_bound=max(call.linear_bound(delta.name) for delta in deltas),
             biases=[self.seams[place].bias() for place in found],
         )
-
-    def _keep(self, kept: Kept | None, *, is_traced: bool) -> None:
-        if is_traced:
-            self._traced = kept
-        else:
-            self._eager.kept = kept
 
     def _forward(self, place: int, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._forwards[place](x)

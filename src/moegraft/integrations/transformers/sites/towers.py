@@ -24,7 +24,7 @@ _KINDS = (("image_grid_thw", "image_token_id"), ("video_grid_thw", "video_token_
 
 
 class _Inputs(threading.local):
-    """Of the model's forward pass that runs on this thread; what the tower's pass has entered."""
+    """The arguments of the model's forward pass that runs on this thread; what the tower's pass has entered."""
 
     given: Mapping[str, Any] = {}
     stack: ExitStack | None = None
