@@ -186,7 +186,7 @@ def median_gap(engine: moegraft.Engine, prompts: Sequence[tuple[int, ...]], name
 
 
 def graph_milliseconds(engine: moegraft.Engine, batch: int, has_adapters: bool) -> float | None:
-    """Of the step that ran last at this size; None without graphs."""
+    """The graph of the step that ran last at this size; None without graphs."""
     replay = replay_of(engine, batch, has_adapters)
     return None if replay is None else engine._loop.call(lambda: milliseconds(replay, 20))
 

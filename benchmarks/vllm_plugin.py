@@ -110,7 +110,7 @@ def run_child(which: str, args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def environment(which: str, work: Path) -> dict[str, str]:
-    """Of an engine and its workers, which find the plug-in by its entry point as an installed one is found."""
+    """For an engine and its workers, which find the plug-in by its entry point as an installed one is found."""
     package = work / "entry_points" / "moegraft_benchmark-0.dist-info"
     package.mkdir(parents=True, exist_ok=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: moegraft-benchmark\nVersion: 0\n")

@@ -130,7 +130,7 @@ def test_norms_routers_and_rotary_embeddings_in_few_launches(
     own = (file.apply_rotary_pos_emb, norm.forward)
     monkeypatch.setattr("moegraft.serving.few_rows._FEWEST_COLUMNS", 1)
     (prompt,) = draw_prompts((3,))
-    # Of the router too, whose LoRA hangs on its product.
+    # The router has LoRA too, which hangs on its product.
     adapters = {"everything": kinds["everything"]} if family == "qwen3_moe" else {}
     requests = [(prompt, None), *((prompt, name) for name in adapters)]
     with Engine(model, adapters=adapters, **OPTIONS) as engine:

@@ -28,7 +28,7 @@ moegraft = moegraft.integrations.vllm:register
 
 
 def environment(folder: Path, **extra: str) -> dict[str, str]:
-    """Of a process that runs vLLM with the plug-in on this machine; ``folder`` gets the entry points and caches."""
+    """For a process that runs vLLM with the plug-in here; ``folder`` gets the entry points and caches."""
     package = folder / "entry_points" / "moegraft_test-0.dist-info"
     package.mkdir(parents=True, exist_ok=True)
     (package / "entry_points.txt").write_text(ENTRY_POINTS)
@@ -196,7 +196,7 @@ def replace_operators() -> None:
 
 
 def _allow_float32() -> None:
-    """Of quantised models, whose kernels in vLLM read half precision only: float32 shows smaller errors."""
+    """Quantised models too, whose kernels in vLLM read half precision only: float32 shows smaller errors."""
     import torch
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
     from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4Config

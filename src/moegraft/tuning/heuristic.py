@@ -43,8 +43,8 @@ def heuristic_tiles(shape: TuningShape) -> MoETiles:
 
 
 def token_tiles(shape: TuningShape) -> TokenTiles:
-    """Of a single token's own kernels, which ``heuristic_tiles`` does not choose: what was measured of them is older
-    than they are (docs/measured.md). A program reads 8 KiB of unquantised weights a step and half."""
+    """Tiles of a single token's own kernels, which ``heuristic_tiles`` does not choose: what was measured of them is
+    older than they are (docs/measured.md). A program reads 8 KiB of unquantised weights a step and half."""
     choices = 1
     while choices < shape.top_k:
         choices *= 2
