@@ -229,7 +229,9 @@ class Frontend:
                 model = model.removeprefix(f"{name}:")
                 break
         known = {name for name, status in self.engine.adapters.items() if status.state != "failed"}
-        known |= set(self.engine.available_adapters)
+        if model in known:
+            return model
+        known |= set(self.engine.available_adapters)  # looks into the folder: not for every request
         if model in known:
             return model
         parts = [_weighted(part, known) for part in model.split("+")]
